@@ -1,0 +1,52 @@
+"""When statistics and refreshes are due: one small state that every transformation carries."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.scalars import Scalar
+
+
+class Clock(NamedTuple):
+    """``step``: updates so far, int32 ``()``; ``statistics_due``: whether the next step's
+    statistics will be used, bool ``()``."""
+
+    step: jax.Array
+    statistics_due: jax.Array
+
+
+def start() -> Clock:
+    """The clock before the first step, which always measures."""
+    return Clock(jnp.zeros((), jnp.int32), jnp.ones((), bool))
+
+
+def due(step: jax.Array, period: Scalar) -> jax.Array:
+    """Whether step ``step`` (from 0) falls on a period."""
+    return step % jnp.asarray(period, jnp.int32) == 0
+
+
+def tick(clock: Clock, statistics_period: Scalar) -> Clock:
+    """The clock after one more step."""
+    step = clock.step + 1
+    return Clock(step, due(step, statistics_period))
+
+
+def clocks(opt_state: Any) -> list[Clock]:
+    """Every clock inside an optimizer state, however deep in a chain."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Clock))
+    return [x for x in leaves if isinstance(x, Clock)]
+
+
+def statistics_due(opt_state: Any) -> jax.Array:
+    """Whether any transformation in ``opt_state`` wants statistics from the next step."""
+    found = clocks(opt_state)
+    if not found:
+        raise ValueError(
+            "opt_state holds no natgrad_jax transformation, so it cannot tell when statistics are "
+            "due. Pass the state of a chain with scale_by_kfac (or another of this library) in "
+            "it, or leave opt_state out to measure on every call."
+        )
+    # NNX optimizers wrap the arrays of their state in variables: a pytree of one leaf each
+    wanted = [jax.tree.leaves(clock.statistics_due)[0] for clock in found]
+    return jnp.any(jnp.stack(wanted)) if len(wanted) > 1 else wanted[0]

@@ -1,0 +1,24 @@
+"""How damping is divided between the two factors of a Kronecker product."""
+
+import jax
+import jax.numpy as jnp
+
+
+def split(A: jax.Array, G: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Damping of each factor: ``(A + π√λ I) ⊗ (G + (√λ/π) I) ≈ A ⊗ G + λ I``.
+
+    ``π² = (tr A / dim A) / (tr G / dim G)`` makes the cross terms smallest for the trace norm.
+
+    Args:
+      A: ``(*batch, m, m)``; G: ``(*batch, n, n)``; damping: λ, a scalar.
+
+    Returns:
+      ``(π√λ, √λ/π)``, each ``(*batch,)``. Where a factor is zero, π = 1.
+
+    Source: Martens & Grosse 2015, section 6.3.
+    """
+    a, g = (jnp.trace(f, axis1=-2, axis2=-1) / f.shape[-1] for f in (A, G))
+    known = (a > 0) & (g > 0)
+    pi = jnp.sqrt(jnp.where(known, a, 1) / jnp.where(known, g, 1))
+    root = jnp.sqrt(damping).astype(pi.dtype)
+    return pi * root, root / pi

@@ -1,0 +1,1 @@
+"""Linear algebra on factors, one algorithm a file."""

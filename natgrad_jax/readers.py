@@ -1,0 +1,63 @@
+"""Read the explicit state out of any optax chain."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from natgrad_jax.clock import Clock
+
+
+def factors(opt_state: Any) -> dict[Any, Any]:
+    """The Kronecker factors by layer path: ``factors(s)[path].A`` and ``.G``, bias-corrected.
+
+    Zero before the first measurement. Raises ValueError where no state of this library is found.
+    """
+    return _merged(opt_state, "factors")
+
+
+def bases(opt_state: Any) -> dict[Any, Any]:
+    """The coordinates by layer path as of the last refresh; for K-FAC the damped inverses A⁻¹, G⁻¹.
+
+    Raises ValueError where no state of this library is found.
+    """
+    return _merged(opt_state, "bases")
+
+
+def damping(opt_state: Any) -> jax.Array:
+    """λ of the last step (before any: of the first), ``()``.
+
+    Raises ValueError where no state of this library is found, or several are.
+    """
+    found = _states(opt_state, "damping")
+    if len(found) > 1:
+        raise ValueError(
+            f"opt_state holds {len(found)} transformations with a damping: read each state itself."
+        )
+    return found[0]
+
+
+def _merged(opt_state: Any, field: str) -> dict[Any, Any]:
+    return {path: x for found in _states(opt_state, field) for path, x in found.items()}
+
+
+def _states(opt_state: Any, field: str) -> list[Any]:
+    """That field of every state of this library inside ``opt_state``: the ones with a clock."""
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(getattr(x, "clock", None), Clock)
+
+    # NNX optimizers wrap the arrays of their state in variables
+    plain = jax.tree.map(
+        lambda x: x[...] if isinstance(x, nnx.Variable) else x,
+        opt_state,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+    found = [x for x in jax.tree.leaves(plain, is_leaf=is_ours) if is_ours(x)]
+    values = [getattr(x, field) for x in found if hasattr(x, field)]
+    if not values:
+        raise ValueError(
+            f"opt_state holds no natgrad_jax state with {field}; pass the state of a chain that "
+            "has scale_by_kfac (or another transformation of this library) in it."
+        )
+    return values

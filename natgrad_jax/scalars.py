@@ -1,0 +1,43 @@
+"""Hyperparameters that are a float, an array or a schedule, and their checks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Schedule = Callable[[Any], Any]
+Scalar = float | int | jax.Array | Schedule
+
+
+def at(value: Scalar, step: jax.Array) -> jax.Array:
+    """The value at an optimizer step: schedules are called, numbers are themselves."""
+    return jnp.asarray(value(step) if callable(value) else value)
+
+
+def check_positive(**values: Any) -> None:
+    """Raise for a concrete value that is not positive; traced values and schedules pass."""
+    for name, value in values.items():
+        if _is_number(value) and not value > 0:
+            raise ValueError(f"{name} must be positive; got {value!r}.")
+
+
+def check_period(**values: Any) -> None:
+    """Raise for a concrete period that is not a whole number of at least one step."""
+    for name, value in values.items():
+        if _is_number(value) and (value < 1 or value != int(value)):
+            raise ValueError(
+                f"{name} counts optimizer steps: a whole number, at least 1; got {value!r}. "
+                f"{name}=1 means every step."
+            )
+
+
+def check_fraction(**values: Any) -> None:
+    """Raise for a concrete value outside [0, 1)."""
+    for name, value in values.items():
+        if _is_number(value) and not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1); got {value!r}. 0 means no averaging.")
+
+
+def _is_number(value: Any) -> bool:
+    return not callable(value) and not isinstance(value, jax.core.Tracer) and jnp.ndim(value) == 0

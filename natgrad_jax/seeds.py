@@ -1,0 +1,110 @@
+"""Seeds of the Fisher pass: what is back-propagated from the outputs to measure curvature.
+
+Every mode is a sequence of seeds, one cotangent for each distribution of the loss; the Fisher is
+the sum of the outer products of what they become. Seeds are per example: not divided by the
+batch size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.distributions import Loss, Term, global_count, positive
+
+Seeds = tuple[jax.Array, ...]
+
+
+def sampled(loss: Loss, axes: Sequence[str], key: jax.Array, samples: int) -> Seeds:
+    """``∇ −log p(ŷ)`` at labels ŷ drawn from the model: mode "mc", one draw of ``samples``."""
+    keys = jax.random.split(key, len(loss.terms))
+    targets = [sample_targets(t, axes, k) for t, k in zip(loss.terms, keys, strict=True)]
+    return _gradients(loss, axes, targets, 1 / samples)
+
+
+def observed(loss: Loss, axes: Sequence[str]) -> Seeds:
+    """``∇ −log p(y)`` at the true labels: mode "empirical"."""
+    return _gradients(loss, axes, [t.targets for t in loss.terms], 1.0)
+
+
+def exact_columns(
+    loss: Loss, axes: Sequence[str], key: jax.Array
+) -> list[tuple[int, Callable[[jax.Array], Seeds]]]:
+    """Mode "exact": for each distribution the number of its seeds, and the seed of each index.
+
+    A seed is one column of a root of one output Hessian, for every example of the leading axis
+    at once. Other example axes (tokens, pixels) may depend on one another, so each of their
+    positions has seeds of its own. A random sign for each example leaves the outer products
+    unchanged and makes the squared sum over examples unbiased (the diagonal blocks).
+    """
+
+    def of_term(i: int, term: Term) -> tuple[int, Callable[[jax.Array], Seeds]]:
+        examples = term.distribution.examples
+        positions = math.prod(examples[1:])
+        columns = term.distribution.columns
+
+        def seed(index: jax.Array) -> Seeds:
+            root = term.distribution.root_column(index % columns)
+            at = jax.nn.one_hot(index // columns, positions, dtype=root.dtype)
+            root = root * at.reshape(*examples[1:], 1)
+            sign_keys = _example_keys(jax.random.fold_in(key, index), examples, axes)
+            signs = jax.vmap(lambda k: jax.random.rademacher(k, (), root.dtype))(sign_keys)
+            if examples:
+                root = root * signs.reshape(-1, *[1] * (root.ndim - 1))
+            seeds = [jnp.zeros_like(t.distribution.natural) for t in loss.terms]
+            seeds[i] = _weigh(root, term, loss, axes, 1.0)
+            return tuple(seeds)
+
+        return columns * positions, seed
+
+    return [of_term(i, term) for i, term in enumerate(loss.terms)]
+
+
+def sample_targets(term: Term, axes: Sequence[str], key: jax.Array) -> jax.Array:
+    """Labels from the model's own distribution, each from a key of its own global example index.
+
+    The draw is the same on one device and on many, however the batch is divided.
+    """
+    distribution = term.distribution
+    if not distribution.examples:
+        return distribution.sample(key)
+
+    def draw(natural: jax.Array, key: jax.Array) -> jax.Array:
+        return distribution.with_natural(natural).sample(key)
+
+    return jax.vmap(draw)(distribution.natural, _example_keys(key, distribution.examples, axes))
+
+
+def _example_keys(key: jax.Array, examples: tuple[int, ...], axes: Sequence[str]) -> jax.Array:
+    n = examples[0] if examples else 1
+    index = jnp.arange(n)
+    if axes:
+        index = index + n * jax.lax.axis_index(tuple(axes))
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def _gradients(loss: Loss, axes: Sequence[str], targets: list[Any], share: float) -> Seeds:
+    def seed(term: Term, y: jax.Array) -> jax.Array:
+        distribution = term.distribution
+        total = lambda z: distribution.with_natural(z).nll_per_example(y).sum()
+        return _weigh(jax.grad(total)(distribution.natural), term, loss, axes, share)
+
+    return tuple(
+        seed(t, jax.lax.stop_gradient(y)) for t, y in zip(loss.terms, targets, strict=True)
+    )
+
+
+def _weigh(seed: jax.Array, term: Term, loss: Loss, axes: Sequence[str], share: float) -> jax.Array:
+    """The seed times the root of its weight: outer products then carry the weight itself.
+
+    Terms with other example counts than the first one's are brought to its count, which is the
+    one that the sums are divided by.
+    """
+    ratio = global_count(loss.terms[0], axes) / positive(global_count(term, axes))
+    factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0)).astype(seed.dtype)
+    if term.weight is not None:
+        weight = jnp.sqrt(term.weight)[..., None].astype(seed.dtype)
+        seed = jnp.where(weight > 0, seed * weight, 0)
+    return (seed * factor).astype(term.distribution.natural.dtype)

@@ -1,0 +1,226 @@
+"""Tagging: which parameters of a model are which kind of layer."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from natgrad_jax.distributions import Loss
+from natgrad_jax.layers import Layer, Layers, Parameter, Uncovered
+from natgrad_jax.paths import Path, join, leaves
+from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
+from natgrad_jax.tagging.modules import KINDS
+from natgrad_jax.tagging.sightings import Sightings, stack_candidates, to_layer
+from natgrad_jax.tagging.slots import SLOT
+
+
+class UncoveredWarning(UserWarning):
+    """Some parameters have no Kronecker block and fall to the diagonal one."""
+
+
+def find_layers(loss_fn: Callable[..., Any], params: Any, *args: Any) -> Layers:
+    """Find the layers of the model that ``loss_fn`` runs.
+
+    Traces ``loss_fn(params, *args)`` abstractly (no arithmetic is done) and records every known
+    Flax layer that the trace calls, of Linen or NNX, in whatever transforms it stands. Parameters
+    outside every layer get a diagonal block, and a warning that names each.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)`` returns an :class:`~natgrad_jax.Loss`, or
+        ``(Loss, aux)``. For NNX the first argument is the model.
+      params: the parameters (Linen: nested dicts, of one model or several) or the NNX model;
+        arrays or ``jax.ShapeDtypeStruct``.
+      *args: the other arguments, e.g. a batch; arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      :class:`~natgrad_jax.Layers`: path → record. ``print`` it: it is the coverage table.
+
+    Raises:
+      TypeError: ``loss_fn`` does not return a Loss, or a parameter is not a floating-point array.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> model, x, y = nn.Dense(3), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> loss_fn = lambda p, x, y: ng.Categorical(model.apply({"params": p}, x)).nll(y)
+    >>> print(ng.find_layers(loss_fn, {"head": params}, x, y))  # doctest: +SKIP
+    """
+    frontend = frontend_of(params)
+    parameters = _parameters(frontend.split(params)[0])
+    probes: dict[Path, jax.ShapeDtypeStruct] = {}
+    for path, parameter in parameters.items():
+        if path[-1:] == ("kernel",) or path[:-1] not in probes:
+            probes[path[:-1]] = jax.ShapeDtypeStruct(parameter.shape, jnp.float32)
+    seen = _trace(frontend, loss_fn, params, args, probes)
+    layers = _resolve(frontend, loss_fn, params, args, probes, seen, parameters)
+    covered = {p.path for layer in layers.values() for p in layer.parameters}
+    leftover = tuple(
+        Uncovered(p, _reason(p.path, seen)) for p in parameters.values() if p.path not in covered
+    )
+    if leftover:
+        names = "; ".join(f"{join(p.path)} ({reason})" for p, reason in leftover)
+        warnings.warn(
+            f"{len(leftover)} of {len(parameters)} parameters have no Kronecker block and get the "
+            f"diagonal one: {names}",
+            UncoveredWarning,
+            stacklevel=2,
+        )
+    return Layers(layers, leftover)
+
+
+def frontend_of(params: Any) -> ModuleType:
+    """The module that tags such parameters: Linen's or NNX's."""
+    if isinstance(params, nnx.State):
+        raise TypeError(
+            "the first argument of loss_fn must be the NNX model itself, got its nnx.State. Write "
+            "loss_fn(model, batch) and pass the model (merge it first where you have a state)."
+        )
+    return nnx_frontend if isinstance(params, nnx.Module) else linen_frontend
+
+
+def as_loss(out: Any, has_aux: bool | None = None) -> Loss:
+    """The Loss in what ``loss_fn`` returned, or an error that says what to return."""
+    loss = out
+    if has_aux is not False and isinstance(out, tuple) and len(out) == 2:
+        loss = out[0]
+    elif has_aux:
+        raise TypeError(
+            "with has_aux=True loss_fn must return a pair (Loss, aux); got "
+            f"{type(out).__name__}. Drop has_aux, or return the pair."
+        )
+    if not isinstance(loss, Loss):
+        hint = " Pass has_aux=True to return (Loss, aux)." if isinstance(out, tuple) else ""
+        shape = f" of shape {jnp.shape(loss)}" if hasattr(loss, "shape") else ""
+        raise TypeError(
+            f"loss_fn must return a natgrad_jax.Loss; got {type(loss).__name__}{shape}. The Fisher "
+            "needs the predictive distribution, not only the number: return for example "
+            f"ng.Categorical(logits).nll(labels).{hint}"
+        )
+    if not loss.terms:
+        raise TypeError("loss_fn returned a Loss without any distribution; add an nll to it.")
+    return loss
+
+
+def _parameters(tree: Any) -> dict[Path, Parameter]:
+    found = {}
+    for path, leaf in leaves(tree).items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            what = type(leaf).__name__ if dtype is None else f"dtype {dtype}"
+            raise TypeError(
+                f"parameter {join(path)} has {what}; expected a floating-point array. Keep "
+                "integers, keys and other constants out of params: pass them as another argument."
+            )
+        found[path] = Parameter(path, tuple(leaf.shape), jnp.dtype(dtype))
+    if not found:
+        raise ValueError("params holds no parameters: an empty tree has no layers to find.")
+    return found
+
+
+def _trace(
+    frontend: ModuleType,
+    loss_fn: Any,
+    params: Any,
+    args: Any,
+    probes: Mapping[Path, jax.ShapeDtypeStruct],
+) -> Sightings:
+    """Run ``loss_fn`` abstractly with tags in place of slots."""
+
+    def run(params: Any, *args: Any) -> None:
+        as_loss(loss_fn(params, *args))
+
+    tagged, run_watched, seen = frontend.watched(run, params, probes)
+    flat, tree = jax.tree.flatten(args)
+    traced = [hasattr(x, "shape") and hasattr(x, "dtype") for x in flat]
+
+    def from_arrays(params: Any, arrays: list[Any]) -> None:
+        given = iter(arrays)
+        values = [next(given) if t else x for x, t in zip(flat, traced, strict=True)]
+        run_watched(params, *jax.tree.unflatten(tree, values))
+
+    try:
+        jax.eval_shape(from_arrays, tagged, [x for x, t in zip(flat, traced, strict=True) if t])
+    except Exception as e:
+        e.add_note(
+            f"natgrad_jax calls loss_fn with one more leaf, {SLOT!r}, beside each layer's "
+            "parameters. Where loss_fn maps params together with another tree, map over the "
+            "other tree's own paths, or add that penalty's gradient outside loss_fn."
+        )
+        raise
+    return seen
+
+
+def _resolve(
+    frontend: ModuleType,
+    loss_fn: Any,
+    params: Any,
+    args: Any,
+    probes: dict[Path, jax.ShapeDtypeStruct],
+    seen: Sightings,
+    parameters: Mapping[Path, Parameter],
+) -> dict[Path, Layer]:
+    """Records of the sighted layers, with the axes over which scan or vmap stack them.
+
+    Shapes tell those axes except where sizes agree by accident. Then a guess (leading axes
+    first) is put to the test: a probe that only slices along the guessed axes must trace.
+    """
+    candidates = {}
+    for path, sighting in seen.layers.items():
+        if path in seen.refused:
+            continue
+        kernel = parameters[(*path, "kernel")]
+        candidates[path] = stack_candidates(kernel.shape, sighting.kernel_shape)
+        if not candidates[path] or sighting.probe_shape != sighting.kernel_shape:
+            seen.refused[path] = "its kernel reaches it in another shape than its parameter's"
+            del candidates[path]
+    choice = {path: axes[0] for path, axes in candidates.items()}
+    ambiguous = {path: axes for path, axes in candidates.items() if len(axes) > 1}
+    for attempt in range(max(map(len, ambiguous.values()), default=0)):
+        guess = {p: axes[min(attempt, len(axes) - 1)] for p, axes in ambiguous.items()}
+        probing = {p: _probe(parameters[(*p, "kernel")].shape, axes) for p, axes in guess.items()}
+        try:
+            _trace(frontend, loss_fn, params, args, {**probes, **probing})
+        except (ValueError, TypeError):
+            continue
+        choice |= guess
+        break
+    else:
+        for path in ambiguous:
+            seen.refused[path] = "the axis over which it is stacked cannot be told"
+            del choice[path]
+    return {
+        path: to_layer(
+            path,
+            seen.layers[path],
+            parameters[(*path, "kernel")],
+            parameters.get((*path, "bias")),
+            axes,
+        )
+        for path, axes in choice.items()
+    }
+
+
+def _probe(shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """A shape that a scan can slice along ``axes`` and along no other axis."""
+    other = max(shape) + 1
+    return jax.ShapeDtypeStruct(
+        tuple(n if i in axes else other for i, n in enumerate(shape)), jnp.float32
+    )
+
+
+def _reason(path: Path, seen: Sightings) -> str:
+    """Why the parameter at ``path`` has no block."""
+    owner = seen.owners.get(path[:-1])
+    if path[:-1] in seen.refused:
+        return seen.refused[path[:-1]]
+    if owner is None:
+        return "of no Flax module that loss_fn calls"
+    if owner in KINDS:
+        return f"its {owner.__name__} is never called"
+    parent = next((k for k in KINDS if issubclass(owner, k)), None)
+    if parent is not None:
+        return f"{owner.__name__} is a subclass of {parent.__name__}: only exact types are known"
+    return f"no block for {owner.__name__}"

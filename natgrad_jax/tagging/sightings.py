@@ -1,0 +1,88 @@
+"""What a search saw: one sighting for each layer called, and how it becomes a record."""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from natgrad_jax.layers import Layer, Layout, Parameter
+from natgrad_jax.paths import Path
+from natgrad_jax.tagging.modules import UnsupportedError, describe
+
+
+class Sighting(NamedTuple):
+    """A layer as one of its calls saw it: shapes are what is left after scans and vmaps sliced."""
+
+    kind: str
+    kernel_layout: Layout
+    bias_layout: Layout | None
+    probe_shape: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...] | None
+
+
+@dataclass(eq=False)
+class Sightings:
+    """Collected while ``loss_fn`` is traced abstractly.
+
+    ``owners``: the type of the module at each tagged path; ``layers``: sightings; ``refused``:
+    why a known layer has no block.
+    """
+
+    owners: dict[Path, type] = field(default_factory=dict)
+    layers: dict[Path, Sighting] = field(default_factory=dict)
+    refused: dict[Path, str] = field(default_factory=dict)
+
+    def record(
+        self,
+        path: Path,
+        probe: Any,
+        kernel_shape: tuple[int, ...],
+        bias_shape: tuple[int, ...] | None,
+        module: Any,
+        module_type: type,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
+        """Note one call; called twice, a layer must have the same geometry both times."""
+        try:
+            geometry = describe(
+                module, module_type, kernel_shape, bias_shape is not None, args, kwargs
+            )
+        except UnsupportedError as e:
+            self.refused[path] = str(e)
+            return
+        sighting = Sighting(
+            geometry.kind,
+            geometry.kernel,
+            geometry.bias,
+            tuple(probe.shape),
+            tuple(kernel_shape),
+            None if bias_shape is None else tuple(bias_shape),
+        )
+        if self.layers.setdefault(path, sighting) != sighting:
+            self.refused[path] = "it is called in two ways that read its kernel differently"
+
+
+def stack_candidates(whole: tuple[int, ...], seen: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Every choice of axes whose removal turns shape ``whole`` into ``seen``, leading first."""
+    removed = len(whole) - len(seen)
+    return [
+        axes
+        for axes in itertools.combinations(range(len(whole)), max(removed, 0))
+        if tuple(n for i, n in enumerate(whole) if i not in axes) == seen
+    ]
+
+
+def to_layer(
+    path: Path, sighting: Sighting, kernel: Parameter, bias: Parameter | None, axes: tuple[int, ...]
+) -> Layer:
+    """The record of a sighted layer whose parameters are stacked over ``axes``."""
+    return Layer(
+        path=path,
+        kind=sighting.kind,
+        kernel=kernel,
+        bias=bias if sighting.bias_shape is not None else None,
+        kernel_layout=sighting.kernel_layout,
+        bias_layout=sighting.bias_layout,
+        stack=tuple((axis, kernel.shape[axis]) for axis in axes),
+    )

@@ -1,0 +1,24 @@
+"""Flax's TrainState, with statistics."""
+
+from typing import Any
+
+import optax
+from flax.training import train_state
+
+
+class TrainState(train_state.TrainState):
+    """``flax.training.train_state.TrainState`` whose ``apply_gradients`` takes ``statistics``.
+
+    >>> state = state.apply_gradients(grads=grads, statistics=statistics)  # doctest: +SKIP
+    """
+
+    def apply_gradients(self, *, grads: Any, statistics: Any = None, **kwargs: Any) -> "TrainState":
+        """One optimizer step; other keywords replace fields, as in Flax.
+
+        Args:
+          grads, statistics: from :func:`natgrad_jax.value_and_grad`.
+        """
+        tx = optax.with_extra_args_support(self.tx)
+        updates, opt_state = tx.update(grads, self.opt_state, self.params, statistics=statistics)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
