@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from natgrad_jax.parallel import psum, vary
@@ -129,7 +130,7 @@ class Categorical(Distribution):
             )
         classes = self.natural.shape[-1]
         if integer and _concrete(targets) and targets.size:
-            low, high = int(targets.min()), int(targets.max())
+            low, high = _range(targets)
             if low < 0 or high >= classes:
                 raise ValueError(
                     f"Categorical.nll: labels must lie in 0..{classes - 1} for logits of shape "
@@ -173,7 +174,7 @@ class Bernoulli(Distribution):
     def check(self, targets: Any) -> None:
         _same_shape(self, targets)
         if _concrete(targets) and targets.size:
-            low, high = float(targets.min()), float(targets.max())
+            low, high = _range(targets)
             if not (low >= 0 and high <= 1):
                 raise ValueError(
                     f"Bernoulli.nll: targets must lie in [0, 1]; got values from {low:g} to "
@@ -333,7 +334,7 @@ def _weights(examples: tuple[int, ...], where: Any, weights: Any) -> jax.Array |
             raise ValueError(
                 f"nll: {name} must broadcast to the examples' shape {examples}; got {value.shape}."
             )
-        if name == "weights" and _concrete(value) and bool(jnp.any(value < 0)):
+        if name == "weights" and _concrete(value) and _range(value)[0] < 0:
             raise ValueError("nll: weights must not be negative; mask examples out with where=.")
         weight = weight * value
     return jax.lax.stop_gradient(jnp.broadcast_to(weight, examples))
@@ -372,3 +373,9 @@ def positive(count: jax.Array) -> jax.Array:
 
 def _concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
+
+
+def _range(x: Any) -> tuple[Any, Any]:
+    """Least and greatest value of a concrete array; NumPy's, since jit stages JAX's."""
+    values = np.asarray(x)
+    return values.min(), values.max()

@@ -43,6 +43,15 @@ def psum(tree: T, axes: Sequence[str]) -> T:
     return jax.lax.psum(tree, tuple(axes)) if axes else tree
 
 
+def sharded_like(x: jax.Array, reference: jax.Array) -> jax.Array:
+    """A vector over the leading axis of ``reference``, laid out as that axis is (Explicit axes)."""
+    mesh = compat.explicit_mesh(reference)
+    if mesh is None:
+        return x
+    spec = PartitionSpec(jax.typeof(reference).sharding.spec[0])
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
 def replicated(x: jax.Array, ndim: int) -> NamedSharding | None:
     """The replicated sharding for a result of ``ndim`` axes where ``x`` is on Explicit axes.
 

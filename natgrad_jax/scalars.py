@@ -11,8 +11,8 @@ Scalar = float | int | jax.Array | Schedule
 
 
 def at(value: Scalar, step: jax.Array) -> jax.Array:
-    """The value at an optimizer step: schedules are called, numbers are themselves."""
-    return jnp.asarray(value(step) if callable(value) else value)
+    """The value at an optimizer step in JAX's default float dtype; schedules are called."""
+    return jnp.asarray(value(step) if callable(value) else value, float)
 
 
 def check_positive(**values: Any) -> None:

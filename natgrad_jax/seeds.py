@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.distributions import Loss, Term, global_count, positive
+from natgrad_jax.parallel import sharded_like
 
 Seeds = tuple[jax.Array, ...]
 
@@ -49,9 +50,9 @@ def exact_columns(
             root = term.distribution.root_column(index % columns)
             at = jax.nn.one_hot(index // columns, positions, dtype=root.dtype)
             root = root * at.reshape(*examples[1:], 1)
-            sign_keys = _example_keys(jax.random.fold_in(key, index), examples, axes)
-            signs = jax.vmap(lambda k: jax.random.rademacher(k, (), root.dtype))(sign_keys)
             if examples:
+                keys = _example_keys(jax.random.fold_in(key, index), root, axes)
+                signs = jax.vmap(lambda k: jax.random.rademacher(k, (), root.dtype))(keys)
                 root = root * signs.reshape(-1, *[1] * (root.ndim - 1))
             seeds = [jnp.zeros_like(t.distribution.natural) for t in loss.terms]
             seeds[i] = _weigh(root, term, loss, axes, 1.0)
@@ -74,15 +75,15 @@ def sample_targets(term: Term, axes: Sequence[str], key: jax.Array) -> jax.Array
     def draw(natural: jax.Array, key: jax.Array) -> jax.Array:
         return distribution.with_natural(natural).sample(key)
 
-    return jax.vmap(draw)(distribution.natural, _example_keys(key, distribution.examples, axes))
+    return jax.vmap(draw)(distribution.natural, _example_keys(key, distribution.natural, axes))
 
 
-def _example_keys(key: jax.Array, examples: tuple[int, ...], axes: Sequence[str]) -> jax.Array:
-    n = examples[0] if examples else 1
-    index = jnp.arange(n)
+def _example_keys(key: jax.Array, natural: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A key for each element of the leading axis, by its index over all devices."""
+    index = jnp.arange(len(natural))
     if axes:
-        index = index + n * jax.lax.axis_index(tuple(axes))
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+        index = index + len(natural) * jax.lax.axis_index(tuple(axes))
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(sharded_like(index, natural))
 
 
 def _gradients(loss: Loss, axes: Sequence[str], targets: list[Any], share: float) -> Seeds:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from natgrad_jax import compat, paths, seeds
 from natgrad_jax.clock import statistics_due
 from natgrad_jax.distributions import Loss
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers import Layers, Parameter
 from natgrad_jax.parallel import AxisName, axis_names, psum, vary
 from natgrad_jax.paths import Path
 from natgrad_jax.sums import Sums, stack_first, zero_sums
@@ -116,7 +116,7 @@ def value_and_grad(
         )
         frontend.propagate(params, state)
         one, none = jnp.ones_like(value), jax.tree.map(jnp.zeros_like, naturals)
-        pull = _Pull(pullback, jnp.zeros_like(value), layers)
+        pull = _Pull(pullback, jnp.zeros_like(value), layers, axes)
         due = True if opt_state is None else statistics_due(opt_state)
         skip = partial(_nothing, layers, fisher)
         if fisher == "empirical" and _shares_training_pass(loss):
@@ -135,12 +135,12 @@ def value_and_grad(
 class _Pull:
     """The pullback of the outputs alone: from seeds to sums and squared leftover gradients."""
 
-    def __init__(self, pullback: Any, no_value: jax.Array, layers: Layers):
-        self.pullback, self.no_value, self.layers = pullback, no_value, layers
+    def __init__(self, pullback: Any, no_value: jax.Array, layers: Layers, axes: tuple[str, ...]):
+        self.pullback, self.no_value, self.layers, self.axes = pullback, no_value, layers, axes
 
     def __call__(self, cotangents: Any) -> tuple[dict[Path, Sums], dict[Path, jax.Array]]:
         grads, slots = self.pullback((self.no_value, cotangents))
-        return _sums(slots), _squares(grads, self.layers, 1.0)
+        return _sums(slots), _squares(grads, self.layers, self.axes, 1.0)
 
 
 def _measure(
@@ -150,13 +150,13 @@ def _measure(
     no_seeds = tuple(jnp.zeros_like(t.distribution.natural) for t in loss.terms)
     if fisher == "none":
         inputs = {path: s._replace(G=None) for path, s in pull(no_seeds)[0].items()}
-        return psum(_statistics(loss, inputs, None), axes)
+        return _statistics(loss, inputs, None, axes)
     if fisher == "mc" and samples == 1:
         sums, squares = pull(seeds.sampled(loss, axes, rng, 1))
-        return psum(_statistics(loss, sums, squares), axes)
+        return _statistics(loss, sums, squares, axes)
     if fisher == "empirical":
         sums, squares = pull(seeds.observed(loss, axes))
-        return psum(_statistics(loss, sums, squares), axes)
+        return _statistics(loss, sums, squares, axes)
     if fisher == "mc":
         keys = jax.random.split(rng, samples)
         passes = [(samples, lambda i: seeds.sampled(loss, axes, keys[i], samples))]
@@ -165,12 +165,8 @@ def _measure(
         passes = seeds.exact_columns(loss, axes, signs)
     # the inputs are the same in every pass: sum them once, and the outputs' products over passes
     inputs, squares = jax.eval_shape(pull, no_seeds)
-    total = vary(
-        jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), ({p: s.G for p, s in inputs.items()}, squares)
-        ),
-        axes,
-    )
+    zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+    total = vary(zeros({p: s.G for p, s in inputs.items()}), axes), zeros(squares)
     for count, seed in passes:
 
         def body(total: Any, index: jax.Array, seed: Any = seed) -> Any:
@@ -181,7 +177,7 @@ def _measure(
         total, _ = jax.lax.scan(body, total, jnp.arange(count))
     outputs, squares = total
     sums = {p: s._replace(G=outputs[p]) for p, s in pull(no_seeds)[0].items()}
-    return psum(_statistics(loss, sums, squares), axes)
+    return _statistics(loss, sums, squares, axes)
 
 
 def _shares_training_pass(loss: Loss) -> bool:
@@ -200,30 +196,33 @@ def _measure_in_training_pass(
         p: s._replace(G=jax.tree.map(lambda G: (G * factor).astype(G.dtype), s.G))
         for p, s in _sums(slots).items()
     }
-    statistics = _statistics(loss, sums, _squares(grads, layers, factor))
-    return grads, psum(statistics, axes)
+    squares = _squares(grads, layers, axes, factor)
+    return grads, _statistics(loss, sums, squares, axes)
 
 
-def _statistics(loss: Loss, sums: Any, squares: Any) -> Statistics:
-    return Statistics(loss.terms[0].count, sums, squares)
+def _statistics(loss: Loss, sums: Any, squares: Any, axes: tuple[str, ...]) -> Statistics:
+    """The global statistics; ``sums`` are this device's, ``squares`` are global already."""
+    return Statistics(seeds.global_count(loss.terms[0], axes), psum(sums, axes), squares)
 
 
 def _sums(slots: dict[Path, Slot]) -> dict[Path, Sums]:
     return {path: stack_first(slot.sums, slot.layer) for path, slot in slots.items()}
 
 
-def _squares(grads: Any, layers: Layers, factor: Any) -> dict[Path, jax.Array]:
-    """Squared Fisher-pass gradients of the parameters outside every layer.
+def _squares(
+    grads: Any, layers: Layers, axes: tuple[str, ...], factor: Any
+) -> dict[Path, jax.Array]:
+    """Squared Fisher-pass gradients of the parameters outside every layer, over all devices.
 
     Examples' gradients are independent with mean zero under the model, so that the square of
     their sum estimates the sum of their squares.
     """
     by_path = paths.leaves(grads)
-    wanted = [u.parameter for u in layers.leftover]
-    return {
-        p.path: jnp.square(by_path[p.path].astype(jnp.promote_types(p.dtype, jnp.float32))) * factor
-        for p in wanted
+    wide = {
+        u.parameter.path: by_path[u.parameter.path].astype(_wide_dtype(u.parameter))
+        for u in layers.leftover
     }
+    return {path: jnp.square(g) * factor for path, g in psum(wide, axes).items()}
 
 
 def _nothing(layers: Layers, fisher: str) -> Statistics:
@@ -233,12 +232,14 @@ def _nothing(layers: Layers, fisher: str) -> Statistics:
     if fisher == "none":
         return Statistics(count, {p: s._replace(G=None) for p, s in sums.items()}, None)
     leftover = {
-        u.parameter.path: jnp.zeros(
-            u.parameter.shape, jnp.promote_types(u.parameter.dtype, jnp.float32)
-        )
+        u.parameter.path: jnp.zeros(u.parameter.shape, _wide_dtype(u.parameter))
         for u in layers.leftover
     }
     return Statistics(count, sums, leftover)
+
+
+def _wide_dtype(parameter: Parameter) -> Any:
+    return jnp.promote_types(parameter.dtype, jnp.float32)
 
 
 def _when(due: Any, measure: Callable[[], Any], skip: Callable[[], Any]) -> Any:

@@ -91,16 +91,8 @@ def scale_by_kfac(
 
     def init_fn(params: optax.Params) -> KFACState:
         del params  # shapes come from the layers: params may be placeholders
-        return KFACState(
-            clock=start(),
-            damping=jnp.asarray(at(damping, jnp.zeros((), jnp.int32)), jnp.float32),
-            factors={path: zero_factors(layer) for path, layer in layers.items()},
-            weights={path: jnp.zeros(x.stack_sizes, jnp.float32) for path, x in layers.items()},
-            bases={path: _identities(layer) for path, layer in layers.items()},
-            diagonal=blocks.zero_diagonals(layers),
-            diagonal_weight=jnp.zeros((), jnp.float32),
-            rejected=jnp.zeros((), jnp.int32),
-        )
+        # one compiled program: op by op, every shape would compile on its own
+        return jax.jit(lambda: _initial_state(layers, damping))()
 
     def update_fn(
         updates: optax.Updates,
@@ -114,7 +106,7 @@ def scale_by_kfac(
         blocks.check_statistics(statistics, layers, "scale_by_kfac")
         assert statistics is not None
         step = state.clock.step
-        lam = at(damping, step).astype(jnp.float32)
+        lam = at(damping, step)
         state = _measure(state, statistics, layers, at(decay, step))
         state = _refresh(state, layers, lam, due(step, at(refresh_period, step)))
         updates, quadratic = _precondition(updates, state, layers, lam)
@@ -184,6 +176,19 @@ def _per_squared_rate(trust_radius: Scalar, learning_rate: Scalar) -> Scalar:
         return lambda step: at(trust_radius, step) / at(learning_rate, step) ** 2
     check_positive(trust_radius=trust_radius, learning_rate=learning_rate)
     return trust_radius / learning_rate**2
+
+
+def _initial_state(layers: Layers, damping: Scalar) -> KFACState:
+    return KFACState(
+        clock=start(),
+        damping=at(damping, jnp.zeros((), jnp.int32)),
+        factors={path: zero_factors(layer) for path, layer in layers.items()},
+        weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
+        bases={path: _identities(layer) for path, layer in layers.items()},
+        diagonal=blocks.zero_diagonals(layers),
+        diagonal_weight=jnp.zeros((), float),
+        rejected=jnp.zeros((), jnp.int32),
+    )
 
 
 def _identities(layer: Layer) -> Factors:

@@ -1,0 +1,122 @@
+"""Distributions against optax's losses and against their own Hessians."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import natgrad_jax as ng
+
+random = np.random.default_rng(0)
+LOGITS = jnp.asarray(random.normal(size=(4, 3, 5)), jnp.float32)
+LABELS = jnp.asarray(random.integers(5, size=(4, 3)))
+REAL = jnp.asarray(random.random((4, 3, 5)), jnp.float32)
+MASK = jnp.asarray(random.random((4, 3)) < 0.6)
+WEIGHTS = jnp.asarray(random.random((4, 3)), jnp.float32)
+ROOT = random.normal(size=(5, 5))
+COVARIANCE = jnp.asarray(ROOT @ ROOT.T + np.eye(5), jnp.float32)
+VARIANCES = jnp.asarray([0.5, 1.0, 2.0, 3.0, 0.1])
+
+
+def gaussian_nll(y: Any) -> Any:
+    from jax.scipy.stats import multivariate_normal
+
+    return -multivariate_normal.logpdf(y, LOGITS, COVARIANCE) - 2.5 * jnp.log(2 * jnp.pi)
+
+
+CASES = {
+    "categorical": (
+        ng.Categorical(LOGITS),
+        LABELS,
+        optax.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS),
+    ),
+    "categorical, probabilities": (
+        ng.Categorical(LOGITS),
+        jax.nn.softmax(REAL),
+        optax.softmax_cross_entropy(LOGITS, jax.nn.softmax(REAL)),
+    ),
+    "bernoulli": (
+        ng.Bernoulli(LOGITS),
+        REAL,
+        optax.sigmoid_binary_cross_entropy(LOGITS, REAL).sum(-1),
+    ),
+    "gaussian": (ng.Gaussian(LOGITS), REAL, optax.l2_loss(LOGITS, REAL).sum(-1)),
+    "gaussian, variances": (
+        ng.Gaussian(LOGITS, VARIANCES),
+        REAL,
+        (0.5 * (LOGITS - REAL) ** 2 / VARIANCES + 0.5 * jnp.log(VARIANCES)).sum(-1),
+    ),
+    "gaussian, covariance": (ng.Gaussian(LOGITS, COVARIANCE), REAL, gaussian_nll(REAL)),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+@each_case
+def test_nll_is_the_weighted_mean_of_optax_losses(case: str) -> None:
+    distribution, targets, losses = CASES[case]
+    np.testing.assert_allclose(distribution.nll(targets).value, losses.mean(), rtol=1e-5)
+    masked = distribution.nll(targets, where=MASK)
+    np.testing.assert_allclose(masked.value, losses.mean(where=MASK), rtol=1e-5)
+    weighted = distribution.nll(targets, where=MASK, weights=WEIGHTS)
+    expected = jnp.average(losses, weights=WEIGHTS * MASK)
+    np.testing.assert_allclose(weighted.value, expected, rtol=1e-5)
+    assert float(masked.terms[0].count) == float(MASK.sum())
+
+
+@each_case
+def test_masked_examples_may_hold_anything(case: str) -> None:
+    distribution, targets, losses = CASES[case]
+    bad = distribution.with_natural(jnp.where(MASK[..., None], LOGITS, jnp.nan))
+    value, gradient = jax.value_and_grad(
+        lambda z: bad.with_natural(z).nll(targets, where=MASK).value
+    )(bad.natural)
+    np.testing.assert_allclose(value, losses.mean(where=MASK), rtol=1e-5)
+    assert not np.isnan(np.asarray(gradient)[np.asarray(MASK)]).any()
+    assert float(distribution.nll(targets, where=jnp.zeros_like(MASK)).value) == 0
+
+
+@each_case
+def test_root_columns_are_a_root_of_the_hessian(case: str) -> None:
+    distribution, *_ = CASES[case]
+    R = np.stack([distribution.root_column(c) for c in range(distribution.columns)], -1)
+    columns = oracle.seed_columns(distribution)
+    H = np.einsum("ncd,nce->nde", columns, columns).reshape(4, 3, 5, 5)
+    np.testing.assert_allclose(R @ np.swapaxes(R, -1, -2), H, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "case", ["categorical", "bernoulli", "gaussian, variances", "gaussian, covariance"]
+)
+def test_samples_have_the_fisher_of_the_distribution(case: str) -> None:
+    """Mean zero and covariance H of the sampled gradient: what the "mc" Fisher rests on."""
+    distribution, *_ = CASES[case]
+
+    def gradient(key: Any) -> Any:
+        y = distribution.sample(key)
+        return jax.grad(lambda z: distribution.with_natural(z).nll_per_example(y).sum())(LOGITS)
+
+    g = np.asarray(jax.jit(jax.vmap(gradient))(jax.random.split(jax.random.key(0), 20_000)))
+    columns = oracle.seed_columns(distribution).reshape(4, 3, 5, 5)
+    H = np.einsum("btcd,btce->btde", columns, columns)
+    scale = np.sqrt(np.einsum("btdd->btd", H))
+    assert np.all(np.abs(g.mean(0)) < 5 * scale / np.sqrt(len(g)))
+    bound = 12 * scale[..., :, None] * scale[..., None, :] / np.sqrt(len(g))
+    assert np.all(np.abs(np.einsum("sbtd,sbte->btde", g, g) / len(g) - H) < bound)
+
+
+def test_losses_add_and_scale() -> None:
+    a, b = ng.Categorical(LOGITS).nll(LABELS), ng.Gaussian(LOGITS).nll(REAL)
+    loss = sum([2.0 * a, b / 4, 1.5], start=a * 0.0)
+    assert len(loss.terms) == 3
+    np.testing.assert_allclose(loss.value, 2 * a.value + b.value / 4 + 1.5, rtol=1e-6)
+    through_jit = jax.jit(lambda x: x)(loss)
+    np.testing.assert_allclose(through_jit.value, loss.value, rtol=1e-6)
+
+
+def test_half_precision_logits_are_summed_in_single() -> None:
+    loss = ng.Categorical(LOGITS.astype(jnp.bfloat16)).nll(LABELS)
+    assert loss.value.dtype == jnp.float32

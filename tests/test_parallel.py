@@ -1,0 +1,176 @@
+"""One device and four give the same training, whichever way the four are used."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import natgrad_jax as ng
+
+DEVICES, STEPS = 4, 5
+
+
+class Net(nn.Module):
+    """A convolution, a norm (leftover parameters), a scanned stack and a readout."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+        x = nn.LayerNorm()(x).reshape(len(x), -1)
+        block = nn.scan(
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )
+        x, _ = block()(nn.Dense(6)(x), None)
+        return nn.Dense(3)(x)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return x + nn.tanh(nn.Dense(6)(x)), None
+
+
+model = Net()
+
+
+def loss_fn(params: Any, batch: Any) -> ng.Loss:
+    x, y, where = batch
+    return ng.Categorical(model.apply({"params": params}, x)).nll(y, where=where) * 2.0 + 0.1
+
+
+@pytest.fixture(scope="module")
+def problem() -> Any:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(16, 6, 6, 2)).astype(np.float32)
+    y = random.integers(3, size=16).astype(np.int32)
+    where = np.arange(16) % 5 != 1  # unequal counts on the devices
+    batch = jax.tree.map(jnp.asarray, (x, y, where))
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ng.UncoveredWarning)
+        layers = ng.find_layers(loss_fn, params, batch)
+    tx = ng.kfac(0.1, layers, statistics_period=2, refresh_period=2, damping=1e-2)
+    return layers, tx, params, batch
+
+
+def make_step(problem: Any, axis_name: str | None, fisher: str = "mc") -> Callable[..., Any]:
+    layers, tx, *_ = problem
+    grad_fn = ng.value_and_grad(loss_fn, layers, axis_name=axis_name, fisher=fisher)
+
+    def step(params: Any, opt_state: Any, batch: Any, key: Any) -> Any:
+        loss, grads, statistics = grad_fn(params, batch, rng=key, opt_state=opt_state)
+        updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return step
+
+
+def train(
+    step: Callable[..., Any], problem: Any, place: Any = lambda params, batch: (params, batch)
+) -> Any:
+    _, tx, params, batch = problem
+    opt_state = tx.init(params)
+    params, batch = place(params, batch)
+    losses = []
+    for i in range(STEPS):
+        params, opt_state, loss = step(params, opt_state, batch, jax.random.key(i))
+        losses.append(loss)
+    return jax.device_get((params, ng.factors(opt_state), losses))
+
+
+def mesh(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
+
+
+def sharded(kind: AxisType, problem: Any) -> Any:
+    """The user's code of one device, under jit with a sharded batch."""
+    m = mesh(kind)
+
+    def place(params: Any, batch: Any) -> Any:
+        params = jax.device_put(params, NamedSharding(m, P()))
+        return params, jax.device_put(batch, NamedSharding(m, P("data")))
+
+    with jax.set_mesh(m):
+        return train(jax.jit(make_step(problem, None)), problem, place)
+
+
+def shard_mapped(check_vma: bool, problem: Any) -> Any:
+    step = jax.shard_map(
+        make_step(problem, "data"),
+        mesh=mesh(AxisType.Auto),
+        in_specs=(P(), P(), P("data"), P()),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    return train(jax.jit(step), problem)
+
+
+def pmapped(problem: Any) -> Any:
+    step = jax.pmap(
+        make_step(problem, "data"), axis_name="data", in_axes=(None, None, 0, None), out_axes=None
+    )
+    split = lambda params, batch: (
+        params,
+        jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch),
+    )
+    return train(step, problem, split)
+
+
+WAYS = {
+    "jit, Auto axes": partial(sharded, AxisType.Auto),
+    "jit, Explicit axes": partial(sharded, AxisType.Explicit),
+    "shard_map, check_vma": partial(shard_mapped, True),
+    "shard_map, no check_vma": partial(shard_mapped, False),
+    "pmap": pmapped,
+}
+
+
+@pytest.fixture(scope="module")
+def one_device(problem: Any) -> Any:
+    return train(jax.jit(make_step(problem, None)), problem)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_four_devices_equal_one(way: str, problem: Any, one_device: Any) -> None:
+    found = WAYS[way](problem)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(one_device), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "none"])
+def test_statistics_are_global_in_every_mode(fisher: str, problem: Any) -> None:
+    layers, _, params, batch = problem
+    one = ng.value_and_grad(loss_fn, layers, fisher=fisher)(params, batch, rng=jax.random.key(0))
+    four = jax.jit(
+        jax.shard_map(
+            partial(
+                ng.value_and_grad(loss_fn, layers, fisher=fisher, axis_name="data"),
+                rng=jax.random.key(0),
+            ),
+            mesh=mesh(AxisType.Auto),
+            in_specs=(P(), P("data")),
+            out_specs=P(),
+        )
+    )(params, batch)
+    for ours, theirs in zip(jax.tree.leaves(four), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-4)
+
+
+def test_a_batch_that_varies_needs_its_axis_named(problem: Any) -> None:
+    layers, _, params, batch = problem
+    step = jax.shard_map(
+        lambda p, b: ng.value_and_grad(loss_fn, layers)(p, b, rng=jax.random.key(0))[0],
+        mesh=mesh(AxisType.Auto),
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
+    )
+    with pytest.raises(ValueError, match="pass axis_name='data'"):
+        jax.jit(step)(params, batch)

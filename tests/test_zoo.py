@@ -1,0 +1,314 @@
+"""Every model of the zoo: what is covered, gradients as JAX gives them, one compilation."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from flax import nnx, traverse_util
+
+import natgrad_jax as ng
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Tiny models run for a moment and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+each_case = pytest.mark.parametrize("case", zoo.CASES, ids=lambda case: case.name)
+
+
+def find_layers(loss_fn, params, *args):
+    """The layers; a warning tells of leftover parameters, and comes only with them."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ng.UncoveredWarning)
+        layers = ng.find_layers(loss_fn, params, *args)
+    assert [w.category for w in told] == [ng.UncoveredWarning] * bool(layers.uncovered)
+    return layers
+
+
+def parameter_paths(params):
+    """Every parameter's path, by Flax's own means."""
+    if isinstance(params, nnx.Module):
+        flat = nnx.to_flat_state(nnx.state(params, nnx.Param))
+        return {tuple(map(str, path)) for path, _ in flat}
+    return set(traverse_util.flatten_dict(nn.meta.unbox(params)))
+
+
+@each_case
+def test_only_what_has_no_block_is_left_over_and_the_table_names_all(case):
+    problem = case.make()
+    layers = find_layers(problem.loss_fn, problem.params, *problem.args)
+    everything = parameter_paths(problem.params)
+    assert set(layers.uncovered) == {path for path in everything if problem.uncovered(path)}
+    covered = [p.path for layer in layers.values() for p in layer.parameters]
+    assert sorted(covered + list(layers.uncovered)) == sorted(everything)
+    _, rule, *rows, summary = str(layers).splitlines()
+    assert set(rule) == {"─", " "}
+    named = [row.split()[0] for row in rows]
+    assert sorted(named) == sorted("/".join(path) for path in everything)
+    assert summary.startswith(f"{len(layers)} layers cover")
+    for path in layers.uncovered:
+        (row,) = [row for row in rows if row.split()[0] == "/".join(path)]
+        assert row.split()[1] == "diagonal"
+
+
+def reference(problem, params, args):
+    """What JAX's or Flax's value_and_grad gives of the same loss, without this library."""
+
+    def value(params, *args):
+        out = problem.loss_fn(params, *args)
+        return (out[0].value, out[1]) if problem.has_aux else out.value
+
+    transform = nnx.value_and_grad if isinstance(params, nnx.Module) else jax.value_and_grad
+    return transform(value, has_aux=problem.has_aux)(params, *args)
+
+
+def model_state(params):
+    """Batch statistics and rng counts of an NNX model, which its loss changes in place."""
+    if not isinstance(params, nnx.Module):
+        return None
+    return nnx.to_pure_dict(nnx.state(params, (nnx.BatchStat, nnx.RngCount)))
+
+
+class Results(NamedTuple):
+    """Of one training step: (value, gradients, the model's state), ours and the reference's."""
+
+    ours: Any
+    expected: Any
+    statistics: ng.Statistics
+
+
+def plain_step(problem, layers, tx, traces):
+    """``step(state, args, key)`` → state, Results; state = (params, opt_state)."""
+    grad_fn = ng.value_and_grad(problem.loss_fn, layers, has_aux=problem.has_aux)
+
+    @jax.jit
+    def step(state, args, key):
+        traces.append(1)
+        params, opt_state = state
+        expected = (*reference(problem, params, args), None)
+        value, grads, statistics = grad_fn(params, *args, rng=key, opt_state=opt_state)
+        updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
+        results = Results((value, grads, None), expected, statistics)
+        return (optax.apply_updates(params, updates), opt_state), results
+
+    return step, (problem.params, tx.init(problem.params))
+
+
+def nnx_step(problem, layers, tx, traces):
+    """The same for NNX; state = (model, optimizer), both changed in place."""
+    grad_fn = ng.value_and_grad(problem.loss_fn, layers, has_aux=problem.has_aux)
+
+    @nnx.jit
+    def jitted(model, optimizer, args, key):
+        traces.append(1)
+        twin = nnx.clone(model)
+        expected = (*reference(problem, twin, args), model_state(twin))
+        value, grads, statistics = grad_fn(model, *args, rng=key, opt_state=optimizer.opt_state)
+        ours = value, grads, model_state(model)
+        optimizer.update(model, grads, statistics=statistics)
+        return Results(ours, expected, statistics)
+
+    def step(state, args, key):
+        return state, jitted(*state, args, key)
+
+    return step, (problem.params, nnx.Optimizer(problem.params, tx, wrt=nnx.Param))
+
+
+def assert_close(actual, desired, tolerance):
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(desired)):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        want = np.asarray(want, np.float64)
+        scale = tolerance * max(np.abs(want).max(), 1e-3)
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=scale)
+
+
+@each_case
+def test_gradients_are_jaxs_own_and_training_compiles_once(case):
+    problem = case.make()
+    layers = find_layers(problem.loss_fn, problem.params, *problem.args)
+    tx = optax.chain(ng.scale_by_kfac(layers, damping=0.1), optax.sgd(0.01))
+    make = nnx_step if isinstance(problem.params, nnx.Module) else plain_step
+    before, traces = jax.tree.map(np.array, arrays(problem.params)), []
+    step, state = make(problem, layers, tx, traces)
+    state, results = step(state, problem.args, jax.random.key(2))
+    assert_close(results.ours, results.expected, problem.tolerance)
+    assert set(results.statistics.layers) == set(layers)
+    for path, sums in results.statistics.layers.items():
+        assert np.all(np.asarray(sums.rows) > 0), path
+        assert np.all(np.trace(sums.A, axis1=-2, axis2=-1) > 0), path
+        assert np.all(np.trace(sums.G, axis1=-2, axis2=-1) > 0), path
+    for i in range(2):
+        state, _ = step(state, problem.args, jax.random.key(3 + i))
+    assert len(traces) == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(ng.bases(opt_state_of(state))))
+    after = jax.tree.map(np.array, arrays(state[0]))
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before)):
+        assert new.dtype == old.dtype and np.isfinite(new).all()
+        assert np.any(new != old)
+
+
+def arrays(params):
+    """The parameters' arrays, of a model too."""
+    return nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
+
+
+def opt_state_of(state):
+    optimizer = state[1]
+    return optimizer.opt_state if isinstance(optimizer, nnx.Optimizer) else optimizer
+
+
+# ------------------------------------------------- what must not be taken for a layer it is not
+
+
+class NormalizedDense(nn.Dense):
+    """Computes something else than its parent."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return super().__call__(inputs / 2)
+
+
+class RenamedDense(nn.Dense):
+    """Computes the same, but nobody can know that."""
+
+
+class NormalizedLinear(nnx.Linear):
+    def __call__(self, inputs):
+        return super().__call__(inputs / 2)
+
+
+class MaskedConv(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(zoo.CLASSES, (1, 1), mask=jnp.ones((1, 1, zoo.FEATURES, zoo.CLASSES)))(x)
+
+
+class Uncalled(nnx.Module):
+    def __init__(self, rngs):
+        self.used = nnx.Linear(zoo.FEATURES, zoo.CLASSES, rngs=rngs)
+        self.unused = nnx.Linear(zoo.FEATURES, zoo.CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.used(x)
+
+
+class TiedKernel(nnx.Module):
+    """Two layers on one kernel: one's inputs and outputs alone are not its statistics."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(zoo.FEATURES, zoo.FEATURES, rngs=rngs)
+        self.second = nnx.Linear(zoo.FEATURES, zoo.FEATURES, rngs=rngs)
+        self.second.kernel = self.first.kernel
+        self.head = nnx.Linear(zoo.FEATURES, zoo.CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.second(nnx.tanh(self.first(x))))
+
+
+SUBCLASS = "{} is a subclass of {}: only exact types are known"
+LOOKALIKES = [
+    (
+        "linen subclass",
+        lambda: zoo.classify(NormalizedDense(zoo.CLASSES), zoo.vector()),
+        {("kernel",), ("bias",)},
+        SUBCLASS.format("NormalizedDense", "Dense"),
+    ),
+    (
+        "linen subclass without a body",
+        lambda: zoo.classify(nn.Sequential([RenamedDense(4), zoo.mlp()]), zoo.vector()),
+        {("layers_0", "kernel"), ("layers_0", "bias")},
+        SUBCLASS.format("RenamedDense", "Dense"),
+    ),
+    (
+        "linen masked convolution",
+        lambda: zoo.classify(MaskedConv(), zoo.image()),
+        {("Conv_0", "kernel"), ("Conv_0", "bias")},
+        "its kernel is masked",
+    ),
+    (
+        "linen weight norm",
+        lambda: zoo.classify(nn.WeightNorm(nn.Dense(zoo.CLASSES)), zoo.vector()),
+        {
+            ("layer_instance", "kernel"),
+            ("layer_instance", "bias"),
+            ("layer_instance/kernel/scale",),
+        },
+        None,
+    ),
+    (
+        "linen convolution without shared weights",
+        lambda: zoo.classify(nn.ConvLocal(zoo.CLASSES, (1, 1)), zoo.image()),
+        {("kernel",), ("bias",)},
+        "no block for ConvLocal",
+    ),
+    (
+        "nnx subclass",
+        lambda: zoo.classify_nnx(
+            zoo.build(lambda rngs: NormalizedLinear(zoo.FEATURES, zoo.CLASSES, rngs=rngs)),
+            zoo.vector(),
+        ),
+        {("kernel",), ("bias",)},
+        SUBCLASS.format("NormalizedLinear", "Linear"),
+    ),
+    (
+        "nnx LoRALinear",
+        lambda: zoo.classify_nnx(
+            zoo.build(lambda rngs: nnx.LoRALinear(4, zoo.CLASSES, lora_rank=2, rngs=rngs)),
+            zoo.vector(),
+        ),
+        {("kernel",), ("bias",), ("lora", "lora_a"), ("lora", "lora_b")},
+        SUBCLASS.format("LoRALinear", "Linear"),
+    ),
+    (
+        "nnx layer never called",
+        lambda: zoo.classify_nnx(zoo.build(Uncalled), zoo.vector()),
+        {("unused", "kernel"), ("unused", "bias")},
+        "its Linear is never called",
+    ),
+    (
+        "nnx kernel of two layers",
+        lambda: zoo.classify_nnx(zoo.build(TiedKernel), zoo.vector()),
+        {("first", "kernel"), ("first", "bias"), ("second", "bias")},
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize("make, uncovered, reason", [row[1:] for row in LOOKALIKES],
+                         ids=[row[0] for row in LOOKALIKES])  # fmt: skip
+def test_lookalikes_are_left_over_and_the_table_says_why(make, uncovered, reason):
+    problem = make()
+    with pytest.warns(ng.UncoveredWarning, match="diagonal") as told:
+        layers = ng.find_layers(problem.loss_fn, problem.params, *problem.args)
+    assert set(layers.uncovered) == uncovered
+    for path in uncovered:
+        assert "/".join(path) in str(told[0].message)
+    if reason is not None:
+        assert {u.reason for u in layers.leftover if u.parameter.path[-1] == "kernel"} == {reason}
+        assert str(layers).count(reason) >= 1
+
+
+TRAINED = [row for row in LOOKALIKES if row[0] in ("linen subclass", "nnx LoRALinear")]
+
+
+@pytest.mark.parametrize("make", [row[1] for row in TRAINED], ids=[row[0] for row in TRAINED])
+def test_lookalikes_train(make):
+    problem = make()
+    with pytest.warns(ng.UncoveredWarning):
+        layers = ng.find_layers(problem.loss_fn, problem.params, *problem.args)
+    build = nnx_step if isinstance(problem.params, nnx.Module) else plain_step
+    step, state = build(problem, layers, ng.kfac(0.01, layers), [])
+    _, results = step(state, problem.args, jax.random.key(2))
+    assert_close(results.ours, results.expected, problem.tolerance)
