@@ -217,6 +217,33 @@ class TiedKernel(nnx.Module):
         return self.head(self.second(nnx.tanh(self.first(x))))
 
 
+class FrozenKernelNNX(nnx.Module):
+    """Its kernel is no parameter: the bias alone trains."""
+
+    def __init__(self, rngs):
+        self.frozen = nnx.Linear(zoo.FEATURES, zoo.FEATURES, rngs=rngs)
+        self.frozen.kernel = nnx.Variable(self.frozen.kernel[...])
+        self.head = nnx.Linear(zoo.FEATURES, zoo.CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.frozen(x)))
+
+
+def frozen(name):
+    """Of the first of two layers one parameter is held outside of params."""
+    module, x = zoo.Nested(1), zoo.vector()
+    params = zoo.init(module, x)
+    held = {name: params["Dense_0"][name]}
+    rest = {k: v for k, v in params["Dense_0"].items() if k != name}
+
+    def loss_fn(params, x, y):
+        whole = {**params, "Dense_0": {**params["Dense_0"], **held}}
+        return ng.Categorical(module.apply({"params": whole}, x)).nll(y)
+
+    y = jnp.arange(zoo.BATCH) % zoo.CLASSES
+    return zoo.Problem(loss_fn, {**params, "Dense_0": rest}, (x, y), zoo.named("Dense_0"))
+
+
 SUBCLASS = "{} is a subclass of {}: only exact types are known"
 LOOKALIKES = [
     (
@@ -252,6 +279,18 @@ LOOKALIKES = [
         lambda: zoo.classify(nn.ConvLocal(zoo.CLASSES, (1, 1)), zoo.image()),
         {("kernel",), ("bias",)},
         "no block for ConvLocal",
+    ),
+    (
+        "linen kernel held fixed",
+        lambda: frozen("kernel"),
+        {("Dense_0", "bias")},
+        None,
+    ),
+    (
+        "nnx kernel held fixed",
+        lambda: zoo.classify_nnx(zoo.build(FrozenKernelNNX), zoo.vector()),
+        {("frozen", "bias")},
+        None,
     ),
     (
         "nnx subclass",
@@ -298,6 +337,37 @@ def test_lookalikes_are_left_over_and_the_table_says_why(make, uncovered, reason
     if reason is not None:
         assert {u.reason for u in layers.leftover if u.parameter.path[-1] == "kernel"} == {reason}
         assert str(layers).count(reason) >= 1
+
+
+def test_a_layer_whose_bias_is_held_fixed_is_a_layer_without_bias():
+    problem = frozen("bias")
+    layers = find_layers(problem.loss_fn, problem.params, *problem.args)
+    assert layers.uncovered == () and layers[("Dense_0",)].bias is None
+    step, state = plain_step(problem, layers, ng.kfac(0.01, layers), [])
+    _, results = step(state, problem.args, jax.random.key(2))
+    assert_close(results.ours, results.expected, problem.tolerance)
+    assert results.statistics.layers[("Dense_0",)].A.shape == (zoo.FEATURES, zoo.FEATURES)
+
+
+TRANSFORMS = {
+    "jax.jit": (jax.jit, "linen: mlp"),
+    "jax.checkpoint": (jax.checkpoint, "linen: mlp"),
+    "nnx.jit": (nnx.jit, "nnx: mlp in nnx.List"),
+    "nnx.remat": (nnx.remat, "nnx: mlp in nnx.List"),
+}
+
+
+@pytest.mark.parametrize("transform, name", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_the_whole_loss_may_be_transformed(transform, name):
+    (problem,) = [case.make() for case in zoo.CASES if case.name == name]
+    transformed = problem._replace(loss_fn=transform(problem.loss_fn))
+    layers = find_layers(transformed.loss_fn, problem.params, *problem.args)
+    assert layers == find_layers(problem.loss_fn, problem.params, *problem.args)
+    results = [
+        ng.value_and_grad(p.loss_fn, layers)(p.params, *p.args, rng=jax.random.key(0))
+        for p in (transformed, problem)
+    ]
+    assert_close(*results, problem.tolerance)
 
 
 TRAINED = [row for row in LOOKALIKES if row[0] in ("linen subclass", "nnx LoRALinear")]
