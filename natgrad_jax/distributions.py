@@ -268,7 +268,7 @@ class Term:
         losses = self.distribution.nll_per_example(self.targets)
         if self.weight is not None:
             losses = jnp.where(self.weight > 0, losses * self.weight.astype(losses.dtype), 0)
-        return self.scale.astype(losses.dtype) * losses.sum()
+        return jnp.asarray(self.scale, losses.dtype) * losses.sum()
 
 
 @jax.tree_util.register_dataclass
@@ -330,7 +330,8 @@ def _weights(examples: tuple[int, ...], where: Any, weights: Any) -> jax.Array |
         if value is None:
             continue
         value = jnp.asarray(value)
-        if jnp.broadcast_shapes(value.shape, examples) != examples:
+        lined_up = zip(reversed(value.shape), reversed(examples), strict=False)
+        if value.ndim > len(examples) or any(n not in (1, m) for n, m in lined_up):
             raise ValueError(
                 f"nll: {name} must broadcast to the examples' shape {examples}; got {value.shape}."
             )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +219,16 @@ class Layers(Mapping[Path, Layer]):
 
     def __str__(self) -> str:
         return coverage_table(self)
+
+
+def check_layers(layers: Any) -> None:
+    """Raise unless ``layers`` is a :class:`Layers`."""
+    if not isinstance(layers, Layers):
+        raise TypeError(
+            "layers must be what find_layers(loss_fn, params, batch) returns; got "
+            f"{type(layers).__name__}. The order of arguments is value_and_grad(loss_fn, layers), "
+            "scale_by_kfac(layers) and kfac(learning_rate, layers)."
+        )
 
 
 def coverage_table(layers: Layers) -> str:

@@ -104,7 +104,7 @@ def _weigh(seed: jax.Array, term: Term, loss: Loss, axes: Sequence[str], share: 
     one that the sums are divided by.
     """
     ratio = global_count(loss.terms[0], axes) / positive(global_count(term, axes))
-    factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0)).astype(seed.dtype)
+    factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0).astype(seed.dtype))
     if term.weight is not None:
         weight = jnp.sqrt(term.weight)[..., None].astype(seed.dtype)
         seed = jnp.where(weight > 0, seed * weight, 0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from natgrad_jax import compat, paths, seeds
 from natgrad_jax.clock import statistics_due
 from natgrad_jax.distributions import Loss
-from natgrad_jax.layers import Layers, Parameter
+from natgrad_jax.layers import Layers, Parameter, check_layers
 from natgrad_jax.parallel import AxisName, axis_names, psum, vary
 from natgrad_jax.paths import Path
 from natgrad_jax.sums import Sums, stack_first, zero_sums
@@ -89,6 +89,7 @@ def value_and_grad(
         raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHERS))}; got {fisher!r}.")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
+    check_layers(layers)
     axes = axis_names(axis_name)
 
     def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:

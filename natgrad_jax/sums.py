@@ -77,7 +77,7 @@ def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
         out_sharding=replicated(rows, rows.ndim - 1),
-    )
+    ).astype(dtype)
 
 
 def _count_rows(outputs: jax.Array, dtype: jnp.dtype) -> jax.Array:

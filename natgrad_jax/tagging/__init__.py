@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx as flax_nnx
 
 from natgrad_jax.distributions import Loss
 from natgrad_jax.layers import Layer, Layers, Parameter, Uncovered
@@ -73,12 +73,20 @@ def find_layers(loss_fn: Callable[..., Any], params: Any, *args: Any) -> Layers:
 
 def frontend_of(params: Any) -> ModuleType:
     """The module that tags such parameters: Linen's or NNX's."""
-    if isinstance(params, nnx.State):
+    if isinstance(params, flax_nnx.State):
         raise TypeError(
             "the first argument of loss_fn must be the NNX model itself, got its nnx.State. Write "
             "loss_fn(model, batch) and pass the model (merge it first where you have a state)."
         )
-    return nnx_frontend if isinstance(params, nnx.Module) else linen_frontend
+    if isinstance(params, flax_nnx.Module):
+        return nnx_frontend
+    is_model = lambda x: isinstance(x, flax_nnx.Module)
+    if any(map(is_model, jax.tree.leaves(params, is_leaf=is_model))):
+        raise TypeError(
+            f"the first argument of loss_fn must be one NNX model; got a {type(params).__name__} "
+            "with models in it. Hold them in one nnx.Module, for example nnx.Dict(a=…, b=…)."
+        )
+    return linen_frontend
 
 
 def as_loss(out: Any, has_aux: bool | None = None) -> Loss:
@@ -171,7 +179,10 @@ def _resolve(
     for path, sighting in seen.layers.items():
         if path in seen.refused:
             continue
-        kernel = parameters[(*path, "kernel")]
+        kernel = parameters.get((*path, "kernel"))
+        if kernel is None:
+            seen.refused[path] = "its kernel is no parameter of its own: held fixed, or shared"
+            continue
         candidates[path] = stack_candidates(kernel.shape, sighting.kernel_shape)
         if not candidates[path] or sighting.probe_shape != sighting.kernel_shape:
             seen.refused[path] = "its kernel reaches it in another shape than its parameter's"

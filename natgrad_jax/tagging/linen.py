@@ -48,15 +48,18 @@ def watched(run: Any, params: Any, probes: Mapping[Path, Any]) -> tuple[Any, Any
 
     def watch(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
+        if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            with seen.refusing(f"its kernel is normalized by {type(module).__name__}"):
+                return next_fun(*args, **kwargs)
         found = _variable(module)
         if not isinstance(found, Tag):
             return next_fun(*args, **kwargs)
         seen.owners.setdefault(found.path, type(module))
         result = next_fun(*args, **kwargs)
         if _is_layer_call(context):
-            seen.record(
-                found.path, found.probe, *_shapes(module), module, type(module), args, kwargs
-            )
+            kernel = _kernel_shape(module)
+            own = (module, type(module), args, kwargs)
+            seen.record(found.path, found.probe, kernel, module.use_bias, *own)
         return result
 
     def run_watched(params: Any, *args: Any) -> Any:
@@ -84,8 +87,8 @@ def instrument(
         slot = _variable(module)
         if not isinstance(slot, Slot):
             return result
-        kernel, bias = _shapes(module)
-        geometry = describe(module, type(module), kernel, bias is not None, args, kwargs)
+        bias = slot.layer.bias is not None
+        geometry = describe(module, type(module), _kernel_shape(module), bias, args, kwargs)
         return tap(slot, geometry.call, call_input(args, kwargs), result)
 
     with nn.intercept_methods(attach):
@@ -107,8 +110,6 @@ def _variable(module: nn.Module) -> Any:
     return module.get_variable("params", SLOT)
 
 
-def _shapes(module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Shapes of the kernel and the bias as the module sees them, scans already sliced."""
-    kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
-    bias = nn.meta.unbox(module.get_variable("params", "bias"))
-    return kernel.shape, None if bias is None else bias.shape
+def _kernel_shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of the kernel as the module sees it, scans already sliced."""
+    return tuple(nn.meta.unbox(module.get_variable("params", "kernel")).shape)

@@ -18,15 +18,23 @@ from natgrad_jax.tagging.modules import KINDS, call_input, describe
 from natgrad_jax.tagging.sightings import Sightings
 from natgrad_jax.tagging.slots import SLOT, Slot, tap
 
+NORMALIZERS = (nnx.WeightNorm, nnx.SpectralNorm)
+
 
 def watched(run: Any, model: nnx.Module, probes: Mapping[Path, Any]) -> tuple[Any, Any, Sightings]:
     """``(params of the model, run on a watched copy, what it will have seen)``."""
     params, (graph, rest) = split(model)
     seen = Sightings()
+    normalized = [path for path, m in modules(model) if isinstance(m, NORMALIZERS)]
 
     def run_watched(params: Any, *args: Any) -> Any:
         copy = nnx.merge(graph, params, rest, copy=True)
+        kernels: dict[int, Path] = {}
         for path, module in modules(copy):
+            if type(module) in KINDS:
+                first = kernels.setdefault(id(module.kernel), path)
+                if first != path:
+                    seen.refused |= dict.fromkeys((first, path), "its kernel is shared by layers")
             if path not in probes:
                 continue
             seen.owners[path] = type(module)
@@ -37,7 +45,10 @@ def watched(run: Any, model: nnx.Module, probes: Mapping[Path, Any]) -> tuple[An
                 module_type: Any = type(module)
                 module.natgrad_watch = functools.partial(_watch, seen, path, module_type)
                 module.__class__ = _tapped(module_type)
-        return run(copy, *args)
+        out = run(copy, *args)
+        inside = [p for p in seen.layers if any(p[: len(n)] == n for n in normalized)]
+        seen.refused |= dict.fromkeys(inside, "its kernel is normalized by a wrapper")
+        return out
 
     return params, run_watched, seen
 
@@ -45,12 +56,11 @@ def watched(run: Any, model: nnx.Module, probes: Mapping[Path, Any]) -> tuple[An
 def _watch(
     seen: Sightings, path: Path, module_type: type, module: Any, args: Any, kwargs: Any, s: Any
 ) -> Any:
-    bias = module.bias if hasattr(module, "bias") else None
     seen.record(
         path,
         getattr(module, SLOT)[...],
         module.kernel[...].shape,
-        None if bias is None else bias[...].shape,
+        getattr(module, "bias", None) is not None,
         module,
         module_type,
         args,
@@ -102,9 +112,8 @@ def _attacher(layer: Layer, module_type: Any) -> Any:
 
 def _attach(layer: Layer, module_type: type, module: Any, args: Any, kwargs: Any, s: Any) -> Any:
     slot = Slot(Sums(*(getattr(module, f"{SLOT}_{name}")[...] for name in Sums._fields)), layer)
-    has_bias = getattr(module, "bias", None) is not None
-    shape = module.kernel[...].shape
-    geometry = describe(module, module_type, shape, has_bias, args, kwargs)
+    bias = layer.bias is not None
+    geometry = describe(module, module_type, module.kernel[...].shape, bias, args, kwargs)
     return tap(slot, geometry.call, call_input(args, kwargs), s)
 
 

@@ -1,6 +1,8 @@
 """What a search saw: one sighting for each layer called, and how it becomes a record."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +19,6 @@ class Sighting(NamedTuple):
     bias_layout: Layout | None
     probe_shape: tuple[int, ...]
     kernel_shape: tuple[int, ...]
-    bias_shape: tuple[int, ...] | None
 
 
 @dataclass(eq=False)
@@ -31,23 +32,33 @@ class Sightings:
     owners: dict[Path, type] = field(default_factory=dict)
     layers: dict[Path, Sighting] = field(default_factory=dict)
     refused: dict[Path, str] = field(default_factory=dict)
+    _refusal: str | None = None
+
+    @contextlib.contextmanager
+    def refusing(self, reason: str) -> Iterator[None]:
+        """Layers called inside have no block, for this reason."""
+        outer, self._refusal = self._refusal, reason
+        try:
+            yield
+        finally:
+            self._refusal = outer
 
     def record(
         self,
         path: Path,
         probe: Any,
         kernel_shape: tuple[int, ...],
-        bias_shape: tuple[int, ...] | None,
+        bias: bool,
         module: Any,
         module_type: type,
         args: Any,
         kwargs: Any,
     ) -> None:
         """Note one call; called twice, a layer must have the same geometry both times."""
+        if self._refusal is not None:
+            self.refused[path] = self._refusal
         try:
-            geometry = describe(
-                module, module_type, kernel_shape, bias_shape is not None, args, kwargs
-            )
+            geometry = describe(module, module_type, kernel_shape, bias, args, kwargs)
         except UnsupportedError as e:
             self.refused[path] = str(e)
             return
@@ -57,7 +68,6 @@ class Sightings:
             geometry.bias,
             tuple(probe.shape),
             tuple(kernel_shape),
-            None if bias_shape is None else tuple(bias_shape),
         )
         if self.layers.setdefault(path, sighting) != sighting:
             self.refused[path] = "it is called in two ways that read its kernel differently"
@@ -76,13 +86,18 @@ def stack_candidates(whole: tuple[int, ...], seen: tuple[int, ...]) -> list[tupl
 def to_layer(
     path: Path, sighting: Sighting, kernel: Parameter, bias: Parameter | None, axes: tuple[int, ...]
 ) -> Layer:
-    """The record of a sighted layer whose parameters are stacked over ``axes``."""
+    """The record of a sighted layer whose parameters are stacked over ``axes``.
+
+    A bias that is no parameter is a constant: the layer then counts as one without.
+    """
+    if sighting.bias_layout is None:
+        bias = None
     return Layer(
         path=path,
         kind=sighting.kind,
         kernel=kernel,
-        bias=bias if sighting.bias_shape is not None else None,
+        bias=bias,
         kernel_layout=sighting.kernel_layout,
-        bias_layout=sighting.bias_layout,
+        bias_layout=None if bias is None else sighting.bias_layout,
         stack=tuple((axis, kernel.shape[axis]) for axis in axes),
     )

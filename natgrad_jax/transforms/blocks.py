@@ -76,15 +76,6 @@ def update_diagonals(
     return new, later, rejected
 
 
-def check_is_layers(layers: Any) -> None:
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"layers must be what find_layers(loss_fn, params, batch) returns; got "
-            f"{type(layers).__name__}. The order is kfac(learning_rate, layers) and "
-            "scale_by_kfac(layers)."
-        )
-
-
 def check_statistics(statistics: Any, layers: Layers, name: str, outputs: bool = True) -> None:
     """Raise unless ``statistics`` were measured for ``layers`` (with a Fisher pass)."""
     if statistics is None:
@@ -106,12 +97,15 @@ def check_statistics(statistics: Any, layers: Layers, name: str, outputs: bool =
         )
     for path, layer in layers.items():
         sums = statistics.layers[path]
-        wanted = layer.stack_sizes + layer.input_factor_shape
-        if tuple(sums.A.shape) != wanted:
-            raise ValueError(
-                f"statistics of layer {join(path)} have A of shape {tuple(sums.A.shape)}, these "
-                f"Layers need {wanted}: they were measured on another model."
-            )
+        shapes = {"A": layer.input_factor_shape, "G": layer.output_factor_shape}
+        for name_of, shape in shapes.items():
+            factor, wanted = getattr(sums, name_of), layer.stack_sizes + shape
+            if factor is not None and tuple(factor.shape) != wanted:
+                raise ValueError(
+                    f"statistics of layer {join(path)} have {name_of} of shape "
+                    f"{tuple(factor.shape)}, these Layers need {wanted}: they were measured on "
+                    "another model."
+                )
         if outputs and sums.G is None:
             raise ValueError(
                 f'{name} needs output statistics, and value_and_grad(fisher="none") measures '

@@ -1,5 +1,6 @@
 """K-FAC: natural gradient with one Kronecker product a layer."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 from natgrad_jax.averages import Factors, batch_factors, update, zero_factors
 from natgrad_jax.clock import Clock, due, start, tick
 from natgrad_jax.damping_rules import split
-from natgrad_jax.layers import Layer, Layers
+from natgrad_jax.layers import Layer, Layers, check_layers
 from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.paths import Path
 from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
@@ -84,10 +85,10 @@ def scale_by_kfac(
     >>> import optax, natgrad_jax as ng
     >>> tx = optax.chain(ng.scale_by_kfac(ng.Layers({}), damping=1e-3), optax.sgd(0.1))
     """
+    check_layers(layers)
     check_positive(damping=damping, trust_radius=1 if trust_radius is None else trust_radius)
     check_period(statistics_period=statistics_period, refresh_period=refresh_period)
     check_fraction(decay=decay)
-    blocks.check_is_layers(layers)
 
     def init_fn(params: optax.Params) -> KFACState:
         del params  # shapes come from the layers: params may be placeholders
@@ -107,8 +108,12 @@ def scale_by_kfac(
         assert statistics is not None
         step = state.clock.step
         lam = at(damping, step)
+        before = state.weights
         state = _measure(state, statistics, layers, at(decay, step))
-        state = _refresh(state, layers, lam, due(step, at(refresh_period, step)))
+        # what was measured for the first time is inverted now, not a period later
+        news = [jnp.any((before[path] == 0) & (state.weights[path] > 0)) for path in layers]
+        refresh = functools.reduce(jnp.logical_or, news, due(step, at(refresh_period, step)))
+        state = _refresh(state, layers, lam, refresh)
         updates, quadratic = _precondition(updates, state, layers, lam)
         if trust_radius is not None:
             updates = blocks.trust_region(updates, quadratic, at(trust_radius, step))
@@ -126,7 +131,7 @@ def kfac(
     decay: Scalar = 0.95,
     statistics_period: Scalar = 5,
     refresh_period: Scalar = 20,
-    momentum: float | None = 0.9,
+    momentum: Scalar | None = 0.9,
     weight_decay: Scalar = 0.0,
     trust_radius: Scalar | None = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
@@ -155,6 +160,7 @@ def kfac(
     >>> import natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}))
     """
+    check_layers(layers)
     radius = None if trust_radius is None else _per_squared_rate(trust_radius, learning_rate)
     return optax.chain(
         scale_by_kfac(
@@ -165,9 +171,20 @@ def kfac(
             refresh_period=refresh_period,
             trust_radius=radius,
         ),
-        optax.identity() if momentum is None else optax.trace(momentum),
+        _momentum(momentum),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _momentum(decay: Scalar | None) -> optax.GradientTransformation:
+    if decay is None:
+        return optax.identity()
+    # optax.trace takes a number; inject_hyperparams is optax's way from a number to a schedule
+    return (
+        optax.inject_hyperparams(optax.trace)(decay=decay)
+        if callable(decay)
+        else optax.trace(decay)
     )
 
 
