@@ -1,7 +1,8 @@
 """Natural-gradient training for Flax models, as pure functions behind optax transformations."""
 
-from natgrad_jax.distributions import Bernoulli, Categorical, Gaussian, Loss
+from natgrad_jax.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.layers import Layer, Layers
+from natgrad_jax.losses import Loss
 from natgrad_jax.readers import bases, damping, factors
 from natgrad_jax.statistics import Statistics, value_and_grad
 from natgrad_jax.tagging import UncoveredWarning, find_layers

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.distributions import Loss, Term, global_count, positive
+from natgrad_jax.losses import Loss, Term, global_count, positive
 from natgrad_jax.parallel import sharded_like
 
 Seeds = tuple[jax.Array, ...]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from natgrad_jax import compat, paths, seeds
 from natgrad_jax.clock import statistics_due
-from natgrad_jax.distributions import Loss
 from natgrad_jax.layers import Layers, Parameter, check_layers
+from natgrad_jax.losses import Loss
 from natgrad_jax.parallel import AxisName, axis_names, psum, vary
 from natgrad_jax.paths import Path
 from natgrad_jax.sums import Sums, stack_first, zero_sums

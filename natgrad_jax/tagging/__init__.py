@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx as flax_nnx
 
-from natgrad_jax.distributions import Loss
 from natgrad_jax.layers import Layer, Layers, Parameter, Uncovered
+from natgrad_jax.losses import Loss
 from natgrad_jax.paths import Path, join, leaves
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS

@@ -41,10 +41,10 @@ class KFACState(NamedTuple):
 
 def scale_by_kfac(
     layers: Layers,
-    damping: Scalar = 1e-3,
+    damping: Scalar = 1e-2,
     *,
     decay: Scalar = 0.95,
-    statistics_period: Scalar = 5,
+    statistics_period: Scalar = 10,
     refresh_period: Scalar = 20,
     trust_radius: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -127,9 +127,9 @@ def kfac(
     learning_rate: Scalar,
     layers: Layers,
     *,
-    damping: Scalar = 1e-3,
+    damping: Scalar = 1e-2,
     decay: Scalar = 0.95,
-    statistics_period: Scalar = 5,
+    statistics_period: Scalar = 10,
     refresh_period: Scalar = 20,
     momentum: Scalar | None = 0.9,
     weight_decay: Scalar = 0.0,

@@ -1,0 +1,136 @@
+"""Losses that remember the distributions they came from, and how examples are weighed."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from natgrad_jax.parallel import psum, vary
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Term:
+    """One negative log-likelihood inside a loss: ``scale · Σ w (−log p) / Σ w``."""
+
+    distribution: Any
+    targets: jax.Array
+    weight: jax.Array | None
+    scale: jax.Array
+
+    @property
+    def count(self) -> jax.Array:
+        """The number of examples, weighted."""
+        if self.weight is None:
+            return jnp.asarray(math.prod(self.distribution.examples), jnp.float32)
+        return self.weight.sum()
+
+    @property
+    def total(self) -> jax.Array:
+        """``scale · Σ w (−log p)``."""
+        losses = self.distribution.nll_per_example(self.targets)
+        if self.weight is not None:
+            losses = jnp.where(self.weight > 0, losses * self.weight.astype(losses.dtype), 0)
+        return jnp.asarray(self.scale, losses.dtype) * losses.sum()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Loss:
+    """A scalar loss that remembers the distributions it came from; a pytree.
+
+    Losses add to one another and to scalars, and scale by scalars. The scalar itself is
+    ``loss.value``. Added scalars (weight decay, …) take part in the gradient, not in the Fisher.
+
+    >>> import jax.numpy as jnp
+    >>> loss = 2.0 * Gaussian(jnp.zeros((2, 3))).nll(jnp.ones((2, 3))) + 0.5
+    >>> float(loss.value)
+    3.5
+    """
+
+    terms: tuple[Term, ...]
+    scalar: jax.Array | None = None
+
+    @property
+    def value(self) -> jax.Array:
+        """The loss as a scalar array."""
+        return self.contribution(())
+
+    def contribution(self, axes: Sequence[str]) -> jax.Array:
+        """What this device adds to the global loss: the sum over ``axes`` is the global value."""
+        parts = [t.total / positive(global_count(t, axes)) for t in self.terms]
+        if self.scalar is not None:
+            parts.append(self.scalar / math.prod(jax.lax.axis_size(a) for a in axes))
+        return functools.reduce(jnp.add, parts)
+
+    def __add__(self, other: Any) -> "Loss":
+        if not isinstance(other, Loss):
+            other = Loss((), _scalar(other, "add to a Loss"))
+        scalars = [s for s in (self.scalar, other.scalar) if s is not None]
+        return Loss(
+            self.terms + other.terms, functools.reduce(jnp.add, scalars) if scalars else None
+        )
+
+    __radd__ = __add__
+
+    def __mul__(self, other: Any) -> "Loss":
+        factor = _scalar(other, "multiply a Loss by")
+        terms = tuple(replace(t, scale=t.scale * factor) for t in self.terms)
+        return Loss(terms, None if self.scalar is None else self.scalar * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> "Loss":
+        return self * (1 / _scalar(other, "divide a Loss by"))
+
+
+def example_weights(examples: tuple[int, ...], where: Any, weights: Any) -> jax.Array | None:
+    """The mask and the weights of ``nll`` as one array of the examples' shape, or None."""
+    if where is None and weights is None:
+        return None
+    weight = jnp.ones((), jnp.float32)
+    for name, value in (("where", where), ("weights", weights)):
+        if value is None:
+            continue
+        value = jnp.asarray(value)
+        lined_up = zip(reversed(value.shape), reversed(examples), strict=False)
+        if value.ndim > len(examples) or any(n not in (1, m) for n, m in lined_up):
+            raise ValueError(
+                f"nll: {name} must broadcast to the examples' shape {examples}; got {value.shape}."
+            )
+        if name == "weights" and is_concrete(value) and value_range(value)[0] < 0:
+            raise ValueError("nll: weights must not be negative; mask examples out with where=.")
+        weight = weight * value
+    return jax.lax.stop_gradient(jnp.broadcast_to(weight, examples))
+
+
+def _scalar(value: Any, doing: str) -> jax.Array:
+    if isinstance(value, Loss) or jnp.shape(value) != ():
+        what = "a Loss" if isinstance(value, Loss) else f"an array of shape {jnp.shape(value)}"
+        raise TypeError(f"Losses add, and scale by scalars: cannot {doing} {what}.")
+    return jnp.asarray(value)
+
+
+def global_count(term: Term, axes: Sequence[str]) -> jax.Array:
+    """The term's example count over all devices of the named axes."""
+    return psum(vary(term.count, axes), axes)
+
+
+def positive(count: jax.Array) -> jax.Array:
+    """``count`` made safe to divide by: nothing divided by no examples is nothing."""
+    return jnp.where(count > 0, count, 1)
+
+
+def is_concrete(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
+def value_range(x: Any) -> tuple[Any, Any]:
+    """Least and greatest value of a concrete array; NumPy's, since jit stages JAX's."""
+    values = np.asarray(x)
+    return values.min(), values.max()
