@@ -65,6 +65,8 @@ class Distribution:
         to the output factors and to the example count; what layers see of them still enters
         the input factors, as a mean over all rows that a layer was run on.
 
+        Negative multiples of a loss have a gradient and no curvature.
+
         Args:
           targets: what was observed; for :class:`Categorical` class numbers ``(*examples,)`` or
             probabilities ``(*examples, C)``, otherwise an array of the natural output's shape.
@@ -75,13 +77,17 @@ class Distribution:
           ValueError: targets of another shape, or out of range where they are concrete.
         """
         targets = jnp.asarray(targets)
+        weight = example_weights(self.examples, where, weights)
+        if weight is not None and targets.shape[: len(self.examples)] == self.examples:
+            # what masked examples hold (−1, NaN) must not get anywhere
+            counts = weight > 0 if targets.ndim == len(self.examples) else (weight > 0)[..., None]
+            targets = jnp.where(counts, targets, jnp.zeros((), targets.dtype))
         self.check(targets)
         if not math.prod(self.natural.shape):
             raise ValueError(
                 f"{type(self).__name__}.nll got an empty batch: its {self.natural_name} have "
                 f"shape {self.natural.shape}. Skip empty batches before the loss."
             )
-        weight = example_weights(self.examples, where, weights)
         return Loss((Term(self, targets, weight, jnp.asarray(1.0)),))
 
 

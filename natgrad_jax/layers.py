@@ -75,8 +75,8 @@ class Layout(NamedTuple):
 class Layer:
     """The kind and geometry of one layer; hashable, without arrays.
 
-    ``stack`` holds (axis, size) for each axis of the kernel that a scan or vmap slices away
-    before the layer sees it.
+    ``stack`` holds (axis, size) for each axis of the parameters that a scan or vmap slices away
+    before the layer sees it; −1 is the last axis of each.
     """
 
     path: Path
@@ -145,7 +145,7 @@ class Layer:
         return kernel, self._stack_last(bias)
 
     def _unstacked(self, parameter: Parameter) -> tuple[int, ...]:
-        axes = {axis for axis, _ in self.stack}
+        axes = {axis % len(parameter.shape) for axis, _ in self.stack}
         return tuple(n for i, n in enumerate(parameter.shape) if i not in axes)
 
     def _stack_first(self, x: jax.Array) -> jax.Array:

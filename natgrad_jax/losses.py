@@ -27,7 +27,7 @@ class Term:
     def count(self) -> jax.Array:
         """The number of examples, weighted."""
         if self.weight is None:
-            return jnp.asarray(math.prod(self.distribution.examples), jnp.float32)
+            return jnp.asarray(math.prod(self.distribution.examples), float)
         return self.weight.sum()
 
     @property
@@ -63,7 +63,10 @@ class Loss:
 
     def contribution(self, axes: Sequence[str]) -> jax.Array:
         """What this device adds to the global loss: the sum over ``axes`` is the global value."""
-        parts = [t.total / positive(global_count(t, axes)) for t in self.terms]
+        parts = []
+        for term in self.terms:
+            total = term.total
+            parts.append(total / positive(global_count(term, axes)).astype(total.dtype))
         if self.scalar is not None:
             parts.append(self.scalar / math.prod(jax.lax.axis_size(a) for a in axes))
         return functools.reduce(jnp.add, parts)
@@ -85,6 +88,12 @@ class Loss:
 
     __rmul__ = __mul__
 
+    def __neg__(self) -> "Loss":
+        return self * -1
+
+    def __sub__(self, other: Any) -> "Loss":
+        return self + (-other)
+
     def __truediv__(self, other: Any) -> "Loss":
         return self * (1 / _scalar(other, "divide a Loss by"))
 
@@ -93,7 +102,7 @@ def example_weights(examples: tuple[int, ...], where: Any, weights: Any) -> jax.
     """The mask and the weights of ``nll`` as one array of the examples' shape, or None."""
     if where is None and weights is None:
         return None
-    weight = jnp.ones((), jnp.float32)
+    weight = jnp.ones((), float)
     for name, value in (("where", where), ("weights", weights)):
         if value is None:
             continue

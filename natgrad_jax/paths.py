@@ -4,6 +4,7 @@ A path is a tuple of str. Flax Linen dicts, ``FrozenDict``, NNX ``State`` (whose
 variables: ``….value``) and NNX modules spell the same parameter differently; here they agree.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +44,8 @@ def insert(
 ) -> Any:
     """``tree`` with ``value_of(path, mapping)`` under ``key`` of each mapping; not where None.
 
-    Walks mappings, lists and tuples; mappings come back as plain dicts (``FrozenDict`` too).
+    Walks mappings, dataclasses, lists and tuples; mappings come back as plain dicts, also a
+    ``FrozenDict``.
     """
     if isinstance(tree, Mapping):
         out = {k: insert(v, key, value_of, (*path, str(k))) for k, v in tree.items()}
@@ -52,6 +54,10 @@ def insert(
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         items = zip(tree._fields, tree, strict=True)
         return type(tree)(*(insert(v, key, value_of, (*path, name)) for name, v in items))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [f.name for f in dataclasses.fields(tree)]
+        new = {n: insert(getattr(tree, n), key, value_of, (*path, n)) for n in names}
+        return dataclasses.replace(tree, **new)
     if isinstance(tree, list | tuple):
         return type(tree)(insert(v, key, value_of, (*path, str(i))) for i, v in enumerate(tree))
     return tree

@@ -25,9 +25,10 @@ def sampled(loss: Loss, axes: Sequence[str], key: jax.Array, samples: int) -> Se
     return _gradients(loss, axes, targets, 1 / samples)
 
 
-def observed(loss: Loss, axes: Sequence[str]) -> Seeds:
-    """``∇ −log p(y)`` at the true labels: mode "empirical"."""
-    return _gradients(loss, axes, [t.targets for t in loss.terms], 1.0)
+def observed(loss: Loss, axes: Sequence[str], key: jax.Array) -> Seeds:
+    """``∇ −log p(y)`` at the true labels, each example with a random sign: mode "empirical"."""
+    seeds = _gradients(loss, axes, [t.targets for t in loss.terms], 1.0)
+    return tuple(_random_signs(seed, key, axes) for seed in seeds)
 
 
 def exact_columns(
@@ -37,8 +38,7 @@ def exact_columns(
 
     A seed is one column of a root of one output Hessian, for every example of the leading axis
     at once. Other example axes (tokens, pixels) may depend on one another, so each of their
-    positions has seeds of its own. A random sign for each example leaves the outer products
-    unchanged and makes the squared sum over examples unbiased (the diagonal blocks).
+    positions has seeds of its own.
     """
 
     def of_term(i: int, term: Term) -> tuple[int, Callable[[jax.Array], Seeds]]:
@@ -50,10 +50,7 @@ def exact_columns(
             root = term.distribution.root_column(index % columns)
             at = jax.nn.one_hot(index // columns, positions, dtype=root.dtype)
             root = root * at.reshape(*examples[1:], 1)
-            if examples:
-                keys = _example_keys(jax.random.fold_in(key, index), root, axes)
-                signs = jax.vmap(lambda k: jax.random.rademacher(k, (), root.dtype))(keys)
-                root = root * signs.reshape(-1, *[1] * (root.ndim - 1))
+            root = _random_signs(root, jax.random.fold_in(key, index), axes)
             seeds = [jnp.zeros_like(t.distribution.natural) for t in loss.terms]
             seeds[i] = _weigh(root, term, loss, axes, 1.0)
             return tuple(seeds)
@@ -86,6 +83,19 @@ def _example_keys(key: jax.Array, natural: jax.Array, axes: Sequence[str]) -> ja
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(sharded_like(index, natural))
 
 
+def _random_signs(seed: jax.Array, key: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A sign for each element of the leading axis.
+
+    Outer products stay as they are, and the squared sum over examples (the diagonal blocks)
+    becomes an unbiased estimate of the sum of squares.
+    """
+    if seed.ndim == 1:
+        return seed
+    keys = _example_keys(key, seed, axes)
+    signs = jax.vmap(lambda k: jax.random.rademacher(k, (), seed.dtype))(keys)
+    return seed * signs.reshape(-1, *[1] * (seed.ndim - 1))
+
+
 def _gradients(loss: Loss, axes: Sequence[str], targets: list[Any], share: float) -> Seeds:
     def seed(term: Term, y: jax.Array) -> jax.Array:
         distribution = term.distribution
@@ -104,7 +114,7 @@ def _weigh(seed: jax.Array, term: Term, loss: Loss, axes: Sequence[str], share: 
     one that the sums are divided by.
     """
     ratio = global_count(loss.terms[0], axes) / positive(global_count(term, axes))
-    factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0).astype(seed.dtype))
+    factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0)).astype(seed.dtype)
     if term.weight is not None:
         weight = jnp.sqrt(term.weight)[..., None].astype(seed.dtype)
         seed = jnp.where(weight > 0, seed * weight, 0)

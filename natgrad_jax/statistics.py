@@ -64,7 +64,9 @@ def value_and_grad(
 
     Returns:
       ``grad_fn(params, *args, rng=None, opt_state=None)`` → ``loss, grads, statistics``, with
-      has_aux ``(loss, aux), grads, statistics``. ``rng`` is a key, needed by ``"mc"``. With
+      has_aux ``(loss, aux), grads, statistics``. ``rng`` is a key, needed by ``"mc"``; ``"exact"``
+      and ``"empirical"`` draw from it the signs for the diagonal of leftover parameters (one fixed
+      draw without it). With
       ``opt_state`` statistics are measured only on the steps for which the transformation in it
       asks; without, on every call. For NNX, ``params`` is the model: its batch statistics and rng
       counts are updated in place.
@@ -120,7 +122,7 @@ def value_and_grad(
         pull = _Pull(pullback, jnp.zeros_like(value), layers, axes)
         due = True if opt_state is None else statistics_due(opt_state)
         skip = partial(_nothing, layers, fisher)
-        if fisher == "empirical" and _shares_training_pass(loss):
+        if fisher == "empirical" and _shares_training_pass(loss, layers):
             both = partial(_measure_in_training_pass, pullback, (one, none), loss, layers, axes)
             grads, statistics = _when(due, both, lambda: (pullback((one, none))[0], skip()))
         else:
@@ -141,7 +143,7 @@ class _Pull:
 
     def __call__(self, cotangents: Any) -> tuple[dict[Path, Sums], dict[Path, jax.Array]]:
         grads, slots = self.pullback((self.no_value, cotangents))
-        return _sums(slots), _squares(grads, self.layers, self.axes, 1.0)
+        return _sums(slots), _squares(grads, self.layers, self.axes)
 
 
 def _measure(
@@ -149,6 +151,7 @@ def _measure(
 ) -> Statistics:
     """The global statistics of this batch by the Fisher's own seeds."""
     no_seeds = tuple(jnp.zeros_like(t.distribution.natural) for t in loss.terms)
+    signs = jax.random.key(0) if rng is None else rng
     if fisher == "none":
         inputs = {path: s._replace(G=None) for path, s in pull(no_seeds)[0].items()}
         return _statistics(loss, inputs, None, axes)
@@ -156,13 +159,12 @@ def _measure(
         sums, squares = pull(seeds.sampled(loss, axes, rng, 1))
         return _statistics(loss, sums, squares, axes)
     if fisher == "empirical":
-        sums, squares = pull(seeds.observed(loss, axes))
+        sums, squares = pull(seeds.observed(loss, axes, signs))
         return _statistics(loss, sums, squares, axes)
     if fisher == "mc":
         keys = jax.random.split(rng, samples)
         passes = [(samples, lambda i: seeds.sampled(loss, axes, keys[i], samples))]
     else:
-        signs = jax.random.key(0) if rng is None else rng
         passes = seeds.exact_columns(loss, axes, signs)
     # the inputs are the same in every pass: sum them once, and the outputs' products over passes
     inputs, squares = jax.eval_shape(pull, no_seeds)
@@ -181,9 +183,13 @@ def _measure(
     return _statistics(loss, sums, squares, axes)
 
 
-def _shares_training_pass(loss: Loss) -> bool:
-    """Whether training cotangents are the examples' own gradients up to one common factor."""
-    return len(loss.terms) == 1 and loss.terms[0].weight is None and loss.scalar is None
+def _shares_training_pass(loss: Loss, layers: Layers) -> bool:
+    """Whether training cotangents are the examples' own gradients up to one common factor.
+
+    Leftover parameters need a pass of their own: their squares take signs for each example.
+    """
+    one_factor = len(loss.terms) == 1 and loss.terms[0].weight is None and loss.scalar is None
+    return one_factor and not layers.leftover
 
 
 def _measure_in_training_pass(
@@ -192,13 +198,12 @@ def _measure_in_training_pass(
     grads, slots = pullback(cotangent)
     term = loss.terms[0]
     # training rows are scale/N · ∇, the Fisher's are √scale · ∇
-    factor = seeds.global_count(term, axes) ** 2 / term.scale
+    factor = seeds.global_count(term, axes) ** 2 / jnp.where(term.scale > 0, term.scale, jnp.inf)
     sums = {
         p: s._replace(G=jax.tree.map(lambda G: (G * factor).astype(G.dtype), s.G))
         for p, s in _sums(slots).items()
     }
-    squares = _squares(grads, layers, axes, factor)
-    return grads, _statistics(loss, sums, squares, axes)
+    return grads, _statistics(loss, sums, {}, axes)
 
 
 def _statistics(loss: Loss, sums: Any, squares: Any, axes: tuple[str, ...]) -> Statistics:
@@ -210,26 +215,24 @@ def _sums(slots: dict[Path, Slot]) -> dict[Path, Sums]:
     return {path: stack_first(slot.sums, slot.layer) for path, slot in slots.items()}
 
 
-def _squares(
-    grads: Any, layers: Layers, axes: tuple[str, ...], factor: Any
-) -> dict[Path, jax.Array]:
+def _squares(grads: Any, layers: Layers, axes: tuple[str, ...]) -> dict[Path, jax.Array]:
     """Squared Fisher-pass gradients of the parameters outside every layer, over all devices.
 
-    Examples' gradients are independent with mean zero under the model, so that the square of
-    their sum estimates the sum of their squares.
+    Examples' gradients are independent with mean zero (sampled labels, or random signs), so
+    that the square of their sum estimates the sum of their squares.
     """
     by_path = paths.leaves(grads)
     wide = {
         u.parameter.path: by_path[u.parameter.path].astype(_wide_dtype(u.parameter))
         for u in layers.leftover
     }
-    return {path: jnp.square(g) * factor for path, g in psum(wide, axes).items()}
+    return {path: jnp.square(g) for path, g in psum(wide, axes).items()}
 
 
 def _nothing(layers: Layers, fisher: str) -> Statistics:
     """Zero statistics: no information, of the same structure as measured ones."""
     sums = {path: stack_first(zero_sums(layer), layer) for path, layer in layers.items()}
-    count = jnp.zeros((), jnp.float32)
+    count = jnp.zeros((), float)
     if fisher == "none":
         return Statistics(count, {p: s._replace(G=None) for p, s in sums.items()}, None)
     leftover = {

@@ -60,12 +60,16 @@ def input_gram(layer: Layer, call: Any, x: jax.Array) -> jax.Array:
     chunks = _chunks(len(examples), call.width(x) * x.dtype.itemsize)
     if chunks == 1:
         return gram(call.inputs(examples), dtype)
+    even = len(examples) - len(examples) % chunks
     # the chunk axis is the minor one: a batch sharded over devices stays where it is
-    stacked = examples.reshape(len(examples) // chunks, chunks, *examples.shape[1:])
+    stacked = examples[:even].reshape(even // chunks, chunks, *examples.shape[1:])
     stacked = jnp.moveaxis(stacked, 1, 0)
     zero = varying_like(jnp.zeros(layer.input_factor_shape, dtype), x)
     body = lambda total, chunk: (total + gram(call.inputs(chunk), dtype), None)
-    return jax.lax.scan(body, zero, stacked)[0]
+    total = jax.lax.scan(body, zero, stacked)[0]
+    if even < len(examples):
+        total += gram(call.inputs(examples[even:]), dtype)
+    return total
 
 
 def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -87,9 +91,10 @@ def _count_rows(outputs: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _chunks(examples: int, bytes_per_example: int) -> int:
-    """The fewest equal chunks whose patches stay within the bound."""
-    needed = -(-examples * bytes_per_example // MAX_PATCH_BYTES)
-    return next((c for c in range(max(needed, 1), examples) if examples % c == 0), examples or 1)
+    """About the fewest chunks whose patches stay within the bound; equal ones where possible."""
+    needed = max(-(-examples * bytes_per_example // MAX_PATCH_BYTES), 1)
+    needed = min(needed, examples)
+    return next((c for c in range(needed, 2 * needed) if examples % c == 0), needed)
 
 
 def _rows_shape(layer: Layer) -> tuple[int, ...]:
@@ -98,6 +103,7 @@ def _rows_shape(layer: Layer) -> tuple[int, ...]:
 
 
 def _with_stack(shape: tuple[int, ...], layer: Layer) -> tuple[int, ...]:
-    for axis, size in sorted(layer.stack):
-        shape = (*shape[:axis], size, *shape[axis:])
+    for axis, size in layer.stack:
+        at = len(shape) if axis == -1 else axis
+        shape = (*shape[:at], size, *shape[at:])
     return shape

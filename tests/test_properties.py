@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx, struct
 from jax.flatten_util import ravel_pytree
 
 import natgrad_jax as ng
@@ -23,6 +24,13 @@ def float64() -> Any:
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+@struct.dataclass
+class Box:
+    """A parameter tree that is no dict."""
+
+    own: Any
 
 
 class Linear(nn.Module):
@@ -148,7 +156,7 @@ class Body(nn.Module):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1, -1])
 def test_scanned_layers_have_the_factors_of_unrolled_ones(axis: int, remat: bool) -> None:
     """Widths equal the stack's length, so that shapes alone cannot tell the stack's axis."""
     x, y = normal(0, 5, 3), normal(1, 5, 3)
@@ -232,17 +240,18 @@ def test_vmapped_examples_and_micro_batches_give_the_batch() -> None:
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_chunked_patches_give_the_same_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = normal(0, 6, 5, 5, 2), normal(1, 6, 5, 5, 3)
+@pytest.mark.parametrize("examples, held", [(6, 2), (7, 3)], ids=["even", "with a rest"])
+def test_chunked_patches_give_the_same_factor(
+    examples: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = normal(0, examples, 5, 5, 2), normal(1, examples, 75)
     net = nn.Conv(3, (3, 3), param_dtype=jnp.float64)
     params = net.init(jax.random.key(0), x)["params"]
-    loss_fn = lambda p, x: ng.Gaussian(net.apply({"params": p}, x).reshape(6, -1)).nll(
-        y.reshape(6, -1)
-    )
+    loss_fn = lambda p, x: ng.Gaussian(net.apply({"params": p}, x).reshape(examples, -1)).nll(y)
     layers = ng.find_layers(loss_fn, params, x)
     run = lambda: jax.jit(lambda p, x: ng.value_and_grad(loss_fn, layers, fisher="none")(p, x)[2])
     whole = run()(params, x)
-    monkeypatch.setattr("natgrad_jax.sums.MAX_PATCH_BYTES", 25 * 19 * 8 * 2)  # two examples
+    monkeypatch.setattr("natgrad_jax.sums.MAX_PATCH_BYTES", 25 * 19 * 8 * held)
     chunked = run().lower(params, x).compile()
     assert "while" in chunked.as_text()
     np.testing.assert_allclose(
@@ -310,3 +319,59 @@ def test_batch_dims_of_dense_general_are_blocks() -> None:
     np.testing.assert_allclose(sums.A, np.swapaxes(inputs, 1, 2) @ inputs, rtol=1e-10)
     np.testing.assert_allclose(sums.G, np.swapaxes(g, 1, 2) @ g, rtol=1e-10)
     assert grads["kernel"].shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_leftover_parameters_get_the_diagonal_of_their_fisher(fisher: str) -> None:
+    """On average over labels or signs: the mean over examples of each squared gradient."""
+    x, y = normal(0, 6, 3), normal(1, 6, 3)
+
+    def loss_fn(p: Any, x: jax.Array) -> ng.Loss:
+        return ng.Gaussian(jnp.tanh(x * p["scale"]) + p["shift"]).nll(y)
+
+    params = {"scale": jnp.asarray([1.0, -0.5, 2.0]), "shift": jnp.asarray([0.1, 0.0, 0.3])}
+    with pytest.warns(ng.UncoveredWarning):
+        layers = ng.find_layers(loss_fn, params, x)
+    grad_fn = ng.value_and_grad(loss_fn, layers, fisher=fisher)
+    squares = lambda key: grad_fn(params, x, rng=key)[2]
+    found = jax.jit(jax.vmap(squares))(jax.random.split(jax.random.key(0), 4000))
+    output = lambda p, x: jnp.tanh(x * p["scale"]) + p["shift"]
+    J = jax.vmap(jax.jacrev(output), (None, 0))(params, x)
+    g = output(params, x) - y
+    for name in params:
+        ours = found.leftover[(name,)].mean(0) / 6
+        each = (
+            (J[name] ** 2).sum(1)
+            if fisher != "empirical"
+            else jnp.einsum("no,nop->np", g, J[name]) ** 2
+        )
+        np.testing.assert_allclose(ours, each.mean(0), rtol=0.12)
+
+
+def test_params_may_lie_in_dataclasses() -> None:
+    x = normal(0, 6, 4)
+    dense = nn.Dense(2, param_dtype=jnp.float64)
+    params = Box(dense.init(jax.random.key(0), x)["params"])
+    loss_fn = lambda p, x: ng.Gaussian(dense.apply({"params": p.own}, x)).nll(x[:, :2])
+    layers = ng.find_layers(loss_fn, params, x)
+    assert layers.uncovered == () and list(layers) == [("own",)]
+    _, grads, statistics = ng.value_and_grad(loss_fn, layers, fisher="exact")(params, x)
+    tx = ng.kfac(0.1, layers)
+    updates, _ = tx.update(grads, tx.init(params), statistics=statistics)
+    assert updates.own["kernel"].shape == (4, 2)
+
+
+def test_an_abstract_nnx_model_is_enough() -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            self.dense = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.dense(self.norm(x))
+
+    model = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((5, 4), jnp.float32)
+    with pytest.warns(ng.UncoveredWarning, match="norm/scale"):
+        layers = ng.find_layers(lambda m, x: ng.Gaussian(m(x)).nll(x[:, :3]), model, x)
+    assert list(layers) == [("dense",)]

@@ -84,8 +84,9 @@ def general(
         bias=bias,
     )
     axes = tuple(range(len(kernel_shape)))
-    kernel = Layout(kernel_shape, axes[:n_batch], axes[n_batch:-n_out], axes[-n_out:])
-    bias_shape = kernel_shape[:n_batch] + kernel_shape[-n_out:]
+    outs = n_batch + n_in
+    kernel = Layout(kernel_shape, axes[:n_batch], axes[n_batch:outs], axes[outs:])
+    bias_shape = kernel_shape[:n_batch] + kernel_shape[outs:]
     row = Layout(bias_shape, axes[:n_batch], (), axes[n_batch : n_batch + n_out])
     return call, kernel, row if bias else None
 

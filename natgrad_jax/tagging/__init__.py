@@ -101,14 +101,20 @@ def as_loss(out: Any, has_aux: bool | None = None) -> Loss:
         )
     if not isinstance(loss, Loss):
         hint = " Pass has_aux=True to return (Loss, aux)." if isinstance(out, tuple) else ""
-        shape = f" of shape {jnp.shape(loss)}" if hasattr(loss, "shape") else ""
+        name = type(loss).__name__
+        came = f"an array of shape {jnp.shape(loss)}" if hasattr(loss, "shape") else name
         raise TypeError(
-            f"loss_fn must return a natgrad_jax.Loss; got {type(loss).__name__}{shape}. The Fisher "
-            "needs the predictive distribution, not only the number: return for example "
+            f"loss_fn must return a natgrad_jax.Loss; got {came}. The Fisher needs the predictive "
+            "distribution, not only the number: return for example "
             f"ng.Categorical(logits).nll(labels).{hint}"
         )
     if not loss.terms:
         raise TypeError("loss_fn returned a Loss without any distribution; add an nll to it.")
+    if any(jnp.shape(term.scale) for term in loss.terms):
+        raise TypeError(
+            "loss_fn returned a batch of losses, out of vmap or scan. Map the model alone, and "
+            "call nll once on the stacked outputs: it takes the mean over all leading axes."
+        )
     return loss
 
 
@@ -152,6 +158,8 @@ def _trace(
     try:
         jax.eval_shape(from_arrays, tagged, [x for x, t in zip(flat, traced, strict=True) if t])
     except Exception as e:
+        if SLOT not in str(e) and "pytree" not in str(e):
+            raise
         e.add_note(
             f"natgrad_jax calls loss_fn with one more leaf, {SLOT!r}, beside each layer's "
             "parameters. Where loss_fn maps params together with another tree, map over the "

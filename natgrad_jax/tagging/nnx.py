@@ -27,8 +27,8 @@ def watched(run: Any, model: nnx.Module, probes: Mapping[Path, Any]) -> tuple[An
     seen = Sightings()
     normalized = [path for path, m in modules(model) if isinstance(m, NORMALIZERS)]
 
-    def run_watched(params: Any, *args: Any) -> Any:
-        copy = nnx.merge(graph, params, rest, copy=True)
+    def run_watched(state: Any, *args: Any) -> Any:
+        copy = nnx.merge(graph, *state, copy=True)
         kernels: dict[int, Path] = {}
         for path, module in modules(copy):
             if type(module) in KINDS:
@@ -50,7 +50,7 @@ def watched(run: Any, model: nnx.Module, probes: Mapping[Path, Any]) -> tuple[An
         seen.refused |= dict.fromkeys(inside, "its kernel is normalized by a wrapper")
         return out
 
-    return params, run_watched, seen
+    return (params, rest), run_watched, seen
 
 
 def _watch(

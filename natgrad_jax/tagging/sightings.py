@@ -92,6 +92,9 @@ def to_layer(
     """
     if sighting.bias_layout is None:
         bias = None
+    # the last axis of a kernel is the last one of its bias too, and no other counts alike there
+    last = len(kernel.shape) - 1
+    stack = tuple((-1 if axis == last else axis, kernel.shape[axis]) for axis in axes)
     return Layer(
         path=path,
         kind=sighting.kind,
@@ -99,5 +102,5 @@ def to_layer(
         bias=bias,
         kernel_layout=sighting.kernel_layout,
         bias_layout=None if bias is None else sighting.bias_layout,
-        stack=tuple((axis, kernel.shape[axis]) for axis in axes),
+        stack=stack,
     )

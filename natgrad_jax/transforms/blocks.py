@@ -27,14 +27,14 @@ def map_blocks(
     given = paths.leaves(updates)
     _check_paths(given, layers)
     new: dict[Path, jax.Array] = {}
-    inner = jnp.zeros((), jnp.float32)
+    inner = jnp.zeros((), float)
     for path, layer in layers.items():
         arrays = _parameters_of(layer, given)
         if arrays is None:
             continue
         old = layer.to_matrix(*arrays)
         mapped = of_layer(path, old)
-        inner += jnp.sum(mapped * old).astype(jnp.float32)
+        inner += jnp.sum(mapped * old).astype(inner.dtype)
         for parameter, x in zip(layer.parameters, layer.from_matrix(mapped), strict=False):
             assert x is not None
             new[parameter.path] = x.astype(given[parameter.path].dtype)
@@ -43,7 +43,7 @@ def map_blocks(
         if path in given:
             old = given[path].astype(jnp.promote_types(given[path].dtype, jnp.float32))
             mapped = of_leftover(path, old)
-            inner += jnp.sum(mapped * old).astype(jnp.float32)
+            inner += jnp.sum(mapped * old).astype(inner.dtype)
             new[path] = mapped.astype(given[path].dtype)
     return paths.replace(updates, new), inner
 
@@ -62,17 +62,20 @@ def zero_diagonals(layers: Layers) -> dict[Path, jax.Array]:
 
 
 def update_diagonals(
-    diagonal: dict[Path, jax.Array], weight: jax.Array, statistics: Statistics, decay: jax.Array
-) -> tuple[dict[Path, jax.Array], jax.Array, jax.Array]:
-    """The averages after this batch, their weight, and how many were not finite and dropped."""
-    later, rejected, new = weight, jnp.zeros((), jnp.int32), {}
-    count = jnp.where(statistics.examples > 0, statistics.examples, 1)
+    diagonal: dict[Path, jax.Array],
+    weights: dict[Path, jax.Array],
+    statistics: Statistics,
+    decay: jax.Array,
+) -> tuple[dict[Path, jax.Array], dict[Path, jax.Array], jax.Array]:
+    """The averages after this batch, their weights, and how many were not finite and dropped."""
+    assert statistics.leftover is not None  # checked where statistics come in
+    new, later, rejected = {}, {}, jnp.zeros((), jnp.int32)
+    measured = statistics.examples > 0
     for path, old in diagonal.items():
-        measured = statistics.leftover[path] / count  # type: ignore[index]
-        good = jnp.isfinite(jnp.sum(measured)) & (statistics.examples > 0)
-        new[path], moved = averages.update(old, measured, weight, decay, good)
-        later = jnp.maximum(later, moved)
-        rejected += jnp.where((statistics.examples > 0) & ~good, 1, 0)
+        value = statistics.leftover[path] / jnp.where(measured, statistics.examples, 1)
+        good = jnp.isfinite(jnp.sum(value)) & measured
+        new[path], later[path] = averages.update(old, value, weights[path], decay, good)
+        rejected += jnp.where(measured & ~good, 1, 0)
     return new, later, rejected
 
 
@@ -95,6 +98,11 @@ def check_statistics(statistics: Any, layers: Layers, name: str, outputs: bool =
             f"{name} and value_and_grad were given different Layers: {', '.join(strange)} are in "
             "one and not in the other. Pass the same Layers to both."
         )
+    if outputs and statistics.leftover is None:
+        raise ValueError(
+            f'{name} needs output statistics, and value_and_grad(fisher="none") measures '
+            'inputs alone. Use fisher="mc" (the default), "exact" or "empirical".'
+        )
     for path, layer in layers.items():
         sums = statistics.layers[path]
         shapes = {"A": layer.input_factor_shape, "G": layer.output_factor_shape}
@@ -106,11 +114,6 @@ def check_statistics(statistics: Any, layers: Layers, name: str, outputs: bool =
                     f"{tuple(factor.shape)}, these Layers need {wanted}: they were measured on "
                     "another model."
                 )
-        if outputs and sums.G is None:
-            raise ValueError(
-                f'{name} needs output statistics, and value_and_grad(fisher="none") measures '
-                'inputs alone. Use fisher="mc" (the default), "exact" or "empirical".'
-            )
 
 
 def _check_paths(given: dict[Path, Any], layers: Layers) -> None:

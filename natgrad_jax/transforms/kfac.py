@@ -25,7 +25,7 @@ class KFACState(NamedTuple):
     ``damping``: λ of the last step, ``()``. ``factors``: bias-corrected averages. ``weights``: how
     much each average has seen, ``(*stack,)``, 0 before the first measurement. ``bases``: damped
     inverses of the factors as of the last refresh. ``diagonal``: averaged squared gradients of
-    leftover parameters, in their shapes; ``diagonal_weight``: ``()``. ``rejected``: how many
+    leftover parameters, in their shapes; ``diagonal_weights``: ``()`` each. ``rejected``: how many
     measurements and inverses were not finite and were dropped, int32 ``()``.
     """
 
@@ -35,7 +35,7 @@ class KFACState(NamedTuple):
     weights: dict[Path, jax.Array]
     bases: dict[Path, Factors]
     diagonal: dict[Path, jax.Array]
-    diagonal_weight: jax.Array
+    diagonal_weights: dict[Path, jax.Array]
     rejected: jax.Array
 
 
@@ -172,7 +172,7 @@ def kfac(
             trust_radius=radius,
         ),
         _momentum(momentum),
-        optax.add_decayed_weights(weight_decay),
+        _weight_decay(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -186,6 +186,12 @@ def _momentum(decay: Scalar | None) -> optax.GradientTransformation:
         if callable(decay)
         else optax.trace(decay)
     )
+
+
+def _weight_decay(rate: Scalar) -> optax.GradientTransformation:
+    # without decay the update needs no params
+    none = isinstance(rate, int | float) and rate == 0
+    return optax.identity() if none else optax.add_decayed_weights(rate)
 
 
 def _per_squared_rate(trust_radius: Scalar, learning_rate: Scalar) -> Scalar:
@@ -203,7 +209,7 @@ def _initial_state(layers: Layers, damping: Scalar) -> KFACState:
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         bases={path: _identities(layer) for path, layer in layers.items()},
         diagonal=blocks.zero_diagonals(layers),
-        diagonal_weight=jnp.zeros((), float),
+        diagonal_weights={path: jnp.zeros((), float) for path in layers.uncovered},
         rejected=jnp.zeros((), jnp.int32),
     )
 
@@ -228,15 +234,15 @@ def _measure(
             averaged = [update(o, n, weight, decay, good) for o, n in zip(state.factors[path], new)]
             factors[path] = Factors(averaged[0][0], averaged[1][0])
             weights[path] = averaged[0][1]
-            rejected += jnp.sum((statistics.layers[path].rows > 0) & ~good, dtype=jnp.int32)
-        diagonal, diagonal_weight, bad = blocks.update_diagonals(
-            state.diagonal, state.diagonal_weight, statistics, decay
+            rejected += jnp.sum((statistics.layers[path].rows != 0) & ~good, dtype=jnp.int32)
+        diagonal, diagonal_weights, bad = blocks.update_diagonals(
+            state.diagonal, state.diagonal_weights, statistics, decay
         )
         return state._replace(
             factors=factors,
             weights=weights,
             diagonal=diagonal,
-            diagonal_weight=diagonal_weight,
+            diagonal_weights=diagonal_weights,
             rejected=rejected + bad,
         )
 
@@ -284,6 +290,6 @@ def _precondition(
 
     def of_leftover(path: Path, gradient: jax.Array) -> jax.Array:
         scaled = gradient / (state.diagonal[path] + lam.astype(gradient.dtype))
-        return jnp.where(state.diagonal_weight > 0, scaled, gradient)
+        return jnp.where(state.diagonal_weights[path] > 0, scaled, gradient)
 
     return blocks.map_blocks(updates, layers, of_layer, of_leftover)
