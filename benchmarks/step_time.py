@@ -11,7 +11,6 @@ run stands beside the times. Writes PREFIX.json.
 
 import argparse
 import json
-import resource
 import shlex
 import subprocess
 import sys
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.memory_of:
         start(args.memory_of, images_of(args.batch_sizes[0], args.data), args.data)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_of_this_process())
         return
     console = Console()
     results: dict[str, Any] = {}
@@ -111,6 +110,13 @@ def start(name: str, images: jax.Array, data: str) -> Runner:
     return Runner(step, state, time.perf_counter() - begun)
 
 
+def peak_of_this_process() -> float:
+    """MiB. Not ``getrusage``: on Linux that starts at what the parent process held."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
 def peak_memory(name: str, size: int, data: str) -> float:
     """MiB of resident memory at most, in a process that takes one step."""
     script = [sys.executable, __file__, "--memory-of", name]
@@ -140,22 +146,25 @@ def rows(timed: dict[str, Timed], memory: dict[str, float]) -> list[dict[str, An
 
 
 def make_table(measured: Sequence[dict[str, Any]], size: int) -> Table:
-    table = Table(title=f"batch {size}: ratios to SGD with momentum")
+    table = Table(
+        title=f"batch {size}: ratios to SGD with momentum", box=None, padding=(0, 1, 0, 0)
+    )
     columns = {
         "optimizer": "{}",
-        "mean_ms": "{:.1f}",
+        "mean_ms": "{:.0f}",
         "mean_ratio": "{:.2f}",
         "median_ratio": "{:.2f}",
         "p90_ratio": "{:.2f}",
-        "p99_over_median": "{:.2f}",
+        "p99_over_median": "{:.1f}",
         "first_step_s": "{:.1f}",
         "first_step_ratio": "{:.1f}",
         "peak_memory_mib": "{:.0f}",
         "peak_memory_ratio": "{:.2f}",
-        "loss": "{:.1f}",
+        "loss": "{:.0f}",
     }
     for name in columns:
-        table.add_column(name.replace("_", " "), justify="left" if name == "optimizer" else "right")
+        side = "left" if name == "optimizer" else "right"
+        table.add_column(name.replace("_", " "), justify=side, overflow="fold")
     for row in measured:
         table.add_row(*(form.format(row[name]) for name, form in columns.items()))
     return table

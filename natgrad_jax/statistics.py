@@ -59,17 +59,16 @@ def value_and_grad(
       samples: labels drawn for each example, for ``"mc"``.
       has_aux: whether ``loss_fn`` returns ``(Loss, aux)``.
       axis_name: named axis (or axes) of the surrounding ``pmap`` or ``shard_map`` over which the
-        batch is split; loss, gradients and statistics then come back global. Each device's batch
-        must have the same shape.
+        batch is split; loss, gradients and statistics then come back global (aux stays each
+        device's own). Each device's batch must have the same shape.
 
     Returns:
       ``grad_fn(params, *args, rng=None, opt_state=None)`` → ``loss, grads, statistics``, with
       has_aux ``(loss, aux), grads, statistics``. ``rng`` is a key, needed by ``"mc"``; ``"exact"``
       and ``"empirical"`` draw from it the signs for the diagonal of leftover parameters (one fixed
-      draw without it). With
-      ``opt_state`` statistics are measured only on the steps for which the transformation in it
-      asks; without, on every call. For NNX, ``params`` is the model: its batch statistics and rng
-      counts are updated in place.
+      draw without it). With ``opt_state`` statistics are measured only on the steps for which the
+      transformation in it asks; without, on every call. For NNX, ``params`` is the model: its
+      batch statistics and rng counts are updated in place.
 
     Raises:
       ValueError: unknown ``fisher``, fewer than one sample, a missing rng, layers of another model.
