@@ -398,7 +398,7 @@ def test_no_examples_is_no_information():
     _, state = update(*(measured(0)[0], state, measured(0)[1]))
     _, later = update(measured(0)[0], state, nothing)
     assert int(later.rejected) == 0
-    for field in ("factors", "weights", "diagonal", "diagonal_weight"):
+    for field in ("factors", "weights", "diagonal", "diagonal_weights"):
         assert same(getattr(later, field), getattr(state, field)), field
 
 
