@@ -47,8 +47,8 @@ class Loss:
     Losses add to one another and to scalars, and scale by scalars. The scalar itself is
     ``loss.value``. Added scalars (weight decay, …) take part in the gradient, not in the Fisher.
 
-    >>> import jax.numpy as jnp
-    >>> loss = 2.0 * Gaussian(jnp.zeros((2, 3))).nll(jnp.ones((2, 3))) + 0.5
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> loss = 2.0 * ng.Gaussian(jnp.zeros((2, 3))).nll(jnp.ones((2, 3))) + 0.5
     >>> float(loss.value)
     3.5
     """

@@ -9,7 +9,12 @@ from flax.training import train_state
 class TrainState(train_state.TrainState):
     """``flax.training.train_state.TrainState`` whose ``apply_gradients`` takes ``statistics``.
 
-    >>> state = state.apply_gradients(grads=grads, statistics=statistics)  # doctest: +SKIP
+    In the training step: ``state.apply_gradients(grads=grads, statistics=statistics)``.
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.kfac(0.1, ng.Layers({}))
+    >>> ng.TrainState.create(apply_fn=None, params={}, tx=tx).step
+    0
     """
 
     def apply_gradients(self, *, grads: Any, statistics: Any = None, **kwargs: Any) -> "TrainState":

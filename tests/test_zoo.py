@@ -55,7 +55,7 @@ def test_only_what_has_no_block_is_left_over_and_the_table_names_all(case):
     assert set(rule) == {"─", " "}
     named = [row.split()[0] for row in rows]
     assert sorted(named) == sorted("/".join(path) for path in everything)
-    assert summary.startswith(f"{len(layers)} layers cover")
+    assert summary.startswith(f"{len(layers)} layer")
     for path in layers.uncovered:
         (row,) = [row for row in rows if row.split()[0] == "/".join(path)]
         assert row.split()[1] == "diagonal"

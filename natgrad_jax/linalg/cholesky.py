@@ -18,7 +18,7 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
       ``(*batch, n, n)``, symmetric; NaN where F + d I is not positive definite in its precision.
 
     >>> import jax.numpy as jnp
-    >>> damped_inverse(jnp.diag(jnp.array([1.0, 3.0])), jnp.array(1.0))
+    >>> damped_inverse(jnp.diag(jnp.array([1.0, 3.0])), jnp.array(1.0)).round(3)
     Array([[0.5 , 0.  ],
            [0.  , 0.25]], dtype=float32)
     """

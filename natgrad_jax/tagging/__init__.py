@@ -45,8 +45,13 @@ def find_layers(loss_fn: Callable[..., Any], params: Any, *args: Any) -> Layers:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
     >>> model, x, y = nn.Dense(3), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
     >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> loss_fn = lambda p, x, y: ng.Categorical(model.apply({"params": p}, x)).nll(y)
-    >>> print(ng.find_layers(loss_fn, {"head": params}, x, y))  # doctest: +SKIP
+    >>> loss_fn = lambda p, x, y: ng.Categorical(model.apply({"params": p["head"]}, x)).nll(y)
+    >>> print(ng.find_layers(loss_fn, {"head": params}, x, y))
+    parameter    block  shape  factors          parameters   share
+    ───────────  ─────  ─────  ───────────────  ──────────  ──────
+    head/kernel  dense  4×3    A 5², G 3²               12  80.0 %
+    head/bias    dense  3      with the kernel           3  20.0 %
+    1 layer covers 15 of 15 parameters (100.0 %); 0 left over.
     """
     frontend = frontend_of(params)
     parameters = _parameters(frontend.split(params)[0])
