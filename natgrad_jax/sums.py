@@ -38,9 +38,8 @@ def zero_sums(layer: Layer) -> Sums:
 def stack_first(sums: Sums, layer: Layer) -> Sums:
     """A slot's cotangent with its stack axes moved to the front."""
     axes = [axis for axis, _ in layer.stack]
-    moved = [None if x is None else jnp.moveaxis(x, axes, range(len(axes))) for x in sums]
-    assert moved[2] is not None
-    return Sums(moved[0], moved[1], moved[2].reshape(layer.stack_sizes))  # type: ignore[arg-type]
+    moved = jax.tree.map(lambda x: jnp.moveaxis(x, axes, range(len(axes))), sums)
+    return moved._replace(rows=moved.rows.reshape(layer.stack_sizes))
 
 
 def measure(layer: Layer, call: Any, x: jax.Array, g: jax.Array) -> Sums:

@@ -141,6 +141,8 @@ def one_device(problem: Any) -> Any:
 @pytest.mark.parametrize("way", WAYS)
 def test_four_devices_equal_one(way: str, problem: Any, one_device: Any) -> None:
     found = WAYS[way](problem)
+    for ours, theirs in zip(jax.tree.leaves(found[0]), jax.tree.leaves(one_device[0]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)  # the parameters
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(one_device), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 

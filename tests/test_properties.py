@@ -149,6 +149,10 @@ class Scanned(nn.Module):
         return scan()(x, None)[0]
 
 
+def one_of_stack(tree: Any, i: int, axis: int) -> Any:
+    return jax.tree.map(lambda x: jnp.take(x, i, axis=axis), tree)
+
+
 class Body(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -163,10 +167,7 @@ def test_scanned_layers_have_the_factors_of_unrolled_ones(axis: int, remat: bool
     scanned = Scanned(axis, remat)
     params = scanned.init(jax.random.key(0), x)["params"]
     (name,) = params
-    loose = {
-        f"Dense_{i}": jax.tree.map(lambda p: jnp.take(p, i, axis=axis), params[name]["Dense_0"])  # noqa: B023
-        for i in range(3)
-    }
+    loose = {f"Dense_{i}": one_of_stack(params[name]["Dense_0"], i, axis) for i in range(3)}
 
     def unrolled(p: Any, x: jax.Array) -> jax.Array:
         for i in range(3):
@@ -189,7 +190,7 @@ def test_scanned_layers_have_the_factors_of_unrolled_ones(axis: int, remat: bool
             stacked[name, "Dense_0"], loose_factors[(f"Dense_{i}",)], strict=True
         ):
             np.testing.assert_allclose(ours[i], theirs, rtol=1e-10, atol=1e-12)
-        own = jax.tree.map(lambda u: jnp.take(u, i, axis=axis), updates[name]["Dense_0"])  # noqa: B023
+        own = one_of_stack(updates[name]["Dense_0"], i, axis)
         for leaf, other in zip(
             jax.tree.leaves(own), jax.tree.leaves(loose_updates[f"Dense_{i}"]), strict=True
         ):
