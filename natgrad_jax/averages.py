@@ -1,64 +1,146 @@
 """Factors: bias-corrected moving averages of what batches measured."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers import Layer
+from natgrad_jax.layer import Layer
+from natgrad_jax.sides import Side
 from natgrad_jax.sums import Sums
 
 
 class Factors(NamedTuple):
-    """``A`` over inputs (bias last) and ``G`` over outputs: ``(*stack, *blocks, n, n)`` each."""
+    """``A`` over inputs (bias last) and ``G`` over outputs: ``(*stack, *blocks, n, n)`` each.
+
+    In groups they are the groups' matrices ``(*stack, *blocks, groups, n, n)``. The A of an
+    embedding is its diagonal. A block that is no Kronecker product has one matrix, A.
+    """
+
+    A: jax.Array
+    G: jax.Array | None = None
+
+
+class FactorsAndBias(NamedTuple):
+    """Factors of a convolution under SUA or in groups: channels' matrices, and the bias apart.
+
+    ``bias``: the entry of A at the bias, ``(*stack, *blocks)``.
+    """
 
     A: jax.Array
     G: jax.Array
+    bias: jax.Array
 
 
-def zero_factors(layer: Layer) -> Factors:
+def pair(A: Any, G: Any = None, bias: Any = None) -> Any:
+    """The factors, with a bias apart where there is one."""
+    return Factors(A, G) if bias is None else FactorsAndBias(A, G, bias)
+
+
+def bias_of(factors: Any) -> jax.Array | None:
+    """The entry of A at a bias apart."""
+    return getattr(factors, "bias", None)
+
+
+def zero_factors(layer: Layer) -> Any:
     """Factors before anything was measured."""
-    stack, dtype = layer.stack_sizes, layer.factor_dtype
-    return Factors(
-        jnp.zeros(stack + layer.input_factor_shape, dtype),
-        jnp.zeros(stack + layer.output_factor_shape, dtype),
+    stack, outputs = layer.stack_sizes, layer.output_factor_shape
+    zeros = lambda shape: jnp.zeros(stack + shape, layer.factor_dtype)
+    return pair(
+        zeros(layer.input_factor_shape),
+        None if outputs is None else zeros(outputs),
+        zeros(layer.factor_blocks) if layer.input_side.bias else None,
     )
 
 
-def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Factors, jax.Array]:
+def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, jax.Array]:
     """The factors of one batch, and whether each element of the stack was measured, finitely.
 
     With N examples and T positions, ``A ⊗ G = Σ ā āᵀ ⊗ Σ g gᵀ / (N · N T)``. Convolutions put the
     positions' share on G (``A = Σ ā āᵀ / N``: Grosse & Martens 2016), other layers on A
-    (``A = Σ ā āᵀ / NT``: Eschenhagen et al. 2023, expand).
+    (``A = Σ ā āᵀ / NT``: Eschenhagen et al. 2023, expand). Under reduce T is 1.
     """
-    assert sums.G is not None  # checked where statistics come in
+    if layer.uses > 1:
+        return _joined_uses(layer, sums, examples)
     seen = (sums.rows > 0) & (examples > 0)
     rows, count = jnp.where(seen, sums.rows, 1), jnp.where(seen, examples, 1)
-    over_a, over_g = (count, rows) if layer.kind == "conv" else (rows, count)
-    axes = range(-len(layer.input_factor_shape), 0)
-    A = sums.A / jnp.expand_dims(over_a, tuple(axes))
-    G = sums.G / jnp.expand_dims(over_g, tuple(axes))
-    # a diagonal of sums of squares: any NaN or inf that went into a factor shows in its trace
-    blocks = tuple(range(len(layer.stack), len(layer.stack) + len(layer.blocks)))
-    traces = jnp.trace(A, axis1=-2, axis2=-1) + jnp.trace(G, axis1=-2, axis2=-1)
-    return Factors(A, G), seen & jnp.isfinite(traces.sum(blocks))
+    if layer.output_side is None:
+        factors = Factors(_over(sums.A, count))
+        return factors, seen & _finite(layer, factors)
+    assert sums.G is not None  # checked where statistics come in
+    over_a, over_g = (count, rows) if layer.kind.startswith("conv") else (rows, count)
+    bias = None
+    if layer.input_side.bias:
+        bias = jnp.ones(layer.stack_sizes + layer.factor_blocks, sums.A.dtype)
+        bias = bias * jnp.expand_dims(rows / over_a, tuple(range(rows.ndim, bias.ndim)))
+    lead = layer.stack_sizes + layer.factor_blocks
+    A, G = _form(layer.input_side, sums.A, lead), _form(layer.output_side, sums.G, lead)
+    factors = pair(_over(A, over_a), _over(G, over_g), bias)
+    return factors, seen & _finite(layer, factors)
 
 
-def update(
-    old: jax.Array, new: jax.Array, weight: jax.Array, decay: jax.Array, informative: jax.Array
+def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, jax.Array]:
+    """One Kronecker product for the uses of one matrix, ``F = Σ Aᵢ ⊗ Gᵢ``.
+
+    ``A ⊗ G = tr_G F ⊗ tr_A F / tr F``, the product of the partial traces: exact for one use, and
+    blind to how each use divides its scale between Aᵢ and Gᵢ.
+    """
+    assert sums.G is not None and layer.output_side is not None
+    axis = len(layer.stack)
+    rows = sums.rows.sum(axis)
+    seen = (rows > 0) & (examples > 0)
+    one = jnp.where(sums.rows > 0, sums.rows, 1)
+    G = _form(layer.output_side, sums.G, (*layer.stack_sizes, layer.uses))
+    A_i, G_i = _over(sums.A, one), _over(G, jnp.where(examples > 0, examples, 1))
+    on_a, on_g = layer.input_side.trace(A_i, None), layer.output_side.trace(G_i, None)
+    total = (on_a * on_g).sum(axis)
+    root = jnp.sqrt(jnp.where(total > 0, total, 1))
+    A = (A_i * _wide(on_g, A_i)).sum(axis)
+    G = (G_i * _wide(on_a, G_i)).sum(axis)
+    factors = Factors(_over(A, root), _over(G, root))
+    return factors, seen & _finite(layer, factors)
+
+
+def _form(side: Side, factor: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+    """A factor in the form of ``side``: measured so, or cut out of the whole one."""
+    return factor if factor.shape == lead + side.shape else side.narrow(factor)
+
+
+def _over(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    return x / _wide(divisor, x)
+
+
+def _wide(x: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.expand_dims(x, tuple(range(x.ndim, like.ndim)))
+
+
+def _finite(layer: Layer, factors: Any) -> jax.Array:
+    """Whether each element of the stack is: ``(*stack,)``.
+
+    A trace is a sum of squares: any NaN or inf that went into a factor shows in it.
+    """
+    traces = layer.input_side.trace(factors.A, None)
+    if factors.G is not None and layer.output_side is not None:
+        traces = traces + layer.output_side.trace(factors.G, None)
+    return jnp.isfinite(traces.sum(tuple(range(len(layer.stack), traces.ndim))))
+
+
+def rate(
+    weight: jax.Array, decay: jax.Array, informative: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of a bias-corrected moving average, kept in corrected form.
+    """How far a bias-corrected moving average moves, and its weight after that.
 
     ``f ← f + (1 − decay) / w · (new − f)``, ``w ← decay · w + (1 − decay)``, from w = 0: the first
-    measurement stands for itself. Nothing changes where ``informative`` is False, whatever ``new``
-    holds.
+    measurement stands for itself. The rate is 0 where ``informative`` is False.
 
     Args:
-      old, new: ``(*stack, …)``; weight, informative: ``(*stack,)``; decay: scalar.
+      weight, informative: ``(*stack,)``; decay: scalar.
     """
     later = jnp.where(informative, decay * weight + (1 - decay), weight).astype(weight.dtype)
-    rate = jnp.where(informative, (1 - decay) / jnp.where(later > 0, later, 1), 0)
-    trailing = tuple(range(rate.ndim, old.ndim))
-    rate, keep = (jnp.expand_dims(x, trailing) for x in (rate.astype(old.dtype), ~informative))
-    return jnp.where(keep, old, old + rate * (new.astype(old.dtype) - old)), later
+    return jnp.where(informative, (1 - decay) / jnp.where(later > 0, later, 1), 0), later
+
+
+def step(rate: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """``old + rate · (new − old)``; where the rate is 0, ``old``, whatever ``new`` holds."""
+    rate = _wide(rate.astype(old.dtype), old)
+    return jnp.where(rate == 0, old, old + rate * (new.astype(old.dtype) - old))

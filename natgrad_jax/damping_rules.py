@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 
 
-def split(A: jax.Array, G: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+def split(a: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Damping of each factor: ``(A + π√λ I) ⊗ (G + (√λ/π) I) ≈ A ⊗ G + λ I``.
 
     ``π² = (tr A / dim A) / (tr G / dim G)`` makes the cross terms smallest for the trace norm.
 
     Args:
-      A: ``(*batch, m, m)``; G: ``(*batch, n, n)``; damping: λ, a scalar.
+      a, g: mean eigenvalues ``tr A / dim A`` and ``tr G / dim G``, ``(*batch,)``; damping: λ, a
+        scalar.
 
     Returns:
       ``(π√λ, √λ/π)``, each ``(*batch,)``. Where a factor is zero, π = 1.
 
     Source: Martens & Grosse 2015, section 6.3.
     """
-    a, g = (jnp.trace(f, axis1=-2, axis2=-1) / f.shape[-1] for f in (A, G))
     known = (a > 0) & (g > 0)
     pi = jnp.sqrt(jnp.where(known, a, 1) / jnp.where(known, g, 1))
     root = jnp.sqrt(damping).astype(pi.dtype)

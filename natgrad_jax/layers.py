@@ -1,158 +1,41 @@
-"""What a layer is: static records of which parameters form a block, and how.
+"""The layers of a model, and what becomes of the parameters outside them."""
 
-A layer's parameters are seen as one homogeneous kernel ``K̄ = [K; b]`` of shape
-``(*stack, *blocks, inputs + bias, outputs)``: ``stack`` are the axes that ``scan`` or ``vmap``
-put on the parameters, ``blocks`` are independent products side by side (groups of a
-convolution, batch dimensions of a DenseGeneral). The factors are ``A`` over inputs (bias last)
-and ``G`` over outputs.
-"""
-
-import math
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
+from natgrad_jax.approximations import Approximation
+from natgrad_jax.coverage import coverage_table
+from natgrad_jax.layer import BLOCKS, Layer, Parameter, free_layer
 from natgrad_jax.paths import Path, join
 
+# What may become of a parameter that no layer's block covers.
+LEFTOVER_BLOCKS = ("diagonal", "gradient", "frozen")
 
-class Parameter(NamedTuple):
-    """One leaf of the parameter tree."""
+# Largest full block that can be asked for: its inverse takes about a second on one core.
+MAX_FULL = 8192
 
-    path: Path
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
+Where = Path | str | Callable[[Path, Any], bool]
 
 
-class Uncovered(NamedTuple):
-    """A parameter that no block covers, and why."""
+class Leftover(NamedTuple):
+    """A parameter outside every layer's block, and why.
+
+    ``block``: ``"diagonal"`` (of its Fisher), ``"gradient"`` (passes unchanged) or ``"frozen"``
+    (its update is zero). ``chosen``: whether the user asked for that.
+    """
 
     parameter: Parameter
     reason: str
-
-
-class Layout(NamedTuple):
-    """How one array (without stack axes) reads as a matrix ``(blocks, rows, columns)``.
-
-    ``split`` is the shape after splitting axes (a grouped convolution splits its output axis
-    into groups and features); the other three are axes of that split shape.
-    """
-
-    split: tuple[int, ...]
-    blocks: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-    def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(self.split[a] for a in axes)
-
-    def matrix(self, x: jax.Array, lead: int) -> jax.Array:
-        """``x`` (with ``lead`` leading stack axes) as ``(*lead, *blocks, inputs, outputs)``."""
-        x = x.reshape(x.shape[:lead] + self.split)
-        order = (*self.blocks, *self.inputs, *self.outputs)
-        x = x.transpose(*range(lead), *(lead + a for a in order))
-        rows, columns = (math.prod(self.sizes(axes)) for axes in (self.inputs, self.outputs))
-        return x.reshape(*x.shape[: lead + len(self.blocks)], rows, columns)
-
-    def array(self, m: jax.Array, lead: int, shape: tuple[int, ...]) -> jax.Array:
-        """The inverse of :meth:`matrix`; ``shape`` is the array's own, without stack axes."""
-        order = (*self.blocks, *self.inputs, *self.outputs)
-        m = m.reshape(m.shape[:lead] + self.sizes(order))
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return m.transpose(*range(lead), *(lead + a for a in inverse)).reshape(
-            m.shape[:lead] + shape
-        )
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The kind and geometry of one layer; hashable, without arrays.
-
-    ``stack`` holds (axis, size) for each axis of the parameters that a scan or vmap slices away
-    before the layer sees it; −1 is the last axis of each.
-    """
-
-    path: Path
-    kind: str
-    kernel: Parameter
-    bias: Parameter | None
-    kernel_layout: Layout
-    bias_layout: Layout | None
-    stack: tuple[tuple[int, int], ...] = ()
+    block: str = "diagonal"
+    chosen: bool = False
 
     @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        return (self.kernel,) if self.bias is None else (self.kernel, self.bias)
-
-    @property
-    def stack_sizes(self) -> tuple[int, ...]:
-        return tuple(size for _, size in self.stack)
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        return self.kernel_layout.sizes(self.kernel_layout.blocks)
-
-    @property
-    def inputs(self) -> int:
-        """Rows of the kernel matrix, the bias not counted."""
-        return math.prod(self.kernel_layout.sizes(self.kernel_layout.inputs))
-
-    @property
-    def outputs(self) -> int:
-        return math.prod(self.kernel_layout.sizes(self.kernel_layout.outputs))
-
-    @property
-    def input_factor_shape(self) -> tuple[int, ...]:
-        """Shape of A for one element of the stack: ``(*blocks, inputs + bias, inputs + bias)``."""
-        n = self.inputs + (self.bias is not None)
-        return (*self.blocks, n, n)
-
-    @property
-    def output_factor_shape(self) -> tuple[int, ...]:
-        """Shape of G for one element of the stack: ``(*blocks, outputs, outputs)``."""
-        return (*self.blocks, self.outputs, self.outputs)
-
-    @property
-    def factor_dtype(self) -> jnp.dtype:
-        """float32, or float64 for float64 parameters."""
-        return jnp.promote_types(jnp.float32, self.kernel.dtype)
-
-    def to_matrix(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """``K̄ = [K; b]`` of shape ``(*stack, *blocks, inputs + bias, outputs)``."""
-        lead = len(self.stack)
-        matrix = self.kernel_layout.matrix(self._stack_first(kernel), lead)
-        if self.bias_layout is None or bias is None:
-            return matrix
-        row = self.bias_layout.matrix(self._stack_first(bias), lead)
-        return jnp.concatenate([matrix, row], axis=-2)
-
-    def from_matrix(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The inverse of :meth:`to_matrix`: the kernel and the bias in their own shapes."""
-        lead = len(self.stack)
-        n = self.inputs
-        kernel = self.kernel_layout.array(matrix[..., :n, :], lead, self._unstacked(self.kernel))
-        kernel = self._stack_last(kernel)
-        if self.bias is None or self.bias_layout is None:
-            return kernel, None
-        bias = self.bias_layout.array(matrix[..., n:, :], lead, self._unstacked(self.bias))
-        return kernel, self._stack_last(bias)
-
-    def _unstacked(self, parameter: Parameter) -> tuple[int, ...]:
-        axes = {axis % len(parameter.shape) for axis, _ in self.stack}
-        return tuple(n for i, n in enumerate(parameter.shape) if i not in axes)
-
-    def _stack_first(self, x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, [axis for axis, _ in self.stack], range(len(self.stack)))
-
-    def _stack_last(self, x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, range(len(self.stack)), [axis for axis, _ in self.stack])
+    def path(self) -> Path:
+        return self.parameter.path
 
 
 class Layers(Mapping[Path, Layer]):
@@ -162,10 +45,11 @@ class Layers(Mapping[Path, Layer]):
     covers it with its factor sizes, or why none does.
     """
 
-    def __init__(self, layers: Mapping[Path, Layer], leftover: tuple[Uncovered, ...] = ()):
+    def __init__(self, layers: Mapping[Path, Layer], leftover: tuple[Leftover, ...] = ()):
         self._layers = MappingProxyType(dict(layers))
         self._leftover = tuple(leftover)
         self._key = (tuple(self._layers.values()), self._leftover)
+        self._hash = hash(self._key)
 
     def __getitem__(self, path: Path) -> Layer:
         try:
@@ -186,20 +70,25 @@ class Layers(Mapping[Path, Layer]):
         return len(self._layers)
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layers) and self._key == other._key
 
     @property
-    def leftover(self) -> tuple[Uncovered, ...]:
+    def leftover(self) -> tuple[Leftover, ...]:
         """The parameters outside every layer's block, each with the reason."""
         return self._leftover
 
     @property
+    def diagonals(self) -> tuple[Parameter, ...]:
+        """The leftover parameters that have the diagonal of their Fisher."""
+        return tuple(x.parameter for x in self._leftover if x.block == "diagonal")
+
+    @property
     def uncovered(self) -> tuple[Path, ...]:
         """Paths of the parameters that no block covers; empty for a model wholly covered."""
-        return tuple(u.parameter.path for u in self._leftover)
+        return tuple(x.path for x in self._leftover if not x.chosen)
 
     def select(self, predicate: Callable[[Path, Layer], bool]) -> "Layers":
         """The layers for which ``predicate(path, layer)`` holds; the others become leftover.
@@ -213,14 +102,128 @@ class Layers(Mapping[Path, Layer]):
             if predicate(path, layer):
                 kept[path] = layer
             else:
-                dropped += [Uncovered(p, "left out by select") for p in layer.parameters]
+                dropped += [Leftover(p, "left out by select") for p in layer.parameters]
         return Layers(kept, self._leftover + tuple(dropped))
 
+    def replace(self, where: Where, block: str) -> "Layers":
+        """These layers with another block where ``where`` holds.
+
+        Args:
+          where: a path (what lies at it or below: a layer, a parameter, a part of the model), a
+            pattern of it as people write it (``"*/bias"``, ``"encoder/*"``), or a predicate of path
+            and record (a :class:`Layer`, or the record of a leftover parameter).
+          block: ``"kronecker"`` (A ⊗ G; where the layer has inputs and outputs), ``"full"`` (one
+            matrix over all parameters of the layer, exact), ``"unit"`` (one for each of the layer's
+            own blocks: the scale and bias of one unit of a normalization, one group of a
+            convolution), ``"diagonal"`` (of the Fisher), ``"gradient"`` (the plain gradient passes)
+            or ``"frozen"`` (the update is zero).
+
+        Raises:
+          ValueError: an unknown block, nothing there, or a block that cannot be had there.
+
+        >>> import natgrad_jax as ng
+        >>> ng.Layers({}).replace(lambda path, record: "norm" in path, "diagonal").uncovered
+        ()
+        """
+        if block not in BLOCKS + LEFTOVER_BLOCKS:
+            known = ", ".join(map(repr, BLOCKS + LEFTOVER_BLOCKS))
+            raise ValueError(f"block must be one of {known}; got {block!r}.")
+        layers: dict[Path, Layer] = {}
+        leftover: list[Leftover] = []
+        found = callable(where)
+        for path, layer in self._layers.items():
+            hit = _matches(where, path, layer)
+            hits = [hit or (not callable(where) and _matches(where, p.path, layer))
+                    for p in layer.parameters]  # fmt: skip
+            found = found or any(hits)
+            if not any(hits):
+                layers[path] = layer
+            elif block in BLOCKS:
+                layers[path] = _with_block(layer, block)
+            else:
+                kept = _without(layer, hits)
+                layers |= {} if kept is None else {path: kept}
+                leftover += [Leftover(p, "chosen", block, True)
+                             for p, h in zip(layer.parameters, hits, strict=True) if h]  # fmt: skip
+        for record in self._leftover:
+            if not _matches(where, record.path, record):
+                leftover.append(record)
+                continue
+            found = True
+            if block in BLOCKS:
+                layers[record.path] = _with_block(free_layer(record.parameter), block)
+            else:
+                leftover.append(Leftover(record.parameter, "chosen", block, True))
+        if not found:
+            name = join(where) if isinstance(where, tuple) else where
+            known = ", ".join([*map(join, self._layers), *(join(x.path) for x in self._leftover)])
+            raise ValueError(f"nothing to give the block {block!r} at {name!r}; there are: {known}")
+        return Layers(layers, tuple(leftover))
+
+    def approximate(self, approximation: Approximation) -> "Layers":
+        """These layers with that Kronecker approximation, where it makes a difference."""
+        return _approximate(self, approximation)
+
     def __repr__(self) -> str:
-        return f"Layers({len(self)} layers, {len(self._leftover)} uncovered parameters)\n{self}"
+        covered = f"{len(self)} layers, {len(self._leftover)} leftover parameters"
+        return f"Layers({covered})\n{self}"
 
     def __str__(self) -> str:
         return coverage_table(self)
+
+
+@functools.lru_cache(maxsize=256)
+def _approximate(layers: Layers, approximation: Approximation) -> Layers:
+    def of(layer: Layer) -> Layer:
+        own = approximation
+        if layer.block != "kronecker":
+            own = Approximation()
+        if not layer.kind.startswith("conv"):
+            own = own._replace(convolution="kfc")
+        if not layer.shares:
+            own = own._replace(weight_sharing="expand")
+        return replace(layer, approximation=own)
+
+    return Layers({path: of(layer) for path, layer in layers.items()}, layers.leftover)
+
+
+def _matches(where: Where, path: Path, record: Any) -> bool:
+    if callable(where):
+        return bool(where(path, record))
+    if isinstance(where, str):
+        return fnmatchcase(join(path), where)
+    return path[: len(where)] == tuple(where)
+
+
+def _with_block(layer: Layer, block: str) -> Layer:
+    if block == "kronecker" and layer.kind in ("norm", "free"):
+        raise ValueError(
+            f"{join(layer.path)} ({layer.kind}) has no inputs and outputs to make a Kronecker "
+            'product of: choose "full", "unit" or "diagonal".'
+        )
+    if block == "full" and layer.size > MAX_FULL:
+        raise ValueError(
+            f"{join(layer.path)} has {layer.size:,} parameters: its full block would be a matrix "
+            f"of that size squared. The limit is {MAX_FULL:,}; choose another block."
+        )
+    return replace(layer, block=block)
+
+
+def _without(layer: Layer, dropped: list[bool]) -> Layer | None:
+    """The layer without these parameters; None where nothing of it is left."""
+    if all(dropped):
+        return None
+    if dropped[0] and layer.kind != "norm":
+        raise ValueError(
+            f"{join(layer.path)}: its kernel cannot leave the block without its bias; name the "
+            "layer, or the bias alone."
+        )
+    kept = [not d for d in dropped]
+    return replace(
+        layer,
+        parameters=tuple(p for p, k in zip(layer.parameters, kept, strict=True) if k),
+        layouts=tuple(x for x, k in zip(layer.layouts, kept, strict=True) if k),
+    )
 
 
 def check_layers(layers: Any) -> None:
@@ -231,44 +234,3 @@ def check_layers(layers: Any) -> None:
             f"{type(layers).__name__}. The order of arguments is value_and_grad(loss_fn, layers), "
             "scale_by_kfac(layers) and kfac(learning_rate, layers)."
         )
-
-
-def coverage_table(layers: Layers) -> str:
-    """Every parameter once, with the block that covers it: what ``print(layers)`` shows."""
-    total = sum(p.size for layer in layers.values() for p in layer.parameters)
-    total += sum(u.parameter.size for u in layers.leftover)
-    rows = [("parameter", "block", "shape", "factors", "parameters", "share")]
-
-    def add(parameter: Parameter, block: str, factors: str) -> None:
-        share = f"{100 * parameter.size / max(total, 1):.1f} %"
-        shape = "×".join(map(str, parameter.shape)) or "scalar"
-        rows.append((join(parameter.path), block, shape, factors, f"{parameter.size:,}", share))
-
-    for layer in layers.values():
-        add(layer.kernel, layer.kind, _factor_sizes(layer))
-        if layer.bias is not None:
-            add(layer.bias, layer.kind, "with the kernel")
-    for parameter, reason in layers.leftover:
-        add(parameter, "diagonal", reason)
-    covered = total - sum(u.parameter.size for u in layers.leftover)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(_cell(c, w, i) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-             for r in rows]  # fmt: skip
-    lines.insert(1, "  ".join("─" * w for w in widths))
-    share = 100 * covered / max(total, 1)
-    cover = "layer covers" if len(layers) == 1 else "layers cover"
-    lines.append(
-        f"{len(layers)} {cover} {covered:,} of {total:,} parameters ({share:.1f} %); "
-        f"{len(layers.leftover)} left over."
-    )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(text: str, width: int, column: int) -> str:
-    return text.rjust(width) if column >= 4 else text.ljust(width)
-
-
-def _factor_sizes(layer: Layer) -> str:
-    copies = math.prod(layer.stack_sizes) * math.prod(layer.blocks)
-    prefix = f"{copies} × " if copies > 1 else ""
-    return f"{prefix}A {layer.input_factor_shape[-1]}², G {layer.output_factor_shape[-1]}²"

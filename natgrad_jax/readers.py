@@ -3,9 +3,8 @@
 from typing import Any
 
 import jax
-from flax import nnx
 
-from natgrad_jax.clock import Clock
+from natgrad_jax.requests import plain, states
 
 
 def factors(opt_state: Any) -> dict[Any, Any]:
@@ -43,18 +42,7 @@ def _merged(opt_state: Any, field: str) -> dict[Any, Any]:
 
 def _states(opt_state: Any, field: str) -> list[Any]:
     """That field of every state of this library inside ``opt_state``: the ones with a clock."""
-
-    def is_ours(x: Any) -> bool:
-        return isinstance(getattr(x, "clock", None), Clock)
-
-    # NNX optimizers wrap the arrays of their state in variables
-    plain = jax.tree.map(
-        lambda x: x[...] if isinstance(x, nnx.Variable) else x,
-        opt_state,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
-    found = [x for x in jax.tree.leaves(plain, is_leaf=is_ours) if is_ours(x)]
-    values = [getattr(x, field) for x in found if hasattr(x, field)]
+    values = [getattr(x, field) for x in states(plain(opt_state)) if hasattr(x, field)]
     if not values:
         raise ValueError(
             f"opt_state holds no natgrad_jax state with {field}; pass the state of a chain that "

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import compat, paths, seeds
+from natgrad_jax import compat, measuring, paths, seeds
 from natgrad_jax.clock import statistics_due
-from natgrad_jax.layers import Layers, Parameter, check_layers
+from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.losses import Loss
+from natgrad_jax.measuring import Measured, Plan
 from natgrad_jax.parallel import AxisName, axis_names, psum, vary
 from natgrad_jax.paths import Path
-from natgrad_jax.sums import Sums, stack_first, zero_sums
+from natgrad_jax.sums import Sums
 from natgrad_jax.tagging import as_loss, frontend_of
-from natgrad_jax.tagging.slots import Slot
 
 FISHERS = ("mc", "exact", "empirical", "none")
 
@@ -24,13 +24,18 @@ class Statistics(NamedTuple):
     """Raw sums over examples; they add: ``jax.tree.map(jnp.add, s1, s2)`` has seen both batches.
 
     ``examples``: how many, weighted, ``()``; zero means that nothing was measured. ``layers``: the
-    sums of each layer by path. ``leftover``: for each parameter outside every layer the squared
+    sums of each layer by path. ``leftover``: for each parameter with a diagonal block the squared
     sum of the examples' gradients, in the parameter's shape (None without a Fisher pass).
+    ``reduced``: sums of the layers with positions, those summed first; they are measured where
+    a transformation asks for them, or without ``opt_state``. ``moments``: for each layer
+    ``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²`` in the bases of ``opt_state``, where its transformation asks.
     """
 
     examples: jax.Array
     layers: dict[Path, Sums]
     leftover: dict[Path, jax.Array] | None
+    reduced: dict[Path, Sums]
+    moments: dict[Path, jax.Array] | None
 
 
 def value_and_grad(
@@ -111,150 +116,116 @@ def value_and_grad(
             naturals = tuple(t.distribution.natural for t in loss.terms)
             return (loss.contribution(axes), naturals), (loss, aux, state)
 
-        slots = {path: Slot(zero_sums(layer), layer) for path, layer in layers.items()}
-        slots = vary(slots, axes)
+        def run(slots: Any) -> jax.Array:
+            out, _ = frontend.instrument(loss_fn, tree, rest, slots, args)
+            return as_loss(out, has_aux).terms[0].distribution.natural
+
+        plan = measuring.with_examples(measuring.plan(layers, opt_state, fisher), run)
+        readings = vary(measuring.empty(plan), axes)
+        with_slots = lambda tree, readings: forward(tree, measuring.slots(plan, readings))
         (value, naturals), pullback, (loss, aux, state) = jax.vjp(
-            forward, vary(tree, axes), slots, has_aux=True
+            with_slots, vary(tree, axes), readings, has_aux=True
         )
         frontend.propagate(params, state)
         one, none = jnp.ones_like(value), jax.tree.map(jnp.zeros_like, naturals)
-        pull = _Pull(pullback, jnp.zeros_like(value), layers, axes)
+
+        def pull(seeds: Any) -> Measured:
+            return measuring.measured(plan, axes, *pullback((jnp.zeros_like(value), seeds)))
+
         due = True if opt_state is None else statistics_due(opt_state)
-        skip = partial(_nothing, layers, fisher)
-        if fisher == "empirical" and _shares_training_pass(loss, layers):
-            both = partial(_measure_in_training_pass, pullback, (one, none), loss, layers, axes)
-            grads, statistics = _when(due, both, lambda: (pullback((one, none))[0], skip()))
+        if fisher == "empirical" and _shares_training_pass(loss, plan):
+            both = partial(_measure_in_training_pass, pullback, (one, none), loss, plan, axes)
+            grads, statistics = _when(due, both, lambda: pullback((one, none))[0])
         else:
             grads = pullback((one, none))[0]
-            measure = partial(_measure, fisher, samples, rng, loss, pull, axes)
-            statistics = _when(due, measure, skip)
+            measure = partial(_measure, fisher, samples, rng, loss, plan, pull, axes)
+            statistics = _when(due, lambda: ((), measure()), lambda: ())[1]
         value, grads = psum(value, axes), psum(grads, axes)
         return ((value, aux) if has_aux else value), grads, statistics
 
     return grad_fn
 
 
-class _Pull:
-    """The pullback of the outputs alone: from seeds to sums and squared leftover gradients."""
-
-    def __init__(self, pullback: Any, no_value: jax.Array, layers: Layers, axes: tuple[str, ...]):
-        self.pullback, self.no_value, self.layers, self.axes = pullback, no_value, layers, axes
-
-    def __call__(self, cotangents: Any) -> tuple[dict[Path, Sums], dict[Path, jax.Array]]:
-        grads, slots = self.pullback((self.no_value, cotangents))
-        return _sums(slots), _squares(grads, self.layers, self.axes)
-
-
 def _measure(
-    fisher: str, samples: int, rng: Any, loss: Loss, pull: _Pull, axes: tuple[str, ...]
+    fisher: str, samples: int, rng: Any, loss: Loss, plan: Plan, pull: Any, axes: tuple[str, ...]
 ) -> Statistics:
     """The global statistics of this batch by the Fisher's own seeds."""
     no_seeds = tuple(jnp.zeros_like(t.distribution.natural) for t in loss.terms)
     signs = jax.random.key(0) if rng is None else rng
     if fisher == "none":
-        inputs = {path: s._replace(G=None) for path, s in pull(no_seeds)[0].items()}
-        return _statistics(loss, inputs, None, axes)
+        inputs = measuring.split(plan, pull(no_seeds))[0]
+        return _statistics(loss, plan, Measured(inputs, measuring.Squares({}, {}, {})), axes, True)
     if fisher == "mc" and samples == 1:
-        sums, squares = pull(seeds.sampled(loss, axes, rng, 1))
-        return _statistics(loss, sums, squares, axes)
+        return _statistics(loss, plan, pull(seeds.sampled(loss, axes, rng, 1)), axes)
     if fisher == "empirical":
-        sums, squares = pull(seeds.observed(loss, axes, signs))
-        return _statistics(loss, sums, squares, axes)
+        return _statistics(loss, plan, pull(seeds.observed(loss, axes, signs)), axes)
     if fisher == "mc":
         keys = jax.random.split(rng, samples)
         passes = [(samples, lambda i: seeds.sampled(loss, axes, keys[i], samples))]
     else:
         passes = seeds.exact_columns(loss, axes, signs)
-    # the inputs are the same in every pass: sum them once, and the outputs' products over passes
-    inputs, squares = jax.eval_shape(pull, no_seeds)
+    # the inputs are the same in every pass: sum them once, and the rest over passes
+    varying = lambda seed: measuring.split(plan, pull(seed))[1]
     zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-    total = vary(zeros({p: s.G for p, s in inputs.items()}), axes), zeros(squares)
+    taps, squares = zeros(jax.eval_shape(varying, no_seeds))
+    total = Measured(vary(taps, axes), squares)
     for count, seed in passes:
 
         def body(total: Any, index: jax.Array, seed: Any = seed) -> Any:
-            sums, squares = pull(seed(index))
-            outputs = {p: s.G for p, s in sums.items()}
-            return jax.tree.map(jnp.add, total, (outputs, squares)), None
+            return jax.tree.map(jnp.add, total, varying(seed(index))), None
 
         total, _ = jax.lax.scan(body, total, jnp.arange(count))
-    outputs, squares = total
-    sums = {p: s._replace(G=outputs[p]) for p, s in pull(no_seeds)[0].items()}
-    return _statistics(loss, sums, squares, axes)
+    inputs = measuring.split(plan, pull(no_seeds))[0]
+    return _statistics(loss, plan, measuring.join_parts(inputs, total), axes)
 
 
-def _shares_training_pass(loss: Loss, layers: Layers) -> bool:
+def _shares_training_pass(loss: Loss, plan: Plan) -> bool:
     """Whether training cotangents are the examples' own gradients up to one common factor.
 
-    Leftover parameters need a pass of their own: their squares take signs for each example.
+    What comes from squared sums needs a pass of its own, with a sign for each example.
     """
     one_factor = len(loss.terms) == 1 and loss.terms[0].weight is None and loss.scalar is None
-    return one_factor and not layers.leftover
+    mixed = any(wanted.layer.uses > 1 for wanted in plan.wanted.values())
+    return one_factor and not plan.from_sums and not mixed
 
 
 def _measure_in_training_pass(
-    pullback: Any, cotangent: Any, loss: Loss, layers: Layers, axes: tuple[str, ...]
+    pullback: Any, cotangent: Any, loss: Loss, plan: Plan, axes: tuple[str, ...]
 ) -> tuple[Any, Statistics]:
-    grads, slots = pullback(cotangent)
+    grads, readings = pullback(cotangent)
     term = loss.terms[0]
     # training rows are scale/N · ∇, the Fisher's are √scale · ∇
     factor = seeds.global_count(term, axes) ** 2 / jnp.where(term.scale > 0, term.scale, jnp.inf)
-    sums = {
-        p: s._replace(G=jax.tree.map(lambda G: (G * factor).astype(G.dtype), s.G))
-        for p, s in _sums(slots).items()
-    }
-    return grads, _statistics(loss, sums, {}, axes)
+    found = measuring.measured(plan, axes, grads, readings)
+    taps = measuring.scale_gradients(plan, found.taps, factor)
+    return grads, _statistics(loss, plan, found._replace(taps=taps), axes)
 
 
-def _statistics(loss: Loss, sums: Any, squares: Any, axes: tuple[str, ...]) -> Statistics:
-    """The global statistics; ``sums`` are this device's, ``squares`` are global already."""
-    return Statistics(seeds.global_count(loss.terms[0], axes), psum(sums, axes), squares)
-
-
-def _sums(slots: dict[Path, Slot]) -> dict[Path, Sums]:
-    return {path: stack_first(slot.sums, slot.layer) for path, slot in slots.items()}
-
-
-def _squares(grads: Any, layers: Layers, axes: tuple[str, ...]) -> dict[Path, jax.Array]:
-    """Squared Fisher-pass gradients of the parameters outside every layer, over all devices.
-
-    Examples' gradients are independent with mean zero (sampled labels, or random signs), so
-    that the square of their sum estimates the sum of their squares.
-    """
-    by_path = paths.leaves(grads)
-    wide = {
-        u.parameter.path: by_path[u.parameter.path].astype(_wide_dtype(u.parameter))
-        for u in layers.leftover
-    }
-    return {path: jnp.square(g) for path, g in psum(wide, axes).items()}
-
-
-def _nothing(layers: Layers, fisher: str) -> Statistics:
-    """Zero statistics: no information, of the same structure as measured ones."""
-    sums = {path: stack_first(zero_sums(layer), layer) for path, layer in layers.items()}
-    count = jnp.zeros((), float)
-    if fisher == "none":
-        return Statistics(count, {p: s._replace(G=None) for p, s in sums.items()}, None)
-    leftover = {
-        u.parameter.path: jnp.zeros(u.parameter.shape, _wide_dtype(u.parameter))
-        for u in layers.leftover
-    }
-    return Statistics(count, sums, leftover)
-
-
-def _wide_dtype(parameter: Parameter) -> Any:
-    return jnp.promote_types(parameter.dtype, jnp.float32)
+def _statistics(
+    loss: Loss, plan: Plan, found: Measured, axes: tuple[str, ...], inputs_only: bool = False
+) -> Statistics:
+    """The global statistics of one pass."""
+    taps, squares = psum(found.taps, axes), found.squares
+    moments = {path: r.moments for path, r in taps.items() if r.moments is not None}
+    return Statistics(
+        examples=seeds.global_count(loss.terms[0], axes),
+        layers={path: r.sums for path, r in taps.items() if r.sums is not None} | squares.blocks,
+        leftover=None if inputs_only else squares.diagonals,
+        reduced={path: r.reduced for path, r in taps.items() if r.reduced is not None},
+        moments=moments | squares.moments if plan.in_bases and not inputs_only else None,
+    )
 
 
 def _when(due: Any, measure: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-    """``measure()`` where due, else ``skip()``; no branch at all where that is known."""
+    """``measure()`` → (first, statistics) where due, else ``skip()`` → first and zero statistics.
+
+    No branch at all where that is known.
+    """
     if due is True:
         return measure()
-    shapes = jax.eval_shape(measure)
-
-    def skipped() -> Any:
-        return jax.tree.map(lambda x, s: x.astype(s.dtype), skip(), shapes)
-
-    return jax.lax.cond(due, measure, skipped)
+    statistics = jax.eval_shape(measure)[1]
+    nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), statistics)
+    return jax.lax.cond(due, measure, lambda: (skip(), nothing()))
 
 
 def _check_layers(layers: Layers, tree: Any) -> None:

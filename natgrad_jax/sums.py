@@ -1,23 +1,29 @@
-"""The sums over rows that every layer kind shares: ``Σ ā āᵀ``, ``Σ g gᵀ`` and the row count."""
+"""What one call of a layer adds to its statistics: sums of products over examples and positions.
 
+Every array here is a raw sum; calls, batches and devices add.
+"""
+
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers import Layer
+from natgrad_jax.layer import Layer
 from natgrad_jax.parallel import replicated, varying_like
 
-# Patches of a convolution are laid out for at most this many bytes of examples at a time.
-MAX_PATCH_BYTES = 64 * 2**20
+# Patches, and gradients of single examples, are laid out for at most this many bytes at a time.
+MAX_CHUNK_BYTES = 64 * 2**20
 
 
 class Sums(NamedTuple):
     """Raw sums over the rows (examples × positions) that a layer has seen; they add.
 
     ``A``: ``Σ ā āᵀ`` ``(*stack, *blocks, inputs + bias, inputs + bias)``; ``G``: ``Σ g gᵀ``
-    ``(*stack, *blocks, outputs, outputs)``, or None where only inputs were measured;
-    ``rows``: how many rows, ``(*stack,)``.
+    ``(*stack, *blocks, outputs, outputs)``, or None where only inputs were measured; ``rows``: how
+    many rows, ``(*stack,)``. A block that is no Kronecker product has ``A = Σ v vᵀ`` over examples,
+    v their gradients, and no G. An embedding that is attended to has another axis, of its uses.
     """
 
     A: jax.Array
@@ -25,50 +31,161 @@ class Sums(NamedTuple):
     rows: jax.Array
 
 
-def zero_sums(layer: Layer) -> Sums:
-    """The slot of one layer, stack axes where its parameters have them."""
-    dtype = layer.factor_dtype
-    return Sums(
-        A=jnp.zeros(_with_stack(layer.input_factor_shape, layer), dtype),
-        G=jnp.zeros(_with_stack(layer.output_factor_shape, layer), dtype),
-        rows=jnp.zeros(_with_stack(_rows_shape(layer), layer), dtype),
-    )
+class Rows(NamedTuple):
+    """Rows of single examples, added up over positions and calls: what "reduce" multiplies later.
+
+    ``a``: ``(*stack, N, *blocks, inputs + bias)``; ``g``: ``(*stack, N, *blocks, outputs)``;
+    ``rows``: ``(*stack,)``.
+    """
+
+    a: jax.Array
+    g: jax.Array
+    rows: jax.Array
 
 
-def stack_first(sums: Sums, layer: Layer) -> Sums:
-    """A slot's cotangent with its stack axes moved to the front."""
-    axes = [axis for axis, _ in layer.stack]
-    moved = jax.tree.map(lambda x: jnp.moveaxis(x, axes, range(len(axes))), sums)
-    return moved._replace(rows=moved.rows.reshape(layer.stack_sizes))
+def sums_shapes(layer: Layer) -> Any:
+    """Shapes of :class:`Sums` for one element of the stack, in a ``Sums``."""
+    uses = (layer.uses,) if layer.uses > 1 else ()
+    outputs = layer.output_factor_shape
+    of: Any = Sums
+    return of(uses + layer.input_factor_shape, None if outputs is None else uses + outputs, uses)
 
 
-def measure(layer: Layer, call: Any, x: jax.Array, g: jax.Array) -> Sums:
+def rows_shapes(layer: Layer, examples: int) -> Any:
+    """Shapes of :class:`Rows` for one element of the stack, in a ``Rows``."""
+    uses = (layer.uses,) if layer.uses > 1 else ()
+    assert layer.output_side is not None
+    a, g = layer.input_side.size, layer.output_side.size
+    lead = (*uses, examples, *layer.blocks)
+    of: Any = Rows
+    return of((*lead, a), (*lead, g), uses)
+
+
+def measure(layer: Layer, call: Any, x: Any, g: jax.Array) -> Sums:
     """The sums of one call of ``layer`` with input ``x`` and output cotangent ``g``."""
     outputs = call.outputs(g)
-    return Sums(
-        A=input_gram(layer, call, x),
-        G=gram(outputs, layer.factor_dtype),
-        rows=_count_rows(outputs, layer.factor_dtype).reshape(_rows_shape(layer)),
-    )
+    rows = _count_rows(outputs, layer)
+    if layer.output_side is None:
+        return Sums(_gradient_gram(layer, call, x, outputs), None, rows)
+    if getattr(call, "swapped", False):
+        A, G = (_gram(layer, side, y) for side, y in ((layer.input_side, outputs),
+                (layer.output_side, call.examples(x))))  # fmt: skip
+        return _in_use(layer, 1, Sums(A, G, rows))
+    return _in_use(layer, 0, Sums(_input_gram(layer, call, x), _output_gram(layer, outputs), rows))
 
 
-def input_gram(layer: Layer, call: Any, x: jax.Array) -> jax.Array:
-    """``Σ ā āᵀ`` over every row, a bounded number of examples at a time."""
-    examples = call.examples(x)
+def measure_rows(layer: Layer, call: Any, x: Any, g: jax.Array) -> Rows:
+    """Rows of the examples of one call, activations and gradients summed over positions."""
     dtype = layer.factor_dtype
-    chunks = _chunks(len(examples), call.width(x) * x.dtype.itemsize)
-    if chunks == 1:
-        return gram(call.inputs(examples), dtype)
-    even = len(examples) - len(examples) % chunks
-    # the chunk axis is the minor one: a batch sharded over devices stays where it is
-    stacked = examples[:even].reshape(even // chunks, chunks, *examples.shape[1:])
-    stacked = jnp.moveaxis(stacked, 1, 0)
-    zero = varying_like(jnp.zeros(layer.input_factor_shape, dtype), x)
-    body = lambda total, chunk: (total + gram(call.inputs(chunk), dtype), None)
-    total = jax.lax.scan(body, zero, stacked)[0]
-    if even < len(examples):
-        total += gram(call.inputs(examples[even:]), dtype)
-    return total
+    examples, outputs = call.examples(x), call.outputs(g)
+    inputs = over_chunks(
+        lambda c: call.inputs(c).sum(1, dtype=dtype), (examples,), call.width(x), add=False
+    )
+    use, pair = 0, (inputs, outputs.sum(1, dtype=dtype))
+    if getattr(call, "swapped", False):
+        use, pair = 1, pair[::-1]
+    return _in_use(layer, use, Rows(*pair, _count_rows(outputs, layer)))
+
+
+def sums_of_rows(layer: Layer, rows: Rows, lead: int) -> Sums:
+    """The sums that "reduce" takes over examples: of mean activations and summed gradients.
+
+    ``lead``: axes before that of the examples (stack and uses).
+    """
+    assert layer.output_side is not None
+    examples = rows.a.shape[lead]
+    positions = jnp.where(rows.rows > 0, rows.rows, 1) / examples
+    trailing = tuple(range(lead, rows.a.ndim))
+    a = rows.a / jnp.expand_dims(positions, trailing)
+    sides = (layer.input_side, layer.output_side)
+
+    def one(*pair: jax.Array) -> list[jax.Array]:
+        return [_gram(layer, side, r[:, None]) for side, r in zip(sides, pair, strict=True)]
+
+    for _ in range(lead):
+        one = jax.vmap(one)
+    A, G = one(a, rows.g)
+    return Sums(A, G, jnp.where(rows.rows > 0, examples, 0).astype(rows.rows.dtype))
+
+
+def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -> jax.Array:
+    """``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²``, elementwise, of one call: ``(*blocks, packed rows, columns)``.
+
+    The gradient of an example is summed over its positions before it is squared. Source: George et
+    al. 2018, section 3.2.
+    """
+    assert layer.output_side is not None
+    examples, outputs = call.examples(x), call.outputs(g)
+    if layer.kind == "embed":
+        return call.squares(examples, _rotate(layer, layer.output_side, outputs, bases.G))
+
+    def squares(x: jax.Array, g: jax.Array) -> jax.Array:
+        a = _rotate(layer, layer.input_side, call.inputs(x), bases.A)
+        g = _rotate(layer, layer.output_side, g, bases.G)
+        if a.shape[1] == 1:  # the square of one product is the product of the squares
+            whole = replicated(a, a.ndim - 1)
+            return _einsum("nt...i,nt...o->...io", jnp.square(a), jnp.square(g), whole)
+        return jnp.sum(jnp.square(_einsum("nt...i,nt...o->n...io", a, g)), axis=0)
+
+    width = call.width(x) * 2 + outputs[0].size
+    if outputs.shape[1] > 1:
+        width += math.prod(layer.packed_shape)
+    return over_chunks(squares, (examples, outputs), width)
+
+
+def _rotate(layer: Layer, side: Any, rows: jax.Array, basis: jax.Array) -> jax.Array:
+    """``Qᵀ r`` of every row: ``(N, T, *blocks, packed)``."""
+    return side.project(basis, side.pack(rows.astype(layer.factor_dtype), -1))
+
+
+def _gradient_gram(layer: Layer, call: Any, x: Any, outputs: jax.Array) -> jax.Array:
+    """``Σ v vᵀ`` over the examples, v the example's gradient of all parameters of a block."""
+    dtype = layer.factor_dtype
+
+    def of(x: jax.Array, g: jax.Array) -> jax.Array:
+        pair = [r.astype(dtype) for r in (call.inputs(x), g)]
+        if getattr(call, "swapped", False):
+            pair.reverse()
+        v = _einsum("nt...i,nt...o->n...io", pair[0], pair[1])
+        v = v.reshape(len(v), 1, *layer.factor_blocks, -1)
+        return gram(v, dtype)
+
+    return over_chunks(of, (call.examples(x), outputs), call.width(x) + 2 * layer.size)
+
+
+def _input_gram(layer: Layer, call: Any, x: Any) -> jax.Array:
+    """The factor sum over the rows of inputs, a bounded number of examples at a time."""
+    side, reduce = layer.input_side, layer.approximation.weight_sharing == "reduce"
+    examples = call.examples(x)
+    if side.diagonal and not reduce:
+        return call.frequencies(examples, layer.factor_dtype)
+    if side.shared and not reduce and layer.kind != "conv local":
+        rows = call.channel_rows(examples)
+        one_place = side._replace(places=1, shared=False, bias=False)
+        return _gram(layer, one_place, rows) / side.places
+
+    def of(examples: jax.Array) -> jax.Array:
+        rows = call.inputs(examples)
+        if reduce:
+            rows = rows.mean(1, keepdims=True, dtype=layer.factor_dtype)
+        return _gram(layer, side, rows)
+
+    return over_chunks(of, (examples,), call.width(x))
+
+
+def _output_gram(layer: Layer, outputs: jax.Array) -> jax.Array:
+    if layer.approximation.weight_sharing == "reduce":
+        outputs = outputs.sum(1, keepdims=True, dtype=layer.factor_dtype)
+    return _gram(layer, layer.output_side, outputs)
+
+
+def _gram(layer: Layer, side: Any, rows: jax.Array) -> jax.Array:
+    """One side's factor sum over rows ``(N, T, *blocks, size)``."""
+    dtype = layer.factor_dtype
+    if side.diagonal:
+        return jnp.sum(jnp.square(rows.astype(dtype)), axis=(0, 1))
+    products = gram(side.rows(rows), dtype)
+    return products / side.places if side.shared else products
 
 
 def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -83,26 +200,56 @@ def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     ).astype(dtype)
 
 
-def _count_rows(outputs: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Examples × positions, as a value that depends on the data: vmap and shard_map must see it."""
-    first = outputs.reshape(*outputs.shape[:2], -1)[:, :, 0]
-    return jnp.sum((first == first) | True, dtype=dtype)
+def over_chunks(
+    of: Callable[..., jax.Array], arrays: tuple[Any, ...], width: int, add: bool = True
+) -> jax.Array:
+    """``of(*arrays)``, a bounded number of examples at a time: added up, or stacked again.
+
+    ``width``: numbers that ``of`` lays out for one example.
+    """
+    n = len(jax.tree.leaves(arrays)[0])
+    chunks = _chunks(n, width * 4)
+    if chunks == 1:
+        return of(*arrays)
+    even = n - n % chunks
+    # the chunk axis is the minor one: a batch sharded over devices stays where it is
+    stacked = jax.tree.map(
+        lambda x: jnp.moveaxis(x[:even].reshape(even // chunks, chunks, *x.shape[1:]), 1, 0), arrays
+    )
+    if not add:
+        done = jax.lax.map(lambda c: of(*c), stacked)
+        done = jnp.moveaxis(done, 0, 1).reshape(even, *done.shape[2:])
+        rest = [of(*jax.tree.map(lambda x: x[even:], arrays))] if even < n else []
+        return jnp.concatenate([done, *rest])
+    shape = jax.eval_shape(lambda s: of(*jax.tree.map(lambda x: x[0], s)), stacked)
+    zero = varying_like(jnp.zeros(shape.shape, shape.dtype), jax.tree.leaves(arrays)[-1])
+    body = lambda total, chunk: (total + of(*chunk), None)
+    total = jax.lax.scan(body, zero, stacked)[0]
+    return total if even == n else total + of(*jax.tree.map(lambda x: x[even:], arrays))
 
 
 def _chunks(examples: int, bytes_per_example: int) -> int:
-    """About the fewest chunks whose patches stay within the bound; equal ones where possible."""
-    needed = max(-(-examples * bytes_per_example // MAX_PATCH_BYTES), 1)
-    needed = min(needed, examples)
+    """About the fewest chunks that stay within the bound; equal ones where possible."""
+    needed = max(-(-examples * bytes_per_example // MAX_CHUNK_BYTES), 1)
+    needed = min(needed, max(examples, 1))
     return next((c for c in range(needed, 2 * needed) if examples % c == 0), needed)
 
 
-def _rows_shape(layer: Layer) -> tuple[int, ...]:
-    """Enough unit axes that a stack axis of any position can be inserted."""
-    return (1,) * max((axis for axis, _ in layer.stack), default=0)
+def _count_rows(outputs: jax.Array, layer: Layer) -> jax.Array:
+    """Examples × positions, as a value that depends on the data: vmap and shard_map must see it."""
+    reduce = layer.approximation.weight_sharing == "reduce" and layer.calls == 1
+    counted = outputs[:, :1] if reduce or layer.output_side is None else outputs
+    first = counted.reshape(*counted.shape[:2], -1)[:, :, 0]
+    return jnp.sum((first == first) | True, dtype=layer.factor_dtype)
 
 
-def _with_stack(shape: tuple[int, ...], layer: Layer) -> tuple[int, ...]:
-    for axis, size in layer.stack:
-        at = len(shape) if axis == -1 else axis
-        shape = (*shape[:at], size, *shape[at:])
-    return shape
+def _in_use(layer: Layer, use: int, sums: Any) -> Any:
+    """``sums`` on the axis of a layer's uses, where it has several."""
+    if layer.uses == 1:
+        return sums
+    return jax.tree.map(lambda x: jnp.zeros((layer.uses, *x.shape), x.dtype).at[use].set(x), sums)
+
+
+def _einsum(equation: str, a: jax.Array, b: jax.Array, out_sharding: Any = None) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum(equation, a, b, precision=precision, out_sharding=out_sharding)

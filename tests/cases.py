@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,7 +16,11 @@ Arrange = Callable[[np.ndarray], np.ndarray]
 
 
 class Case(NamedTuple):
-    """``linen()`` and ``nnx(rngs)`` make the same layer; ``shape`` is one example's input."""
+    """``linen()`` and ``nnx(rngs)`` make the same layer; ``shape`` is one example's input.
+
+    ``block``: which parameters lie in one block of the Fisher that has no Kronecker form, by
+    the place of each along its last axis: all of them ("full") or those of one unit ("unit").
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -23,6 +28,8 @@ class Case(NamedTuple):
     nnx: Callable[[nnx.Rngs], nnx.Module]
     arrange: Arrange
     tokens: bool = False  # whether the loss is over every position, not only over examples
+    ids: int = 0  # inputs are ids below this number
+    block: str = "kronecker"
 
 
 def flat(s: np.ndarray) -> np.ndarray:
@@ -87,6 +94,30 @@ def _einsum(
     )
 
 
+def _norm(name: str, shape: tuple[int, ...], linen: Any, model: Any, block: str = "full") -> Case:
+    return Case(name, shape, linen, model, positions, block=block)
+
+
+def _transpose(name: str, shape: tuple[int, ...], kernel: tuple[int, ...], **kw: Any) -> Case:
+    return Case(
+        name,
+        shape,
+        lambda: nn.ConvTranspose(3, kernel, **kw),
+        lambda rngs: nnx.ConvTranspose(
+            3 if kw.get("transpose_kernel") else shape[-1],
+            shape[-1] if kw.get("transpose_kernel") else 3,
+            kernel,
+            rngs=rngs,
+            **kw,
+        ),
+        positions,
+    )
+
+
+def _embed(rngs: nnx.Rngs) -> nnx.Module:
+    return nnx.Embed(4, 3, dtype=jnp.float64, rngs=rngs)  # which it would keep from its init
+
+
 CASES = [
     _dense("dense", (4,), flat),
     _dense("dense no bias", (4,), flat, use_bias=False),
@@ -141,6 +172,27 @@ CASES = [
     _conv("conv 2-d grouped", (4, 3, 4), (2, 2), features=6, groups=2),
     _conv("conv 2-d depthwise", (4, 4, 3), (3, 3), features=6, groups=3),
     _conv("conv 3-d", (3, 2, 3, 1), (2, 2, 2), features=2),
+    _transpose("conv transpose", (3, 2, 2), (3, 3), strides=(2, 2)),
+    _transpose("conv transpose, valid, dilated, no bias", (3, 2), (2,), strides=(3,),
+               padding="VALID", kernel_dilation=(2,), use_bias=False),
+    _transpose("conv transpose, explicit padding", (3, 3, 2), (3, 2), padding=((1, 2), (0, 1))),
+    _transpose("conv transpose, circular", (3, 4, 2), (3, 3), strides=(2, 1), padding="CIRCULAR"),
+    Case("embed", (3,), lambda: nn.Embed(4, 3), _embed,
+         positions, ids=4),
+    Case("embed, one id", (), lambda: nn.Embed(4, 3), _embed,
+         flat, ids=4),
+    _norm("layer norm", (3, 4), lambda: nn.LayerNorm(), lambda rngs: nnx.LayerNorm(4, rngs=rngs)),
+    _norm("layer norm, no scale", (4,), lambda: nn.LayerNorm(use_scale=False),
+          lambda rngs: nnx.LayerNorm(4, use_scale=False, rngs=rngs)),
+    _norm("rms norm", (3, 4), lambda: nn.RMSNorm(), lambda rngs: nnx.RMSNorm(4, rngs=rngs)),
+    _norm("group norm", (2, 2, 4), lambda: nn.GroupNorm(2),
+          lambda rngs: nnx.GroupNorm(4, 2, rngs=rngs)),
+    _norm("instance norm", (3, 2), lambda: nn.InstanceNorm(),
+          lambda rngs: nnx.InstanceNorm(2, rngs=rngs)),
+    _norm("batch norm, running average", (3, 2), lambda: nn.BatchNorm(use_running_average=True),
+          lambda rngs: nnx.BatchNorm(2, use_running_average=True, rngs=rngs)),
+    _norm("layer norm over 300 units", (300,), lambda: nn.LayerNorm(),
+          lambda rngs: nnx.LayerNorm(300, rngs=rngs), "unit"),
 ]  # fmt: skip
 
 # what only Linen spells
@@ -152,4 +204,25 @@ LINEN_ONLY = [
         lambda rngs: nnx.Linear(1, 1, rngs=rngs),
         positions,
     ),
-]
+    Case(
+        "conv local",
+        (4, 3, 2),
+        lambda: nn.ConvLocal(3, (2, 2), strides=(2, 1), padding="VALID"),
+        lambda rngs: nnx.Linear(1, 1, rngs=rngs),
+        lambda s: s.reshape(1, -1, s.shape[-1]),
+    ),
+    _transpose("conv transpose, transposed kernel", (3, 2), (3,), strides=(2,),
+               transpose_kernel=True),
+    _transpose("conv transpose, circular, transposed kernel", (3, 2), (2,), strides=(2,),
+               padding="CIRCULAR", transpose_kernel=True),
+]  # fmt: skip
+
+# One of each way of dividing a layer: what does not depend on geometry is tested on these.
+REPRESENTATIVE = [c for c in CASES if c.name in (
+    "dense", "dense, loss on tokens", "einsum per head", "conv 2-d", "conv 2-d grouped", "embed",
+    "conv transpose", "layer norm")]  # fmt: skip
+
+# Layers on which the approximations differ, each under every one of them.
+APPROXIMATED = [c for c in CASES + LINEN_ONLY if c.name in (
+    "dense on positions", "einsum per head", "conv 2-d valid strides", "conv 2-d circular",
+    "conv 2-d grouped", "conv transpose, circular", "conv local", "embed")]  # fmt: skip

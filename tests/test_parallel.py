@@ -19,17 +19,21 @@ DEVICES, STEPS = 4, 5
 
 
 class Net(nn.Module):
-    """A convolution, a norm (leftover parameters), a scanned stack and a readout."""
+    """A convolution, two norms (one of no known type), a scanned stack and a readout."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
-        x = nn.LayerNorm()(x).reshape(len(x), -1)
+        x = OwnNorm()(nn.LayerNorm()(x)).reshape(len(x), -1)
         block = nn.scan(
             nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
         )
         x, _ = block()(nn.Dense(6)(x), None)
         return nn.Dense(3)(x)
+
+
+class OwnNorm(nn.LayerNorm):
+    pass
 
 
 class Block(nn.Module):
@@ -46,8 +50,17 @@ def loss_fn(params: Any, batch: Any) -> ng.Loss:
     return ng.Categorical(model.apply({"params": params}, x)).nll(y, where=where) * 2.0 + 0.1
 
 
-@pytest.fixture(scope="module")
-def problem() -> Any:
+TRANSFORMATIONS = {
+    "kfac": ng.kfac,
+    "ekfac": ng.ekfac,
+    "ekfac, SUA, groups, reduce": partial(
+        ng.ekfac, convolution="sua", group_size=4, weight_sharing="reduce"
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=TRANSFORMATIONS)
+def problem(request: Any) -> Any:
     random = np.random.default_rng(0)
     x = random.normal(size=(16, 6, 6, 2)).astype(np.float32)
     y = random.integers(3, size=16).astype(np.int32)
@@ -57,7 +70,8 @@ def problem() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ng.UncoveredWarning)
         layers = ng.find_layers(loss_fn, params, batch)
-    tx = ng.kfac(0.1, layers, statistics_period=2, refresh_period=2, damping=1e-2)
+    make = TRANSFORMATIONS[request.param]
+    tx = make(0.1, layers, statistics_period=2, refresh_period=2, damping=1e-2)
     return layers, tx, params, batch
 
 

@@ -252,7 +252,7 @@ def test_chunked_patches_give_the_same_factor(
     layers = ng.find_layers(loss_fn, params, x)
     run = lambda: jax.jit(lambda p, x: ng.value_and_grad(loss_fn, layers, fisher="none")(p, x)[2])
     whole = run()(params, x)
-    monkeypatch.setattr("natgrad_jax.sums.MAX_PATCH_BYTES", 25 * 19 * 8 * held)
+    monkeypatch.setattr("natgrad_jax.sums.MAX_CHUNK_BYTES", 25 * 19 * 4 * held)
     chunked = run().lower(params, x).compile()
     assert "while" in chunked.as_text()
     np.testing.assert_allclose(
@@ -282,22 +282,23 @@ def test_warnings_name_every_leftover_parameter() -> None:
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
+            table = self.param("table", nn.initializers.ones, (4, 100))
             scale = self.param("temperature", nn.initializers.ones, ())
-            return nn.Dense(3)(nn.LayerNorm()(x)) * scale
+            return nn.Dense(3)(OwnNorm()(x)) * scale * table.mean()
+
+    class OwnNorm(nn.LayerNorm):
+        pass
 
     net = Net()
     params = net.init(jax.random.key(0), normal(0, 2, 4))["params"]
     loss_fn = lambda p, x: ng.Gaussian(net.apply({"params": p}, x)).nll(x[:, :3])
-    with pytest.warns(ng.UncoveredWarning, match="temperature") as caught:
+    with pytest.warns(ng.UncoveredWarning, match="table") as caught:
         layers = ng.find_layers(loss_fn, params, normal(0, 2, 4))
     message = str(caught[0].message)
-    for name in ("LayerNorm_0/scale", "LayerNorm_0/bias", "temperature"):
+    for name in ("OwnNorm_0/scale", "OwnNorm_0/bias", "table"):
         assert name in message
-    assert set(layers.uncovered) == {
-        ("LayerNorm_0", "bias"),
-        ("LayerNorm_0", "scale"),
-        ("temperature",),
-    }
+    assert set(layers.uncovered) == {("OwnNorm_0", "bias"), ("OwnNorm_0", "scale"), ("table",)}
+    assert layers[("temperature",)].block == "full"
 
 
 def test_batch_dims_of_dense_general_are_blocks() -> None:
@@ -331,8 +332,8 @@ def test_leftover_parameters_get_the_diagonal_of_their_fisher(fisher: str) -> No
         return ng.Gaussian(jnp.tanh(x * p["scale"]) + p["shift"]).nll(y)
 
     params = {"scale": jnp.asarray([1.0, -0.5, 2.0]), "shift": jnp.asarray([0.1, 0.0, 0.3])}
-    with pytest.warns(ng.UncoveredWarning):
-        layers = ng.find_layers(loss_fn, params, x)
+    layers = ng.find_layers(loss_fn, params, x, blocks={"*": "diagonal"})
+    assert layers.uncovered == ()  # chosen
     grad_fn = ng.value_and_grad(loss_fn, layers, fisher=fisher)
     squares = lambda key: grad_fn(params, x, rng=key)[2]
     found = jax.jit(jax.vmap(squares))(jax.random.split(jax.random.key(0), 4000))
@@ -373,6 +374,5 @@ def test_an_abstract_nnx_model_is_enough() -> None:
 
     model = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((5, 4), jnp.float32)
-    with pytest.warns(ng.UncoveredWarning, match="norm/scale"):
-        layers = ng.find_layers(lambda m, x: ng.Gaussian(m(x)).nll(x[:, :3]), model, x)
-    assert list(layers) == [("dense",)]
+    layers = ng.find_layers(lambda m, x: ng.Gaussian(m(x)).nll(x[:, :3]), model, x)
+    assert set(layers) == {("dense",), ("norm",)}

@@ -22,14 +22,12 @@ KEY = jax.random.key(0)
 class Problem(NamedTuple):
     """``loss_fn(params, *args)`` of one model; ``params`` is the model itself in NNX.
 
-    ``uncovered(path)`` tells the parameters that have no Kronecker block by design; ``tolerance``
-    is the relative one of two programs that compute the same gradient.
+    ``tolerance`` is the relative one of two programs that compute the same gradient.
     """
 
     loss_fn: Callable[..., Any]
     params: Any
     args: tuple[Any, ...]
-    uncovered: Callable[[tuple[str, ...]], bool]
     has_aux: bool = False
     tolerance: float = 1e-5
 
@@ -39,16 +37,6 @@ class Case(NamedTuple):
 
     name: str
     make: Callable[[], Problem]
-
-
-def nothing(path: tuple[str, ...]) -> bool:
-    """The model is wholly covered."""
-    return False
-
-
-def named(*words: str) -> Callable[[tuple[str, ...]], bool]:
-    """Uncovered are the parameters with one of ``words`` in a part of their path."""
-    return lambda path: any(word in part for word in words for part in path)
 
 
 def noise(*shape: int) -> jax.Array:
@@ -109,9 +97,7 @@ def build(make: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> nnx.Mod
     return nnx.merge(graph, filled(params), stats, filled(rest))
 
 
-def classify(
-    module: nn.Module, x: jax.Array, uncovered: Any = nothing, apply: Any = None, **kwargs: Any
-) -> Problem:
+def classify(module: nn.Module, x: jax.Array, apply: Any = None, **kwargs: Any) -> Problem:
     """Classification by a Linen module without other state."""
     params = init(module, x)
     apply = apply or module.apply
@@ -120,12 +106,10 @@ def classify(
         return ng.Categorical(apply({"params": params}, x)).nll(y)
 
     y = labels(jax.eval_shape(apply, {"params": params}, x))
-    return Problem(loss_fn, params, (x, y), uncovered, **kwargs)
+    return Problem(loss_fn, params, (x, y), **kwargs)
 
 
-def classify_nnx(
-    model: nnx.Module, x: jax.Array, uncovered: Any = nothing, forward: Any = None, **kwargs: Any
-) -> Problem:
+def classify_nnx(model: nnx.Module, x: jax.Array, forward: Any = None, **kwargs: Any) -> Problem:
     """Classification by an NNX model."""
     forward = forward or (lambda model, x: model(x))
 
@@ -133,7 +117,7 @@ def classify_nnx(
         return ng.Categorical(forward(model, x)).nll(y)
 
     y = labels(nnx.eval_shape(forward, model, x))
-    return Problem(loss_fn, model, (x, y), uncovered, **kwargs)
+    return Problem(loss_fn, model, (x, y), **kwargs)
 
 
 # ---------------------------------------------------------------------------------------- Linen
@@ -182,7 +166,7 @@ def with_batch_stats(module: nn.Module) -> Problem:
         return ng.Categorical(logits).nll(y), changed["batch_stats"]
 
     args = (batch_stats, x, jnp.arange(BATCH) % CLASSES, jax.random.key(1))
-    return Problem(loss_fn, filled(variables["params"]), args, named("BatchNorm"), has_aux=True)
+    return Problem(loss_fn, filled(variables["params"]), args, has_aux=True)
 
 
 class Block(nn.Module):
@@ -208,7 +192,7 @@ class Transformer(nn.Module):
 
 
 def transformer(block: Any) -> Problem:
-    return classify(Transformer(block), tokens(), named("Norm", "Embed", "position"))
+    return classify(Transformer(block), tokens())
 
 
 def scanned(body: Any, length: int = 2, axis: int = 0) -> Any:
@@ -331,7 +315,7 @@ def two_models() -> Problem:
         code = nn.tanh(encoder.apply({"params": params["enc"]}, x))
         return ng.Gaussian(decoder.apply({"params": params["dec"]}, code)).nll(x)
 
-    return Problem(loss_fn, params, (x,), nothing)
+    return Problem(loss_fn, params, (x,))
 
 
 def warm_jit() -> Problem:
@@ -487,7 +471,7 @@ class Headed(nnx.Module):
 
 
 def transformer_nnx(body: Any) -> Problem:
-    return classify_nnx(build(TransformerNNX, body), tokens(), named("norm", "embed", "position"))
+    return classify_nnx(build(TransformerNNX, body), tokens())
 
 
 def ensemble_nnx(members: int) -> Problem:
@@ -575,12 +559,12 @@ def two_models_nnx() -> Problem:
     def loss_fn(model: Any, x: Any) -> ng.Loss:
         return ng.Gaussian(model.dec(nnx.tanh(model.enc(x)))).nll(x)
 
-    return Problem(loss_fn, model, (vector(),), nothing)
+    return Problem(loss_fn, model, (vector(),))
 
 
 def aux_nnx() -> Problem:
     """The loss returns the logits too."""
-    problem = classify_nnx(build(ConvNetNNX), image(), named("norm"))
+    problem = classify_nnx(build(ConvNetNNX), image())
 
     def loss_fn(model: Any, x: Any, y: Any) -> Any:
         logits = model(x)
@@ -601,9 +585,7 @@ NNX = {
     "mlp in nnx.List": lambda: classify_nnx(build(MLP), vector()),
     "bf16 compute": lambda: classify_nnx(build(MLP, jnp.bfloat16), vector(), tolerance=0.03),
     "convnet with batch norm and dropout": aux_nnx,
-    "ResNet block": lambda: classify_nnx(
-        build(ResNetBlockNNX), image(), lambda path: "norm" in path[0] or path[-2:-1] == ("1",)
-    ),
+    "ResNet block": lambda: classify_nnx(build(ResNetBlockNNX), image()),
     "transformer": lambda: transformer_nnx(Headed),
     "remat": lambda: classify_nnx(build(Headed, block=DenseNNX, remat=True), vector()),
     "scanned transformer": lambda: transformer_nnx(partial(StackNNX, block=BlockNNX)),

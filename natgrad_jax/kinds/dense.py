@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers import Layout
+from natgrad_jax.layer import Layout
 
 
 class DenseCall(NamedTuple):
@@ -31,7 +31,7 @@ class DenseCall(NamedTuple):
     def examples(self, x: jax.Array) -> jax.Array:
         if self.x_summed:
             x = x.sum(self.x_summed, keepdims=True)
-        return _normal_form(x, self.x_rows, self.x_blocks, self.x_inputs)
+        return normal_form(x, self.x_rows, self.x_blocks, self.x_inputs)
 
     def inputs(self, examples: jax.Array) -> jax.Array:
         if not self.bias:
@@ -39,13 +39,16 @@ class DenseCall(NamedTuple):
         return jnp.concatenate([examples, jnp.ones_like(examples[..., :1])], axis=-1)
 
     def outputs(self, g: jax.Array) -> jax.Array:
-        return _normal_form(g, self.s_rows, self.s_blocks, self.s_outputs)
+        return normal_form(g, self.s_rows, self.s_blocks, self.s_outputs)
 
     def width(self, x: jax.Array) -> int:
         return 0  # a view of what the gradient keeps anyway: never worth chunking
 
+    def positions(self, x: jax.Array) -> int:
+        return math.prod(x.shape[a] for a in self.x_rows[1:])
 
-def _normal_form(
+
+def normal_form(
     x: jax.Array, rows: Sequence[int], blocks: Sequence[int], features: Sequence[int]
 ) -> jax.Array:
     """``x`` as (examples, positions, *blocks, features); summed axes have size one."""

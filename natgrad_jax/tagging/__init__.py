@@ -7,27 +7,46 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx as flax_nnx
+from flax import linen as flax_linen, nnx as flax_nnx
 
-from natgrad_jax.layers import Layer, Layers, Parameter, Uncovered
+from natgrad_jax.layer import Layer, Parameter, free_layer
+from natgrad_jax.layers import Layers, Leftover
 from natgrad_jax.losses import Loss
 from natgrad_jax.paths import Path, join, leaves
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS
-from natgrad_jax.tagging.sightings import Sightings, stack_candidates, to_layer
+from natgrad_jax.tagging.sightings import (
+    Sightings,
+    parameter_path,
+    stack_candidates,
+    to_layer,
+)
 from natgrad_jax.tagging.slots import SLOT
+
+# A parameter of no known layer with at most this many numbers has a full block: its statistics
+# have rank one a measurement, which a larger matrix would not make up for.
+MAX_FREE = 256
+
+
+_WRAPPERS = (flax_linen.WeightNorm, flax_linen.SpectralNorm, *nnx_frontend.NORMALIZERS)
 
 
 class UncoveredWarning(UserWarning):
-    """Some parameters have no Kronecker block and fall to the diagonal one."""
+    """Some parameters have no block of their own and fall to the diagonal of the Fisher."""
 
 
-def find_layers(loss_fn: Callable[..., Any], params: Any, *args: Any) -> Layers:
+def find_layers(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    blocks: Mapping[Any, str] | None = None,
+) -> Layers:
     """Find the layers of the model that ``loss_fn`` runs.
 
     Traces ``loss_fn(params, *args)`` abstractly (no arithmetic is done) and records every known
-    Flax layer that the trace calls, of Linen or NNX, in whatever transforms it stands. Parameters
-    outside every layer get a diagonal block, and a warning that names each.
+    Flax layer that the trace calls, of Linen or NNX, in whatever transforms it stands. A small
+    parameter of no known layer has a full block; what is left gets the diagonal of the Fisher, and
+    a warning that names each.
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns an :class:`~natgrad_jax.Loss`, or
@@ -35,12 +54,15 @@ def find_layers(loss_fn: Callable[..., Any], params: Any, *args: Any) -> Layers:
       params: the parameters (Linen: nested dicts, of one model or several) or the NNX model;
         arrays or ``jax.ShapeDtypeStruct``.
       *args: the other arguments, e.g. a batch; arrays or ``jax.ShapeDtypeStruct``.
+      blocks: other blocks than the default ones, as by :meth:`Layers.replace`, in this order:
+        ``{"*/bias": "frozen", ("head",): "full"}``.
 
     Returns:
       :class:`~natgrad_jax.Layers`: path → record. ``print`` it: it is the coverage table.
 
     Raises:
       TypeError: ``loss_fn`` does not return a Loss, or a parameter is not a floating-point array.
+      ValueError: ``blocks`` names what is not there, or a block that cannot be had there.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
     >>> model, x, y = nn.Dense(3), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
@@ -55,25 +77,33 @@ def find_layers(loss_fn: Callable[..., Any], params: Any, *args: Any) -> Layers:
     """
     frontend = frontend_of(params)
     parameters = _parameters(frontend.split(params)[0])
-    probes: dict[Path, jax.ShapeDtypeStruct] = {}
-    for path, parameter in parameters.items():
-        if path[-1:] == ("kernel",) or path[:-1] not in probes:
-            probes[path[:-1]] = jax.ShapeDtypeStruct(parameter.shape, jnp.float32)
+    probes = {
+        path: jax.ShapeDtypeStruct(parameter.shape, jnp.float32)
+        for path, parameter in parameters.items()
+    }
     seen = _trace(frontend, loss_fn, params, args, probes)
-    layers = _resolve(frontend, loss_fn, params, args, probes, seen, parameters)
-    covered = {p.path for layer in layers.values() for p in layer.parameters}
-    leftover = tuple(
-        Uncovered(p, _reason(p.path, seen)) for p in parameters.values() if p.path not in covered
-    )
-    if leftover:
-        names = "; ".join(f"{join(p.path)} ({reason})" for p, reason in leftover)
+    found = _resolve(frontend, loss_fn, params, args, probes, seen, parameters)
+    covered = {p.path for layer in found.values() for p in layer.parameters}
+    rest = [p for p in parameters.values() if p.path not in covered]
+    free = {p.path: free_layer(p) for p in rest if _is_free(p, seen)}
+    leftover = [Leftover(p, _reason(p, seen)) for p in rest if p.path not in free]
+    layers = Layers(found | free, tuple(leftover))
+    for where, block in (blocks or {}).items():
+        layers = layers.replace(where, block)
+    _warn(layers, len(parameters))
+    return layers
+
+
+def _warn(layers: Layers, total: int) -> None:
+    left = [x for x in layers.leftover if not x.chosen]
+    if left:
+        names = "; ".join(f"{join(x.path)} ({x.reason})" for x in left)
         warnings.warn(
-            f"{len(leftover)} of {len(parameters)} parameters have no Kronecker block and get the "
-            f"diagonal one: {names}",
+            f"{len(left)} of {total} parameters have no block of their own and get the diagonal "
+            f"of the Fisher: {names}",
             UncoveredWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Layers(layers, leftover)
 
 
 def frontend_of(params: Any) -> ModuleType:
@@ -148,20 +178,21 @@ def _trace(
 ) -> Sightings:
     """Run ``loss_fn`` abstractly with tags in place of slots."""
 
-    def run(params: Any, *args: Any) -> None:
-        as_loss(loss_fn(params, *args))
+    def run(params: Any, *args: Any) -> jax.Array:
+        return as_loss(loss_fn(params, *args)).value
 
     tagged, run_watched, seen = frontend.watched(run, params, probes)
     flat, tree = jax.tree.flatten(args)
     traced = [hasattr(x, "shape") and hasattr(x, "dtype") for x in flat]
 
-    def from_arrays(params: Any, arrays: list[Any]) -> None:
+    def from_arrays(params: Any, arrays: list[Any]) -> Any:
         given = iter(arrays)
         values = [next(given) if t else x for x, t in zip(flat, traced, strict=True)]
-        run_watched(params, *jax.tree.unflatten(tree, values))
+        return run_watched(params, *jax.tree.unflatten(tree, values))
 
     try:
-        jax.eval_shape(from_arrays, tagged, [x for x, t in zip(flat, traced, strict=True) if t])
+        arrays = [x for x, t in zip(flat, traced, strict=True) if t]
+        seen.count(jax.make_jaxpr(from_arrays)(tagged, arrays))
     except Exception as e:
         if SLOT not in str(e) and "pytree" not in str(e):
             raise
@@ -188,23 +219,24 @@ def _resolve(
     Shapes tell those axes except where sizes agree by accident. Then a guess (leading axes
     first) is put to the test: a probe that only slices along the guessed axes must trace.
     """
-    candidates = {}
+    candidates, mains = {}, {}
     for path, sighting in seen.layers.items():
         if path in seen.refused:
             continue
-        kernel = parameters.get((*path, "kernel"))
-        if kernel is None:
+        mains[path] = parameter_path(path, sighting.names[0])
+        main = parameters.get(mains[path])
+        if main is None:
             seen.refused[path] = "its kernel is no parameter of its own: held fixed, or shared"
             continue
-        candidates[path] = stack_candidates(kernel.shape, sighting.kernel_shape)
-        if not candidates[path] or sighting.probe_shape != sighting.kernel_shape:
+        candidates[path] = stack_candidates(main.shape, sighting.shape)
+        if not candidates[path] or sighting.probe_shape != sighting.shape:
             seen.refused[path] = "its kernel reaches it in another shape than its parameter's"
             del candidates[path]
     choice = {path: axes[0] for path, axes in candidates.items()}
     ambiguous = {path: axes for path, axes in candidates.items() if len(axes) > 1}
     for attempt in range(max(map(len, ambiguous.values()), default=0)):
         guess = {p: axes[min(attempt, len(axes) - 1)] for p, axes in ambiguous.items()}
-        probing = {p: _probe(parameters[(*p, "kernel")].shape, axes) for p, axes in guess.items()}
+        probing = {mains[p]: _probe(parameters[mains[p]].shape, axes) for p, axes in guess.items()}
         try:
             _trace(frontend, loss_fn, params, args, {**probes, **probing})
         except (ValueError, TypeError):
@@ -215,16 +247,7 @@ def _resolve(
         for path in ambiguous:
             seen.refused[path] = "the axis over which it is stacked cannot be told"
             del choice[path]
-    return {
-        path: to_layer(
-            path,
-            seen.layers[path],
-            parameters[(*path, "kernel")],
-            parameters.get((*path, "bias")),
-            axes,
-        )
-        for path, axes in choice.items()
-    }
+    return {path: to_layer(path, seen, parameters, axes) for path, axes in choice.items()}
 
 
 def _probe(shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -235,16 +258,27 @@ def _probe(shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.ShapeDtypeStruc
     )
 
 
-def _reason(path: Path, seen: Sightings) -> str:
-    """Why the parameter at ``path`` has no block."""
+def _is_free(parameter: Parameter, seen: Sightings) -> bool:
+    """Whether a small parameter belongs to no layer: of a module of the user's, or of none."""
+    path = parameter.path
+    owner = seen.owners.get(path[:-1], object)
+    known = issubclass(owner, (*KINDS, *_WRAPPERS)) or path in seen.refused
+    return not known and path[:-1] not in seen.refused and parameter.size <= MAX_FREE
+
+
+def _reason(parameter: Parameter, seen: Sightings) -> str:
+    """Why a parameter has no block."""
+    path = parameter.path
     owner = seen.owners.get(path[:-1])
-    if path[:-1] in seen.refused:
-        return seen.refused[path[:-1]]
-    if owner is None:
-        return "of no Flax module that loss_fn calls"
+    for at in (path[:-1], path):
+        if at in seen.refused:
+            return seen.refused[at]
     if owner in KINDS:
         return f"its {owner.__name__} is never called"
-    parent = next((k for k in KINDS if issubclass(owner, k)), None)
-    if parent is not None:
+    parent = next((k for k in KINDS if owner is not None and issubclass(owner, k)), None)
+    if owner is not None and parent is not None:
         return f"{owner.__name__} is a subclass of {parent.__name__}: only exact types are known"
-    return f"no block for {owner.__name__}"
+    if owner is not None and issubclass(owner, _WRAPPERS):
+        return f"no block for {owner.__name__}"
+    whose = "of no Flax module that loss_fn calls" if owner is None else f"of {owner.__name__}"
+    return f"{whose}; {parameter.size:,} numbers, a full block takes at most {MAX_FREE}"

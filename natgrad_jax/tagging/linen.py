@@ -1,14 +1,17 @@
 """Linen: slots travel in the params dict, beside the kernel, and an interceptor reads them."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from natgrad_jax.paths import Path, insert
-from natgrad_jax.tagging.modules import KINDS, call_input, describe
+from natgrad_jax.tagging import lstm
+from natgrad_jax.tagging.modules import DENSE, Kind, call_input, describe, kind_of
 from natgrad_jax.tagging.sightings import Sightings
 from natgrad_jax.tagging.slots import SLOT, Slot, tap
 
@@ -37,30 +40,46 @@ class Tag:
 def watched(run: Any, params: Any, probes: Mapping[Path, Any]) -> tuple[Any, Any, Sightings]:
     """``(params with tags, run with a watching interceptor, what it will have seen)``.
 
-    A tag lies in every mapping of ``params`` that holds arrays of its own; ``probes`` gives the
-    array of each, by the mapping's path.
+    A tag lies in every mapping of ``params`` that holds arrays of its own, with the probe of the
+    first of them in the order of ``probes``.
     """
     seen = Sightings()
     nonce = next(_nonce)
+    own: dict[Path, Any] = {}
+    for path, probe in probes.items():
+        if path[-1] in ("kernel", "embedding") or path[:-1] not in own:
+            own[path[:-1]] = probe
 
     def tag(path: Path, mapping: Mapping[str, Any]) -> Tag | None:
-        return Tag(probes[path], path, nonce) if path in probes else None
+        return Tag(own[path], path, nonce) if path in own else None
 
     def watch(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
             with seen.refusing(f"its kernel is normalized by {type(module).__name__}"):
                 return next_fun(*args, **kwargs)
+        if _is_lstm(context):
+            return lstm.forward(
+                module, module.variables["params"], functools.partial(note, module), *args, **kwargs
+            )
         found = _variable(module)
         if not isinstance(found, Tag):
             return next_fun(*args, **kwargs)
         seen.owners.setdefault(found.path, type(module))
         result = next_fun(*args, **kwargs)
-        if _is_layer_call(context):
-            kernel = _kernel_shape(module)
-            own = (module, type(module), args, kwargs)
-            seen.record(found.path, found.probe, kernel, module.use_bias, *own)
-        return result
+        kind, shapes = kind_of(type(module), context.method_name), _shapes(module)
+        if kind is None or not any(name in shapes for name in kind.names):
+            return result
+        x = call_input(args, kwargs)
+        return seen.record(found.path, kind, found.probe, shapes, module, x, result, args, kwargs)
+
+    def note(cell: nn.Module, name: str, x: jax.Array, s: jax.Array) -> jax.Array:
+        params = cell.variables["params"][name]
+        found = params.get(SLOT)
+        if not isinstance(found, Tag):
+            return s
+        seen.owners.setdefault(found.path, nn.Dense)
+        return seen.record(found.path, DENSE, found.probe, _shapes_in(params), cell, x, s)
 
     def run_watched(params: Any, *args: Any) -> Any:
         with nn.intercept_methods(watch):
@@ -80,16 +99,25 @@ def instrument(
     """``loss_fn(params, *args)`` with each layer's slot in place, and no state."""
 
     def attach(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        result = next_fun(*args, **kwargs)
-        if not _is_layer_call(context):
-            return result
         module = context.module
-        slot = _variable(module)
-        if not isinstance(slot, Slot):
+        if _is_lstm(context):
+            return lstm.forward(
+                module, module.variables["params"], functools.partial(part, module), *args, **kwargs
+            )
+        result = next_fun(*args, **kwargs)
+        kind, slot = kind_of(type(module), context.method_name), _variable(module)
+        if kind is None or not isinstance(slot, Slot):
             return result
-        bias = slot.layer.bias is not None
-        geometry = describe(module, type(module), _kernel_shape(module), bias, args, kwargs)
-        return tap(slot, geometry.call, call_input(args, kwargs), result)
+        x = call_input(args, kwargs)
+        given = _normalized(module, args, kwargs) if kind.normalized else x
+        return _tap(slot, kind, module, _shapes(module), x, given, result, args, kwargs)
+
+    def part(cell: nn.Module, name: str, x: jax.Array, s: jax.Array) -> jax.Array:
+        params = cell.variables["params"][name]
+        slot = params.get(SLOT)
+        if not isinstance(slot, Slot):
+            return s
+        return _tap(slot, DENSE, cell, _shapes_in(params), x, x, s, (), {})
 
     with nn.intercept_methods(attach):
         return loss_fn(insert(params, SLOT, lambda path, _: slots.get(path)), *args), None
@@ -99,8 +127,32 @@ def propagate(params: Any, state: Any) -> None:
     """Linen models keep no state of their own."""
 
 
-def _is_layer_call(context: Any) -> bool:
-    return context.method_name == "__call__" and type(context.module) in KINDS
+def _tap(
+    slot: Slot, kind: Kind, module: Any, shapes: Any, x: Any, given: Any, s: Any, args: Any, kw: Any
+) -> jax.Array:
+    own = {p.path[-1] for p in slot.layer.parameters}
+    shapes = {name: shape for name, shape in shapes.items() if name in own}
+    return tap(slot, describe(kind, module, shapes, x, args, kw).call, given, s)
+
+
+def _is_lstm(context: Any) -> bool:
+    """Whether this is a call of a fused cell whose parameters are there already."""
+    if type(context.module) is not nn.OptimizedLSTMCell or context.method_name != "__call__":
+        return False
+    return "params" in context.module.variables and not context.module.is_initializing()
+
+
+def _normalized(module: nn.Module, args: Any, kwargs: Any) -> jax.Array:
+    """What the normalization gives at scale 1 and bias 0."""
+    values = {"scale": jnp.ones, "bias": jnp.zeros}
+    plain = {
+        name: values[name](x.shape, x.dtype)
+        for name, x in nn.meta.unbox(module.variables["params"]).items()
+        if name in values
+    }
+    state = {name: x for name, x in module.variables.items() if name != "params"}
+    twin = module.clone(parent=None, name=None)
+    return twin.apply({**state, "params": plain}, *args, **kwargs, mutable=list(state))[0]
 
 
 def _variable(module: nn.Module) -> Any:
@@ -110,6 +162,11 @@ def _variable(module: nn.Module) -> Any:
     return module.get_variable("params", SLOT)
 
 
-def _kernel_shape(module: nn.Module) -> tuple[int, ...]:
-    """Shape of the kernel as the module sees it, scans already sliced."""
-    return tuple(nn.meta.unbox(module.get_variable("params", "kernel")).shape)
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the module's own parameters as it sees them, scans already sliced."""
+    return _shapes_in(module.variables["params"])
+
+
+def _shapes_in(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    arrays = {name: nn.meta.unbox(x) for name, x in params.items() if name != SLOT}
+    return {name: tuple(x.shape) for name, x in arrays.items() if hasattr(x, "shape")}

@@ -2,23 +2,33 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from natgrad_jax.layers import Layer, Layout, Parameter
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from natgrad_jax.layer import Layer, Layout, Parameter
 from natgrad_jax.paths import Path
-from natgrad_jax.tagging.modules import UnsupportedError, describe
+from natgrad_jax.tagging.modules import Kind, UnsupportedError, describe
+
+# Names of calls in the traced program, by which they are counted there.
+_MARK = "natgrad_call:"
+
+# A normalization with at most this many parameters has one full block; beyond, 2×2 a unit.
+MAX_FULL_NORM = 512
 
 
 class Sighting(NamedTuple):
     """A layer as one of its calls saw it: shapes are what is left after scans and vmaps sliced."""
 
     kind: str
-    kernel_layout: Layout
-    bias_layout: Layout | None
+    names: tuple[str, ...]
+    layouts: tuple[Layout, ...]
     probe_shape: tuple[int, ...]
-    kernel_shape: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -26,13 +36,18 @@ class Sightings:
     """Collected while ``loss_fn`` is traced abstractly.
 
     ``owners``: the type of the module at each tagged path; ``layers``: sightings; ``refused``:
-    why a known layer has no block.
+    why a known layer has no block; ``positions``: the most of one call; ``uses``: in which ways
+    the parameters are used; ``calls``: how often, 0 where that cannot be told.
     """
 
     owners: dict[Path, type] = field(default_factory=dict)
     layers: dict[Path, Sighting] = field(default_factory=dict)
     refused: dict[Path, str] = field(default_factory=dict)
+    positions: dict[Path, int] = field(default_factory=dict)
+    uses: dict[Path, set[bool]] = field(default_factory=dict)
+    calls: dict[Path, int] = field(default_factory=dict)
     _refusal: str | None = None
+    _marks: list[Path] = field(default_factory=list)
 
     @contextlib.contextmanager
     def refusing(self, reason: str) -> Iterator[None]:
@@ -46,31 +61,74 @@ class Sightings:
     def record(
         self,
         path: Path,
+        kind: Kind,
         probe: Any,
-        kernel_shape: tuple[int, ...],
-        bias: bool,
+        shapes: Mapping[str, tuple[int, ...]],
         module: Any,
-        module_type: type,
-        args: Any,
-        kwargs: Any,
-    ) -> None:
-        """Note one call; called twice, a layer must have the same geometry both times."""
+        x: Any,
+        s: jax.Array,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> jax.Array:
+        """Note one call; called twice, a layer must have the same geometry both times.
+
+        Returns ``s``, marked so that the call can be counted in the traced program.
+        """
         if self._refusal is not None:
             self.refused[path] = self._refusal
         try:
-            geometry = describe(module, module_type, kernel_shape, bias, args, kwargs)
+            geometry = describe(kind, module, shapes, x, args, dict(kwargs or {}))
         except UnsupportedError as e:
             self.refused[path] = str(e)
-            return
-        sighting = Sighting(
-            geometry.kind,
-            geometry.kernel,
-            geometry.bias,
-            tuple(probe.shape),
-            tuple(kernel_shape),
-        )
+            return s
+        names = tuple(n for n in kind.names if n in shapes)
+        shape = tuple(shapes[names[0]])
+        sighting = Sighting(geometry.kind, names, geometry.layouts, tuple(probe.shape), shape)
         if self.layers.setdefault(path, sighting) != sighting:
             self.refused[path] = "it is called in two ways that read its kernel differently"
+        self.positions[path] = max(self.positions.get(path, 1), geometry.call.positions(x))
+        self.uses.setdefault(path, set()).add(getattr(geometry.call, "swapped", False))
+        self._marks.append(path)
+        return checkpoint_name(s, f"{_MARK}{len(self._marks) - 1}")
+
+    def count(self, jaxpr: Any) -> None:
+        """Read off the traced program how often it calls each layer."""
+        self.calls.clear()
+        for mark, times in _marks(jaxpr).items():
+            path = self._marks[mark]
+            known = self.calls.get(path, 1) > 0 and times > 0
+            self.calls[path] = self.calls.get(path, 0) + times if known else 0
+
+
+def _marks(jaxpr: Any) -> dict[int, int]:
+    """How often each mark runs in a traced program; 0 where a loop's length is not known."""
+    found: dict[int, int] = {}
+
+    def add(more: Mapping[int, int], times: int) -> None:
+        for mark, count in more.items():
+            known = found.get(mark, 1) > 0 and count * times > 0
+            found[mark] = found.get(mark, 0) + count * times if known else 0
+
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        primitive, params = equation.primitive.name, equation.params
+        name = params.get("name")
+        if primitive == "name" and name.startswith(_MARK):
+            add({int(name.removeprefix(_MARK)): 1}, 1)
+        times = {"scan": params.get("length", 1), "while": 0}.get(primitive, 1)
+        inner = [_marks(x) for value in params.values() for x in _programs(value)]
+        if primitive == "cond":  # one of the branches runs
+            every = {mark for branch in inner for mark in branch}
+            inner = [{mark: max(branch.get(mark, 1) for branch in inner) for mark in every}]
+        for marks in inner:
+            add(marks, times)
+    return found
+
+
+def _programs(value: Any) -> list[Any]:
+    """The programs inside a parameter of an equation."""
+    if isinstance(value, list | tuple):
+        return [x for v in value for x in _programs(v)]
+    return [value] if hasattr(getattr(value, "jaxpr", value), "eqns") else []
 
 
 def stack_candidates(whole: tuple[int, ...], seen: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -84,23 +142,43 @@ def stack_candidates(whole: tuple[int, ...], seen: tuple[int, ...]) -> list[tupl
 
 
 def to_layer(
-    path: Path, sighting: Sighting, kernel: Parameter, bias: Parameter | None, axes: tuple[int, ...]
+    path: Path, seen: Sightings, parameters: Mapping[Path, Parameter], axes: tuple[int, ...]
 ) -> Layer:
     """The record of a sighted layer whose parameters are stacked over ``axes``.
 
     A bias that is no parameter is a constant: the layer then counts as one without.
     """
-    if sighting.bias_layout is None:
-        bias = None
+    sighting = seen.layers[path]
+    kept = [
+        (parameters[full], layout)
+        for name, layout in zip(sighting.names, sighting.layouts, strict=True)
+        if (full := parameter_path(path, name)) in parameters
+    ]
+    first = kept[0][0]
     # the last axis of a kernel is the last one of its bias too, and no other counts alike there
-    last = len(kernel.shape) - 1
-    stack = tuple((-1 if axis == last else axis, kernel.shape[axis]) for axis in axes)
-    return Layer(
+    last = len(first.shape) - 1
+    stack = tuple((-1 if axis == last else axis, first.shape[axis]) for axis in axes)
+    layer = Layer(
         path=path,
         kind=sighting.kind,
-        kernel=kernel,
-        bias=bias,
-        kernel_layout=sighting.kernel_layout,
-        bias_layout=None if bias is None else sighting.bias_layout,
+        parameters=tuple(p for p, _ in kept),
+        layouts=tuple(layout for _, layout in kept),
         stack=stack,
+        calls=_calls_of_one(seen.calls.get(path, 0), stack),
+        positions=seen.positions[path],
+        uses=len(seen.uses[path]),
     )
+    if layer.kind == "norm":
+        layer = replace(layer, block="full" if layer.size <= MAX_FULL_NORM else "unit")
+    return layer
+
+
+def parameter_path(path: Path, name: str) -> Path:
+    """Where a layer's parameter lies; each matrix of a LoRA pair is a layer and its parameter."""
+    return path if path[-1:] in (("lora_a",), ("lora_b",)) else (*path, name)
+
+
+def _calls_of_one(calls: int, stack: tuple[tuple[int, int], ...]) -> int:
+    """Calls of one element of a stack: a scan over it counts every element."""
+    elements = math.prod(size for _, size in stack)
+    return calls // elements if calls % elements == 0 else calls

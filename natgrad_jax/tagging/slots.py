@@ -8,9 +8,10 @@ vmap, jit, sharding and accumulation treat statistics as they treat gradients.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from natgrad_jax.layers import Layer
-from natgrad_jax.sums import Sums, measure
+from natgrad_jax.layer import Layer
+from natgrad_jax.readings import Readings, Wanted, read
 
 # The name under which a layer's slot lies beside its kernel.
 SLOT = "natgrad_slot"
@@ -18,36 +19,63 @@ SLOT = "natgrad_slot"
 
 @jax.tree_util.register_pytree_node_class
 class Slot:
-    """The zero sums of one layer, with the layer's record as static data."""
+    """The zero readings of one layer and the bases they are taken in; what is wanted is static."""
 
-    def __init__(self, sums: Sums, layer: Layer):
-        self.sums, self.layer = sums, layer
+    def __init__(self, readings: Readings, bases: Any, wanted: Any):
+        self.readings, self.bases, self.wanted = readings, bases, wanted
 
-    def tree_flatten(self) -> tuple[tuple[Sums], Layer]:
-        return (self.sums,), self.layer
+    @property
+    def layer(self) -> Layer:
+        return self.wanted.layer
+
+    def tree_flatten(self) -> tuple[tuple[Readings, Any], Any]:
+        return (self.readings, self.bases), self.wanted
 
     @classmethod
-    def tree_unflatten(cls, layer: Layer, children: tuple[Sums]) -> "Slot":
-        return cls(children[0], layer)
+    def tree_unflatten(cls, wanted: Any, children: tuple[Readings, Any]) -> "Slot":
+        return cls(*children, wanted)
+
+
+class Census:
+    """In place of what is wanted: notes how many examples each call of a layer has."""
+
+    def __init__(self, layer: Layer):
+        self.layer, self.examples = layer, set[int]()
 
 
 def tap(slot: Slot, call: Any, x: jax.Array, s: jax.Array) -> jax.Array:
-    """``s``, with the sums of this call of the layer as the cotangent of ``slot``.
+    """``s``, with the readings of this call of the layer as the cotangent of ``slot``.
 
     ``x`` is the layer's input; the residual is cast to the dtype that the layer computes in, so
     that it is the array which the kernel's gradient keeps anyway.
     """
-    layer = slot.layer
+    wanted = slot.wanted
+    if isinstance(wanted, Census):
+        wanted.examples.add(jax.eval_shape(call.outputs, s).shape[0])
+        return s
+    shapes = jax.tree.map(jnp.shape, slot.readings)
 
     @jax.custom_vjp
-    def identity(s: jax.Array, x: jax.Array, sums: Sums) -> jax.Array:
+    def identity(s: jax.Array, x: jax.Array, readings: Readings, bases: Any) -> jax.Array:
         return s
 
-    def forward(s: jax.Array, x: jax.Array, sums: Sums) -> tuple[jax.Array, jax.Array]:
-        return s, x
+    def forward(s: jax.Array, x: jax.Array, readings: Readings, bases: Any) -> Any:
+        return s, (x, bases)
 
-    def backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array, None, Sums]:
-        return g, None, measure(layer, call, x, g)
+    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, Readings, None]:
+        x, bases = residuals
+        found = read(wanted, call, x, g, _without_room(bases, wanted))
+        return g, None, jax.tree.map(lambda r, shape: r.reshape(shape), found, shapes), None
 
     identity.defvjp(forward, backward)
-    return identity(s, jax.lax.stop_gradient(x.astype(s.dtype)), slot.sums)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(s.dtype)
+    return identity(s, jax.lax.stop_gradient(x), slot.readings, slot.bases)
+
+
+def _without_room(bases: Any, wanted: Wanted) -> Any:
+    """Bases in their own shapes: a slot's arrays may have unit axes in front."""
+    if bases is None or wanted.moments is None:
+        return bases
+    shapes = (wanted.moments.input_factor_shape, wanted.moments.output_factor_shape)
+    return type(bases)(*(x.reshape(s) for x, s in zip(bases, shapes, strict=True)))

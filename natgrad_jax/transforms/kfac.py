@@ -1,6 +1,5 @@
 """K-FAC: natural gradient with one Kronecker product a layer."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,25 +7,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.averages import Factors, batch_factors, update, zero_factors
+from natgrad_jax.approximations import approximation
+from natgrad_jax.averages import Factors
 from natgrad_jax.clock import Clock, due, start, tick
-from natgrad_jax.damping_rules import split
-from natgrad_jax.layers import Layer, Layers, check_layers
-from natgrad_jax.linalg.cholesky import damped_inverse
+from natgrad_jax.layer import Layer
+from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.operators import identities, inverses, keep_finite, operate
 from natgrad_jax.paths import Path
+from natgrad_jax.requests import Request, Spelled, spell
 from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.statistics import Statistics
-from natgrad_jax.transforms import blocks
+from natgrad_jax.transforms import blocks, estimates
+from natgrad_jax.transforms.alias import descent, per_squared_rate
 
 
 class KFACState(NamedTuple):
     """State of :func:`scale_by_kfac`; dictionaries by layer path, or parameter path if leftover.
 
-    ``damping``: λ of the last step, ``()``. ``factors``: bias-corrected averages. ``weights``: how
-    much each average has seen, ``(*stack,)``, 0 before the first measurement. ``bases``: damped
-    inverses of the factors as of the last refresh. ``diagonal``: averaged squared gradients of
-    leftover parameters, in their shapes; ``diagonal_weights``: ``()`` each. ``rejected``: how many
-    measurements and inverses were not finite and were dropped, int32 ``()``.
+    ``damping``: λ of the last step, ``()``. ``bases``: damped inverses of the factors as of the
+    last refresh. ``request``: what it asks of the backward pass, without arrays. The other fields
+    are those of :class:`~natgrad_jax.transforms.estimates.Estimates`.
     """
 
     clock: Clock
@@ -37,6 +37,7 @@ class KFACState(NamedTuple):
     diagonal: dict[Path, jax.Array]
     diagonal_weights: dict[Path, jax.Array]
     rejected: jax.Array
+    request: Spelled
 
 
 def scale_by_kfac(
@@ -46,6 +47,9 @@ def scale_by_kfac(
     decay: Scalar = 0.95,
     statistics_period: Scalar = 10,
     refresh_period: Scalar = 20,
+    convolution: str = "kfc",
+    group_size: int | None = None,
+    weight_sharing: str = "expand",
     trust_radius: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition gradients by the Kronecker-factored Fisher of each layer.
@@ -54,7 +58,8 @@ def scale_by_kfac(
 
         Δ = (A + π√λ I)⁻¹ ∇K̄ (G + (√λ/π) I)⁻¹,   π² = (tr A / dim A) / (tr G / dim G)
 
-    Parameters outside every layer are divided by the diagonal of their Fisher plus λ. Before
+    A block with one matrix F (normalizations, small free parameters) has ``Δ = (F + λ I)⁻¹ ∇``.
+    Leftover parameters are divided by the diagonal of their Fisher plus λ. Before
     anything was measured, gradients pass unchanged. Statistics, inverses or gradients that are not
     finite never enter the factors or the inverses: the last good ones stay, and
     ``state.rejected`` counts the events.
@@ -66,6 +71,13 @@ def scale_by_kfac(
         batch alone.
       statistics_period: steps from one measurement to the next; the first step always measures.
       refresh_period: steps from one inversion to the next; the first step always inverts.
+      convolution: ``"kfc"``, the covariance of whole patches, or ``"sua"``, of channels alone:
+        ``A ≈ I ⊗ C``, C averaged over the places of a patch, the bias apart.
+      group_size: channels in a group, for factors without correlations across groups (and the bias
+        apart); None for whole factors. A last group that is not full is filled up with zeros.
+      weight_sharing: ``"expand"`` treats positions and calls as examples; ``"reduce"`` averages
+        activations and sums gradients over them first. Give value_and_grad the ``opt_state``: it
+        then measures the one that is asked for, and no more.
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
         ``ΔᵀFΔ = Δᵀ∇``. Here the learning rate is taken to be 1 (:func:`kfac` includes its own).
 
@@ -80,7 +92,8 @@ def scale_by_kfac(
         other layers; statistics without a Fisher pass (``fisher="none"``).
 
     Source: Martens & Grosse 2015, equations 3 to 6 and section 6.3; Grosse & Martens 2016 for
-    convolutions; Ba et al. 2016 for the trust region.
+    convolutions; Laurent et al. 2018, section 2, for SUA and groups; Eschenhagen et al. 2023 for
+    expand and reduce; Ba et al. 2016 for the trust region.
 
     >>> import optax, natgrad_jax as ng
     >>> tx = optax.chain(ng.scale_by_kfac(ng.Layers({}), damping=1e-3), optax.sgd(0.1))
@@ -89,11 +102,13 @@ def scale_by_kfac(
     check_positive(damping=damping, trust_radius=1 if trust_radius is None else trust_radius)
     check_period(statistics_period=statistics_period, refresh_period=refresh_period)
     check_fraction(decay=decay)
+    request = Request(approximation(convolution, group_size, weight_sharing))
+    layers = layers.approximate(request.approximation)
 
     def init_fn(params: optax.Params) -> KFACState:
         del params  # shapes come from the layers: params may be placeholders
         # one compiled program: op by op, every shape would compile on its own
-        return jax.jit(lambda: _initial_state(layers, damping))()
+        return jax.jit(lambda: _initial_state(layers, damping, request))()
 
     def update_fn(
         updates: optax.Updates,
@@ -109,14 +124,14 @@ def scale_by_kfac(
         step = state.clock.step
         lam = at(damping, step)
         before = state.weights
-        state = _measure(state, statistics, layers, at(decay, step))
+        state = estimates.update(state, statistics, layers, at(decay, step))
         # what was measured for the first time is inverted now, not a period later
-        news = [jnp.any((before[path] == 0) & (state.weights[path] > 0)) for path in layers]
-        refresh = functools.reduce(jnp.logical_or, news, due(step, at(refresh_period, step)))
+        refresh = due(step, at(refresh_period, step))
+        refresh |= estimates.first_seen(before, state.weights)
         state = _refresh(state, layers, lam, refresh)
         updates, quadratic = _precondition(updates, state, layers, lam)
         if trust_radius is not None:
-            updates = blocks.trust_region(updates, quadratic, at(trust_radius, step))
+            updates = blocks.trust_region(updates, layers, quadratic, at(trust_radius, step))
         clock = tick(state.clock, at(statistics_period, step + 1))
         return updates, state._replace(clock=clock, damping=lam)
 
@@ -131,6 +146,9 @@ def kfac(
     decay: Scalar = 0.95,
     statistics_period: Scalar = 10,
     refresh_period: Scalar = 20,
+    convolution: str = "kfc",
+    group_size: int | None = None,
+    weight_sharing: str = "expand",
     momentum: Scalar | None = 0.9,
     weight_decay: Scalar = 0.0,
     trust_radius: Scalar | None = 1e-3,
@@ -143,7 +161,8 @@ def kfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, refresh_period: as in :func:`scale_by_kfac`.
+      damping, decay, statistics_period, refresh_period, convolution, group_size, weight_sharing: as
+        in :func:`scale_by_kfac`.
       momentum: decay of the heavy-ball trace of preconditioned gradients.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
@@ -161,92 +180,28 @@ def kfac(
     >>> tx = ng.kfac(0.1, ng.Layers({}))
     """
     check_layers(layers)
-    radius = None if trust_radius is None else _per_squared_rate(trust_radius, learning_rate)
-    return optax.chain(
-        scale_by_kfac(
-            layers,
-            damping,
-            decay=decay,
-            statistics_period=statistics_period,
-            refresh_period=refresh_period,
-            trust_radius=radius,
-        ),
-        _momentum(momentum),
-        _weight_decay(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+    preconditioner = scale_by_kfac(
+        layers,
+        damping,
+        decay=decay,
+        statistics_period=statistics_period,
+        refresh_period=refresh_period,
+        convolution=convolution,
+        group_size=group_size,
+        weight_sharing=weight_sharing,
+        trust_radius=per_squared_rate(trust_radius, learning_rate),
     )
+    return descent(preconditioner, learning_rate, momentum, weight_decay)
 
 
-def _momentum(decay: Scalar | None) -> optax.GradientTransformation:
-    if decay is None:
-        return optax.identity()
-    # optax.trace takes a number; inject_hyperparams is optax's way from a number to a schedule
-    return (
-        optax.inject_hyperparams(optax.trace)(decay=decay)
-        if callable(decay)
-        else optax.trace(decay)
-    )
-
-
-def _weight_decay(rate: Scalar) -> optax.GradientTransformation:
-    # without decay the update needs no params
-    none = isinstance(rate, int | float) and rate == 0
-    return optax.identity() if none else optax.add_decayed_weights(rate)
-
-
-def _per_squared_rate(trust_radius: Scalar, learning_rate: Scalar) -> Scalar:
-    if callable(trust_radius) or callable(learning_rate):
-        return lambda step: at(trust_radius, step) / at(learning_rate, step) ** 2
-    check_positive(trust_radius=trust_radius, learning_rate=learning_rate)
-    return trust_radius / learning_rate**2
-
-
-def _initial_state(layers: Layers, damping: Scalar) -> KFACState:
+def _initial_state(layers: Layers, damping: Scalar, request: Request) -> KFACState:
     return KFACState(
         clock=start(),
         damping=at(damping, jnp.zeros((), jnp.int32)),
-        factors={path: zero_factors(layer) for path, layer in layers.items()},
-        weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
-        bases={path: _identities(layer) for path, layer in layers.items()},
-        diagonal=blocks.zero_diagonals(layers),
-        diagonal_weights={path: jnp.zeros((), float) for path in layers.uncovered},
-        rejected=jnp.zeros((), jnp.int32),
+        bases={path: identities(layer) for path, layer in layers.items()},
+        request=spell(request),
+        **estimates.start(layers)._asdict(),
     )
-
-
-def _identities(layer: Layer) -> Factors:
-    def eye(x: jax.Array) -> jax.Array:
-        return x + jnp.eye(x.shape[-1], dtype=x.dtype)
-
-    return Factors(*map(eye, zero_factors(layer)))
-
-
-def _measure(
-    state: KFACState, statistics: Statistics, layers: Layers, decay: jax.Array
-) -> KFACState:
-    """Factors and diagonals after this batch; untouched where it brought no information."""
-
-    def measured() -> KFACState:
-        factors, weights, rejected = {}, {}, state.rejected
-        for path, layer in layers.items():
-            new, good = batch_factors(layer, statistics.layers[path], statistics.examples)
-            weight = state.weights[path]
-            averaged = [update(o, n, weight, decay, good) for o, n in zip(state.factors[path], new)]
-            factors[path] = Factors(averaged[0][0], averaged[1][0])
-            weights[path] = averaged[0][1]
-            rejected += jnp.sum((statistics.layers[path].rows != 0) & ~good, dtype=jnp.int32)
-        diagonal, diagonal_weights, bad = blocks.update_diagonals(
-            state.diagonal, state.diagonal_weights, statistics, decay
-        )
-        return state._replace(
-            factors=factors,
-            weights=weights,
-            diagonal=diagonal,
-            diagonal_weights=diagonal_weights,
-            rejected=rejected + bad,
-        )
-
-    return jax.lax.cond(statistics.examples > 0, measured, lambda: state)
 
 
 def _refresh(
@@ -257,21 +212,9 @@ def _refresh(
     def refreshed() -> tuple[dict[Path, Factors], jax.Array]:
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
-            A, G = state.factors[path]
-            on_a, on_g = split(A, G, lam)
-            inverses = damped_inverse(A, on_a), damped_inverse(G, on_g)
-            finite = [jnp.isfinite(jnp.trace(x, axis1=-2, axis2=-1)) for x in inverses]
-            ok = finite[0] & finite[1]
-            known = jnp.expand_dims(
-                state.weights[path] > 0, tuple(range(len(layer.stack), ok.ndim))
-            )
-            rejected += jnp.sum(known & ~ok, dtype=jnp.int32)
-            bases[path] = Factors(
-                *(
-                    jnp.where((known & ok)[..., None, None], new, old)
-                    for new, old in zip(inverses, state.bases[path])
-                )
-            )
+            new = inverses(layer, state.factors[path], lam)
+            bases[path], bad = keep_finite(layer, new, state.bases[path], state.weights[path])
+            rejected += bad
         return bases, rejected
 
     bases, rejected = jax.lax.cond(is_due, refreshed, lambda: (state.bases, state.rejected))
@@ -282,14 +225,5 @@ def _precondition(
     updates: optax.Updates, state: KFACState, layers: Layers, lam: jax.Array
 ) -> tuple[optax.Updates, jax.Array]:
     """The natural gradient, and ``Δᵀ∇ = ΔᵀFΔ`` of the damped F."""
-
-    def of_layer(path: Path, gradient: jax.Array) -> jax.Array:
-        A, G = state.bases[path]
-        precision = jax.lax.Precision.HIGHEST
-        return jnp.matmul(jnp.matmul(A, gradient, precision=precision), G, precision=precision)
-
-    def of_leftover(path: Path, gradient: jax.Array) -> jax.Array:
-        scaled = gradient / (state.diagonal[path] + lam.astype(gradient.dtype))
-        return jnp.where(state.diagonal_weights[path] > 0, scaled, gradient)
-
-    return blocks.map_blocks(updates, layers, of_layer, of_leftover)
+    of_layer = lambda path, gradient: operate(layers[path], state.bases[path], gradient)
+    return blocks.map_blocks(updates, layers, of_layer, estimates.over_diagonal(state, lam))

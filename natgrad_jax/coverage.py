@@ -1,0 +1,59 @@
+"""The coverage table: every parameter once, with the block that covers it."""
+
+import math
+from typing import Any
+
+from natgrad_jax.layer import Layer, Parameter
+from natgrad_jax.paths import join
+from natgrad_jax.sides import Side
+
+
+def coverage_table(layers: Any) -> str:
+    """Every parameter once, with the block that covers it: what ``print(layers)`` shows."""
+    total = sum(p.size for layer in layers.values() for p in layer.parameters)
+    total += sum(x.parameter.size for x in layers.leftover)
+    rows = [("parameter", "block", "shape", "factors", "parameters", "share")]
+
+    def add(parameter: Parameter, block: str, factors: str) -> None:
+        share = f"{100 * parameter.size / max(total, 1):.1f} %"
+        shape = "×".join(map(str, parameter.shape)) or "scalar"
+        rows.append((join(parameter.path), block, shape, factors, f"{parameter.size:,}", share))
+
+    for layer in layers.values():
+        block = layer.kind if layer.block == "kronecker" else f"{layer.kind}, {layer.block}"
+        first, *rest = layer.parameters
+        add(first, block, _factor_sizes(layer))
+        for parameter in rest:
+            add(parameter, block, f"with the {first.path[-1]}")
+    for leftover in layers.leftover:
+        add(leftover.parameter, leftover.block, leftover.reason)
+    covered = total - sum(x.parameter.size for x in layers.leftover)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(_cell(c, w, i) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+             for r in rows]  # fmt: skip
+    lines.insert(1, "  ".join("─" * w for w in widths))
+    share = 100 * covered / max(total, 1)
+    cover = "layer covers" if len(layers) == 1 else "layers cover"
+    lines.append(
+        f"{len(layers)} {cover} {covered:,} of {total:,} parameters ({share:.1f} %); "
+        f"{len(layers.leftover)} left over."
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(text: str, width: int, column: int) -> str:
+    return text.rjust(width) if column >= 4 else text.ljust(width)
+
+
+def _factor_sizes(layer: Layer) -> str:
+    copies = math.prod(layer.stack_sizes) * math.prod(layer.factor_blocks)
+    prefix = f"{copies} × " if copies > 1 else ""
+    if layer.output_side is None:
+        return f"{prefix}F {layer.input_side.width}²"
+    return f"{prefix}A {_size(layer.input_side)}, G {_size(layer.output_side)}"
+
+
+def _size(side: Side) -> str:
+    if side.diagonal:
+        return f"diagonal {side.channels}"
+    return f"{side.groups} × {side.width}²" if side.grouped else f"{side.width}²"

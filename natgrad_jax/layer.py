@@ -1,0 +1,245 @@
+"""What one layer is: a static record of which parameters form a block, and how.
+
+A layer's parameters are seen as one homogeneous kernel ``K̄ = [K; b]`` of shape
+``(*stack, *blocks, inputs + bias, outputs)``: ``stack`` are the axes that ``scan`` or ``vmap``
+put on the parameters, ``blocks`` are independent products side by side (groups of a
+convolution, batch dimensions of a DenseGeneral, units of a normalization). The factors are ``A``
+over inputs (bias last) and ``G`` over outputs.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.approximations import WHOLE, Approximation
+from natgrad_jax.paths import Path
+from natgrad_jax.sides import Side, diagonal, input_side, output_side, whole
+
+
+class Parameter(NamedTuple):
+    """One leaf of the parameter tree."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Layout(NamedTuple):
+    """How one array (without stack axes) reads as a matrix ``(blocks, rows, columns)``.
+
+    ``split`` is the shape after splitting axes (a grouped convolution splits its output axis
+    into groups and features); the other three are axes of that split shape.
+    """
+
+    split: tuple[int, ...]
+    blocks: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.split[a] for a in axes)
+
+    def matrix(self, x: jax.Array, lead: int) -> jax.Array:
+        """``x`` (with ``lead`` leading stack axes) as ``(*lead, *blocks, inputs, outputs)``."""
+        x = x.reshape(x.shape[:lead] + self.split)
+        order = (*self.blocks, *self.inputs, *self.outputs)
+        x = x.transpose(*range(lead), *(lead + a for a in order))
+        rows, columns = (math.prod(self.sizes(axes)) for axes in (self.inputs, self.outputs))
+        return x.reshape(*x.shape[: lead + len(self.blocks)], rows, columns)
+
+    def array(self, m: jax.Array, lead: int, shape: tuple[int, ...]) -> jax.Array:
+        """The inverse of :meth:`matrix`; ``shape`` is the array's own, without stack axes."""
+        order = (*self.blocks, *self.inputs, *self.outputs)
+        m = m.reshape(m.shape[:lead] + self.sizes(order))
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return m.transpose(*range(lead), *(lead + a for a in inverse)).reshape(
+            m.shape[:lead] + shape
+        )
+
+
+BLOCKS = ("kronecker", "unit", "full")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The kind and geometry of one layer; hashable, without arrays.
+
+    ``parameters`` are the rows of ``K̄`` in order, each read through its ``layouts`` entry.
+    ``stack`` holds (axis, size) for each axis of the parameters that a scan or vmap slices away
+    before the layer sees it; −1 is the last axis of each. ``block``: ``"kronecker"`` (A ⊗ G),
+    ``"full"`` (one matrix over all its parameters) or ``"unit"`` (one for each of ``blocks``).
+    ``calls``: how often one forward pass calls it, 0 where that cannot be told; ``positions``: how
+    many of one call share the kernel. ``uses``: 2 for an embedding that is also attended to.
+    """
+
+    path: Path
+    kind: str
+    parameters: tuple[Parameter, ...]
+    layouts: tuple[Layout, ...]
+    stack: tuple[tuple[int, int], ...] = ()
+    block: str = "kronecker"
+    calls: int = 1
+    positions: int = 1
+    uses: int = 1
+    approximation: Approximation = WHOLE
+
+    @property
+    def kernel(self) -> Parameter:
+        return self.parameters[0]
+
+    @property
+    def bias(self) -> Parameter | None:
+        return self.parameters[1] if len(self.parameters) > 1 else None
+
+    @property
+    def stack_sizes(self) -> tuple[int, ...]:
+        return tuple(size for _, size in self.stack)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Sizes of the layer's own independent products side by side."""
+        layout = self.layouts[0]
+        return layout.sizes(layout.blocks)
+
+    @property
+    def inputs(self) -> int:
+        """Rows of the kernel matrix, the bias not counted."""
+        return self._rows[0]
+
+    @property
+    def outputs(self) -> int:
+        layout = self.layouts[0]
+        return math.prod(layout.sizes(layout.outputs))
+
+    @property
+    def size(self) -> int:
+        """Parameters of one element of the stack."""
+        return math.prod(self.blocks) * sum(self._rows) * self.outputs
+
+    @property
+    def shares(self) -> bool:
+        """Whether positions or calls share the kernel: where expand and reduce differ."""
+        return self.block == "kronecker" and (self.positions > 1 or self.calls != 1)
+
+    @property
+    def tapped(self) -> bool:
+        """Whether its calls are seen; a parameter outside every layer has none."""
+        return self.kind != "free"
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether gradients of one example are out of reach, and squares of sums stand for them."""
+        return self.calls != 1 or not self.tapped
+
+    @functools.cached_property
+    def input_side(self) -> Side:
+        """How the factor A acts on the rows of a block."""
+        if self.block != "kronecker":
+            rows = sum(self._rows) * self.outputs
+            return whole(rows * math.prod(self.blocks) if self.block == "full" else rows)
+        if self.kind == "embed":
+            return diagonal(self.inputs)
+        layout, shared = self.layouts[0], self.approximation.convolution == "sua"
+        channels = self.inputs
+        if self.kind.startswith("conv"):
+            channels = layout.split[layout.inputs[-1]]
+        bias = self.bias is not None
+        return input_side(
+            self.inputs // channels, channels, bias, self.approximation.group_size, shared
+        )
+
+    @functools.cached_property
+    def output_side(self) -> Side | None:
+        """How the factor G acts on the columns of a block; None where the block has none."""
+        if self.block != "kronecker":
+            return None
+        return output_side(self.outputs, self.approximation.group_size)
+
+    @property
+    def factor_blocks(self) -> tuple[int, ...]:
+        """Leading axes of the factors after those of the stack."""
+        return () if self.block == "full" else self.blocks
+
+    @property
+    def input_factor_shape(self) -> tuple[int, ...]:
+        """Shape of A for one element of the stack: ``(*blocks, inputs + bias, inputs + bias)``."""
+        return (*self.factor_blocks, *self.input_side.shape)
+
+    @property
+    def output_factor_shape(self) -> tuple[int, ...] | None:
+        """Shape of G for one element of the stack: ``(*blocks, outputs, outputs)``."""
+        side = self.output_side
+        return None if side is None else (*self.factor_blocks, *side.shape)
+
+    @property
+    def factor_dtype(self) -> jnp.dtype:
+        """float32, or float64 for float64 parameters."""
+        return jnp.promote_types(jnp.float32, self.kernel.dtype)
+
+    def to_matrix(self, *arrays: jax.Array) -> jax.Array:
+        """``K̄ = [K; b]`` of shape ``(*stack, *blocks, inputs + bias, outputs)``."""
+        lead = len(self.stack)
+        rows = [
+            layout.matrix(self._stack_first(x), lead)
+            for layout, x in zip(self.layouts, arrays, strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-2)
+
+    def from_matrix(self, matrix: jax.Array) -> tuple[jax.Array, ...]:
+        """The inverse of :meth:`to_matrix`: the parameters in their own shapes."""
+        ends = itertools.accumulate(self._rows)
+        parts = [matrix[..., end - n : end, :] for n, end in zip(self._rows, ends, strict=True)]
+        return tuple(
+            self._stack_last(layout.array(part, len(self.stack), self._unstacked(parameter)))
+            for part, layout, parameter in zip(parts, self.layouts, self.parameters, strict=True)
+        )
+
+    def pack(self, matrix: jax.Array) -> jax.Array:
+        """``K̄`` in the coordinates of its factors: ``(*stack, *factor_blocks, rows, columns)``."""
+        if self.output_side is None:
+            lead = matrix.shape[: len(self.stack) + len(self.factor_blocks)]
+            return matrix.reshape(*lead, -1, 1)
+        return self.output_side.pack(self.input_side.pack(matrix, -2), -1)
+
+    def unpack(self, packed: jax.Array) -> jax.Array:
+        """The inverse of :meth:`pack`."""
+        if self.output_side is None:
+            shape = (*packed.shape[: len(self.stack)], *self.blocks, sum(self._rows), self.outputs)
+            return packed.reshape(shape)
+        return self.output_side.unpack(self.input_side.unpack(packed, -2), -1)
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """Shape of :meth:`pack` for one element of the stack."""
+        columns = 1 if self.output_side is None else self.output_side.packed
+        return (*self.factor_blocks, self.input_side.packed, columns)
+
+    @property
+    def _rows(self) -> tuple[int, ...]:
+        return tuple(math.prod(layout.sizes(layout.inputs)) for layout in self.layouts)
+
+    def _unstacked(self, parameter: Parameter) -> tuple[int, ...]:
+        axes = {axis % len(parameter.shape) for axis, _ in self.stack}
+        return tuple(n for i, n in enumerate(parameter.shape) if i not in axes)
+
+    def _stack_first(self, x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, [axis for axis, _ in self.stack], range(len(self.stack)))
+
+    def _stack_last(self, x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, range(len(self.stack)), [axis for axis, _ in self.stack])
+
+
+def free_layer(parameter: Parameter) -> Layer:
+    """A full block for one parameter of no known module."""
+    axes = tuple(range(len(parameter.shape)))
+    layout = Layout(parameter.shape, (), axes, ())
+    return Layer(parameter.path, "free", (parameter,), (layout,), block="full")

@@ -1,0 +1,41 @@
+"""One step of orthogonal iteration: from the last eigenbasis towards the current one."""
+
+import jax
+import jax.numpy as jnp
+
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+def refine(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``Q ← qr(F Q)``, and what F is along its columns, ``diag(Qᵀ F Q)``.
+
+    Columns are ordered by their current Rayleigh quotients first, largest first, without which the
+    iteration would not converge. Exact if ``basis`` is an eigenbasis of F already.
+
+    Args:
+      factor: ``(*batch, n, n)``, symmetric positive semidefinite.
+      basis: the same shape, orthogonal.
+
+    Returns:
+      ``Q (*batch, n, n)`` and ``(*batch, n)``, not below zero.
+
+    Source: Golub & Van Loan, section 7.3.2; Vyas et al. 2024 (SOAP) for its use here.
+
+    >>> import jax.numpy as jnp
+    >>> refine(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(2))[1]
+    Array([3., 1.], dtype=float32)
+    """
+    product = jnp.matmul(factor, basis, precision=_PRECISION)
+    order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
+    new, _ = jnp.linalg.qr(jnp.take_along_axis(product, order[..., None, :], axis=-1))
+    values = jnp.sum(new * jnp.matmul(factor, new, precision=_PRECISION), axis=-2)
+    return new, jnp.maximum(values, 0)
+
+
+def off_diagonal(factor: jax.Array, basis: jax.Array) -> jax.Array:
+    """``‖B − diag B‖ / ‖B‖`` with ``B = Qᵀ F Q``, ``(*batch,)``: 0 for an eigenbasis of F."""
+    product = jnp.matmul(factor, basis, precision=_PRECISION)
+    along = jnp.sum(jnp.square(jnp.sum(basis * product, axis=-2)), axis=-1)
+    total = jnp.sum(jnp.square(product), axis=(-2, -1))  # ‖F Q‖ = ‖Qᵀ F Q‖
+    off = jnp.sqrt(jnp.maximum(total - along, 0) / jnp.where(total > 0, total, 1))
+    return jnp.where(total > 0, off, 0)

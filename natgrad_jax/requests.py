@@ -1,0 +1,65 @@
+"""What a transformation asks of the next backward pass, readable from its state under jit.
+
+A request is static, and a state must be made of arrays that any checkpoint or optimizer wrapper
+takes: so it is spelled in the keys of a dict without leaves, ``{"weight_sharing=reduce": ()}``.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from natgrad_jax.approximations import Approximation
+from natgrad_jax.clock import Clock
+
+Spelled = dict[str, tuple[()]]
+
+
+class Request(NamedTuple):
+    """``approximation`` of the factors; ``moments``: whether squares in the current bases too."""
+
+    approximation: Approximation = Approximation()
+    moments: bool = False
+
+
+def spell(request: Request) -> Spelled:
+    """The request as keys of a dict; what is default is not spelled.
+
+    >>> spell(Request(Approximation(group_size=32), moments=True))
+    {'group_size=32': (), 'moments': ()}
+    """
+    usual = Approximation()._asdict()
+    chosen = {k: v for k, v in request.approximation._asdict().items() if v != usual[k]}
+    return {f"{k}={v}": () for k, v in chosen.items()} | (
+        {"moments": ()} if request.moments else {}
+    )
+
+
+def parse(spelled: Spelled) -> Request:
+    """The inverse of :func:`spell`."""
+    values: dict[str, Any] = dict(key.split("=") for key in spelled if "=" in key)
+    if "group_size" in values:
+        values["group_size"] = int(values["group_size"])
+    return Request(Approximation(**values), "moments" in spelled)
+
+
+def states(opt_state: Any) -> list[Any]:
+    """Every state of this library inside an optimizer state, however deep: those with a clock."""
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(getattr(x, "clock", None), Clock)
+
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+
+
+def requests(opt_state: Any) -> list[tuple[Request, Any]]:
+    """The requests in an optimizer state, each with the state that makes it."""
+    found = states(plain(opt_state))
+    return [(parse(s.request), s) for s in found if hasattr(s, "request")]
+
+
+def plain(opt_state: Any) -> Any:
+    """The state with its arrays out of the variables that NNX optimizers wrap them in."""
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    unwrap = lambda x: x[...] if is_variable(x) else x
+    return jax.tree.map(unwrap, opt_state, is_leaf=is_variable)

@@ -1,0 +1,119 @@
+"""Moving averages that every transformation keeps: of factors and of leftover diagonals."""
+
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import averages
+from natgrad_jax.averages import Factors, batch_factors, zero_factors
+from natgrad_jax.layer import Layer
+from natgrad_jax.layers import Layers
+from natgrad_jax.paths import Path, join
+from natgrad_jax.statistics import Statistics
+from natgrad_jax.sums import Sums
+
+
+class Estimates(NamedTuple):
+    """Dictionaries by layer path, or by parameter path for diagonals.
+
+    ``factors``: bias-corrected averages. ``weights``: how much each has seen, ``(*stack,)``, 0
+    before the first measurement. ``diagonal``: averaged squared gradients of leftover parameters,
+    in their shapes; ``diagonal_weights``: ``()`` each. ``rejected``: how many measurements, bases
+    and inverses were not finite and were dropped, int32 ``()``.
+    """
+
+    factors: dict[Path, Factors]
+    weights: dict[Path, jax.Array]
+    diagonal: dict[Path, jax.Array]
+    diagonal_weights: dict[Path, jax.Array]
+    rejected: jax.Array
+
+
+State = TypeVar("State", bound=Any)
+
+
+def start(layers: Layers) -> Estimates:
+    """Before anything was measured."""
+    return Estimates(
+        factors={path: zero_factors(layer) for path, layer in layers.items()},
+        weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
+        diagonal={
+            p.path: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
+            for p in layers.diagonals
+        },
+        diagonal_weights={p.path: jnp.zeros((), float) for p in layers.diagonals},
+        rejected=jnp.zeros((), jnp.int32),
+    )
+
+
+def update(state: State, statistics: Statistics, layers: Layers, decay: jax.Array) -> State:
+    """A state with these fields after this batch; untouched where it brought no information."""
+
+    def measured() -> State:
+        factors, weights, rejected = {}, {}, state.rejected
+        for path, layer in layers.items():
+            sums = sums_for(layer, statistics)
+            new, good = batch_factors(layer, sums, statistics.examples)
+            old, weight = state.factors[path], state.weights[path]
+            rate, weights[path] = averages.rate(weight, decay, good)
+            factors[path] = jax.tree.map(partial(averages.step, rate), old, new)
+            seen = sums.rows if layer.uses == 1 else sums.rows.sum(-1)
+            rejected += jnp.sum((seen != 0) & ~good, dtype=jnp.int32)
+        diagonal, diagonal_weights, bad = _diagonals(state, statistics, decay)
+        return state._replace(
+            factors=factors,
+            weights=weights,
+            diagonal=diagonal,
+            diagonal_weights=diagonal_weights,
+            rejected=rejected + bad,
+        )
+
+    return jax.lax.cond(statistics.examples > 0, measured, lambda: state)
+
+
+def sums_for(layer: Layer, statistics: Statistics) -> Sums:
+    """The sums that this layer's factors are made of."""
+    reduce = layer.approximation.weight_sharing == "reduce"
+    found = statistics.reduced if reduce else statistics.layers
+    if layer.path not in found:
+        raise ValueError(
+            f"statistics of layer {join(layer.path)} were measured for another weight_sharing than "
+            f"{layer.approximation.weight_sharing!r}: pass value_and_grad the state of this "
+            "transformation as opt_state."
+        )
+    return found[layer.path]
+
+
+def _diagonals(
+    state: Any, statistics: Statistics, decay: jax.Array
+) -> tuple[dict[Path, jax.Array], dict[Path, jax.Array], jax.Array]:
+    """The averages after this batch, their weights, and how many were not finite and dropped."""
+    assert statistics.leftover is not None  # checked where statistics come in
+    new, later, rejected = {}, {}, jnp.zeros((), jnp.int32)
+    measured = statistics.examples > 0
+    for path, old in state.diagonal.items():
+        value = statistics.leftover[path] / jnp.where(measured, statistics.examples, 1)
+        good = jnp.isfinite(jnp.sum(value)) & measured
+        weight = state.diagonal_weights[path]
+        rate, later[path] = averages.rate(weight, decay, good)
+        new[path] = averages.step(rate, old, value)
+        rejected += jnp.where(measured & ~good, 1, 0)
+    return new, later, rejected
+
+
+def over_diagonal(state: Any, lam: jax.Array) -> Any:
+    """``(path, gradient) → gradient / (diagonal + λ)``; unchanged before the first measurement."""
+
+    def scale(path: Path, gradient: jax.Array) -> jax.Array:
+        scaled = gradient / (state.diagonal[path] + lam.astype(gradient.dtype))
+        return jnp.where(state.diagonal_weights[path] > 0, scaled, gradient)
+
+    return scale
+
+
+def first_seen(before: dict[Path, jax.Array], after: dict[Path, jax.Array]) -> jax.Array:
+    """Whether anything was measured for the first time."""
+    news = [jnp.any((before[path] == 0) & (after[path] > 0)) for path in before]
+    return jnp.any(jnp.stack(news)) if news else jnp.zeros((), bool)
