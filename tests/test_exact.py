@@ -120,7 +120,7 @@ def output_gradients(setup: Setup, fisher: str, rng: Any, arrange: Any) -> Any:
 
 
 def setup_loss(setup: Setup) -> ng.Loss:
-    return jax.jit(lambda batch: setup.loss_fn(setup.params, batch))(setup.batch)
+    return jax.jit(lambda batch: setup.loss_fn(fresh(setup.params), batch))(setup.batch)
 
 
 def explicit(
@@ -169,13 +169,13 @@ def check(
 
     @jax.jit
     def step(batch: Any) -> Any:
-        _, grads, statistics = grad_fn(setup.params, batch, rng=rng)
+        _, grads, statistics = grad_fn(fresh(setup.params), batch, rng=rng)
         updates, state = kfac.update(grads, kfac.init(grads), statistics=statistics)
         return grads, updates, ng.factors(state)
 
     @jax.jit
     def in_eigenbasis(state: Any, batch: Any) -> Any:
-        _, grads, statistics = grad_fn(setup.params, batch, rng=rng, opt_state=state)
+        _, grads, statistics = grad_fn(fresh(setup.params), batch, rng=rng, opt_state=state)
         return ekfac.update(grads, state, statistics=statistics)
 
     grads, updates, found = step(setup.batch)
@@ -205,6 +205,11 @@ def check(
         assert np.linalg.norm(F - best) <= np.linalg.norm(F - approximate) + slack
         solved = np.linalg.solve(best + damping * np.eye(len(F)), gradient)
         assert oracle.relative(flat_vector(updates), solved) <= 10 * tolerance
+
+
+def fresh(params: Any) -> Any:
+    """An NNX model of this trace: its batch statistics are updated in place."""
+    return nnx.clone(params) if isinstance(params, nnx.Module) else params
 
 
 def flat_vector(tree: Any) -> np.ndarray:
