@@ -40,9 +40,10 @@ def fisher(
 ) -> Any:
     """The explicit Fisher information of a small model.
 
-    ``F = (1/N) Σₙ vₙ vₙᵀ`` over examples and labels, ``v = ∇ −log p`` of one example: over all labels
-    (``"exact"``: ``Σ Jₙᵀ Hₙ Jₙ / N``), over labels sampled as :func:`natgrad_jax.value_and_grad`
-    samples them from the same ``rng`` (``"mc"``), or over the true ones (``"empirical"``).
+    ``F = (1/N) Σₙ vₙ vₙᵀ`` over examples and labels, ``v = ∇ −log p`` of one example: over all
+    labels (``"exact"``: ``Σ Jₙᵀ Hₙ Jₙ / N``), over labels drawn as
+    :func:`natgrad_jax.value_and_grad` draws them from the same ``rng`` (``"mc"``), or over the true
+    ones (``"empirical"``).
 
     Args:
       loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
@@ -141,8 +142,8 @@ def fisher_vector_product(
 ) -> Callable[[Any], Any]:
     """The function ``v ↦ F v + λ v``, F the exact Fisher, without any matrix.
 
-    ``F v = Σ Jₙᵀ Hₙ (J v)ₙ / N``, H the Fisher of the predictive distribution in its natural output:
-    one forward and one backward pass a product; the network is linearized once.
+    ``F v = Σ Jₙᵀ Hₙ (J v)ₙ / N``, H the Fisher of the predictive distribution in its natural
+    output: one forward and one backward pass a product; the network is linearized once.
 
     Args:
       loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
@@ -229,8 +230,8 @@ def _block(
     size = sum(x.size for x in own.values())
     if size > MAX_PARAMETERS:
         raise ValueError(
-            f"an explicit Fisher over {size:,} parameters would take {size**2 * 4 / 1e9:.0f} GB; the "
-            f"limit is {MAX_PARAMETERS:,} parameters. Pass layers= for blocks, or use "
+            f"an explicit Fisher over {size:,} parameters would take {size**2 * 4 / 1e9:.0f} GB; "
+            f"the limit is {MAX_PARAMETERS:,} parameters. Pass layers= for blocks, or use "
             "fisher_vector_product."
         )
 
@@ -280,10 +281,8 @@ def _product(
 
 
 def _weigh(term: Term, u: jax.Array) -> jax.Array:
-    factor = (term.scale / positive(term.count)).astype(u.dtype)
-    return (
-        factor * u if term.weight is None else factor * u * term.weight[..., None].astype(u.dtype)
-    )
+    weight = 1 if term.weight is None else term.weight[..., None]
+    return u * (weight * term.scale / positive(term.count)).astype(u.dtype)
 
 
 def _fisher_of_output(term: Term, u: jax.Array) -> jax.Array:
