@@ -38,6 +38,7 @@ def approximation(convolution: str, group_size: Any, weight_sharing: str) -> App
     if group_size is not None and (not whole or group_size < 1):
         raise ValueError(
             "group_size is how many channels are in a group: a whole number, at least 1, or None "
-            f"for one group; got {group_size!r}."
+            f"for one group; got {group_size!r}. (Under optax.inject_hyperparams name it in "
+            "static_args.)"
         )
     return Approximation(convolution, group_size, weight_sharing)

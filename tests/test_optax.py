@@ -141,6 +141,23 @@ WRAPPED = {
         optax.scale(-0.1),
     ),
     "kfac": lambda layers: ng.kfac(0.1, layers, weight_decay=1e-3),
+    "kfac, groups and reduce": lambda layers: ng.kfac(
+        0.1, layers, group_size=2, weight_sharing="reduce"
+    ),
+    "ekfac": lambda layers: ng.ekfac(0.1, layers, moments="running_average"),
+    "ekfac with schedules": lambda layers: ng.ekfac(
+        decay_from(0.1),
+        layers,
+        damping=decay_from(0.1),
+        decay=decay_from(0.9),
+        basis="qr",
+        group_size=3,
+        moments="running_average",
+        refresh_period=lambda step: jnp.where(step < 2, 1, 2),
+    ),
+    "inject_hyperparams of ekfac": lambda layers: optax.inject_hyperparams(
+        ng.ekfac, static_args="group_size"
+    )(learning_rate=0.1, layers=layers, damping=1e-2, group_size=2, moments="running_average"),
     "kfac with schedules": lambda layers: ng.kfac(
         decay_from(0.1),
         layers,

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.linalg.batching import over_batch
+
 # Below this size LAPACK's triangular solve is as fast as anything.
 LEAF = 128
 
@@ -22,6 +24,10 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     Array([[0.5 , 0.  ],
            [0.  , 0.25]], dtype=float32)
     """
+    return over_batch(_damped_inverse, factor, damping)
+
+
+def _damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
     half = triangular_inverse(jnp.linalg.cholesky(factor + damping[..., None, None] * eye))
     return _matmul(half.mT, half)

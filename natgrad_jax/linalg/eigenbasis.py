@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.linalg.batching import over_batch
+
 
 def eigenbasis(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``F = Q diag(d) Qᵀ``: Q and d, eigenvalues ascending and not below zero.
@@ -18,5 +20,5 @@ def eigenbasis(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> eigenbasis(jnp.diag(jnp.array([3.0, 1.0])))[1]
     Array([1., 3.], dtype=float32)
     """
-    values, vectors = jnp.linalg.eigh(factor)
+    values, vectors = over_batch(jnp.linalg.eigh, factor)
     return vectors, jnp.maximum(values, 0)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.linalg.batching import over_batch
+
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
@@ -27,7 +29,8 @@ def refine(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     product = jnp.matmul(factor, basis, precision=_PRECISION)
     order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
-    new, _ = jnp.linalg.qr(jnp.take_along_axis(product, order[..., None, :], axis=-1))
+    ordered = jnp.take_along_axis(product, order[..., None, :], axis=-1)
+    new, _ = over_batch(jnp.linalg.qr, ordered)
     values = jnp.sum(new * jnp.matmul(factor, new, precision=_PRECISION), axis=-2)
     return new, jnp.maximum(values, 0)
 
