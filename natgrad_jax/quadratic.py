@@ -5,13 +5,15 @@ that what couples examples (batch statistics) is as in training. References for 
 the curvature of exact methods.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from natgrad_jax import paths, seeds
+from natgrad_jax.layer import Parameter
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.losses import Loss, Term, positive
 from natgrad_jax.paths import Path
@@ -19,6 +21,10 @@ from natgrad_jax.tagging import as_loss, frontend_of
 
 # Largest explicit matrix: 1.6 GB in float32.
 MAX_PARAMETERS = 20_000
+
+# How many seeds, the seed of each index, and whose: how many examples, of which terms. Terms whose
+# leading axes have one length are taken to be over the same examples.
+_Pass = tuple[int, Callable[[Any], seeds.Seeds], int, tuple[int, ...]]
 
 
 class _Model(NamedTuple):
@@ -58,29 +64,25 @@ def fisher(
       layer's parameters in their order, each raveled.
 
     Raises:
-      ValueError: unknown ``fisher``, a missing ``rng``, more parameters than an explicit matrix
-        should have.
+      ValueError: unknown ``fisher``, a missing ``rng``, fewer than one sample, layers of another
+        model, more parameters than an explicit matrix should have.
 
     Source: Martens & Grosse 2015, section 2; Martens 2020, sections 8 and 9.
 
-    >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
-    >>> model, x, y = nn.Dense(3), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
-    >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> loss_fn = lambda p, x, y: ng.Categorical(model.apply({"params": p}, x)).nll(y)
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
     >>> ng.fisher(loss_fn, params, x, y).shape
-    (15, 15)
+    (12, 12)
     """
     model = _model(loss_fn, params, args)
-    by_path = paths.leaves(model.tree)
     if layers is None:
-        return _block(model, dict(by_path), fisher, rng, samples)
+        return _block(model, paths.leaves(model.tree), fisher, rng, samples)
     check_layers(layers)
-    groups = {path: [p.path for p in layer.parameters] for path, layer in layers.items()}
-    groups |= {x.path: [x.path] for x in layers.leftover}
-    return {
-        path: _block(model, {p: by_path[p] for p in own}, fisher, rng, samples)
-        for path, own in groups.items()
-    }
+    groups = {path: layer.parameters for path, layer in layers.items()}
+    groups |= {x.path: (x.parameter,) for x in layers.leftover}
+    chosen = {path: _choose(model.tree, own) for path, own in groups.items()}
+    return {path: _block(model, own, fisher, rng, samples) for path, own in chosen.items()}
 
 
 def fisher_diagonal(
@@ -93,46 +95,27 @@ def fisher_diagonal(
 ) -> Any:
     """The diagonal of the Fisher, one example's gradient at a time.
 
-    ``diag F = (1/N) Σₙ vₙ²``, as in :func:`fisher`, in memory for one gradient: N backward passes a
-    label.
+    ``diag F = (1/N) Σₙ vₙ²``, as in :func:`fisher`, in memory for one gradient: N backward passes
+    (of the whole batch) a label.
 
-    Args:
-      loss_fn, params, *args, fisher, rng, samples: as for :func:`fisher`.
+    Arguments and errors are those of :func:`fisher`. Returns a tree like the parameters (for an NNX
+    model like ``nnx.state(model, nnx.Param)``), in at least float32.
 
-    Returns:
-      A tree like the parameters (for an NNX model like ``nnx.state(model, nnx.Param)``).
+    Source: Martens 2020 (the diagonal of the Fisher).
 
-    Raises:
-      ValueError: unknown ``fisher``, a missing ``rng``.
-
-    Source: Martens 2020, section 10 (diagonal methods).
-
-    >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
-    >>> model, x, y = nn.Dense(3), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
-    >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> loss_fn = lambda p, x, y: ng.Categorical(model.apply({"params": p}, x)).nll(y)
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
     >>> ng.fisher_diagonal(loss_fn, params, x, y)["kernel"].shape
     (4, 3)
     """
     model = _model(loss_fn, params, args)
-    naturals, pullback = jax.vjp(model.naturals, model.tree)
-    total = jax.tree.map(jnp.zeros_like, model.tree)
-    for count, seed in _passes(model.loss, fisher, rng, samples):
-
-        def of_index(total: Any, index: jax.Array, seed: Any = seed) -> Any:
-            cotangents = seed(index)
-
-            def of_example(total: Any, n: jax.Array) -> Any:
-                one = tuple(
-                    jnp.where(jnp.expand_dims(jnp.arange(len(c)) == n, range(1, c.ndim)), c, 0)
-                    for c in cotangents
-                )
-                return jax.tree.map(lambda t, v: t + v**2, total, pullback(one)[0]), None
-
-            most = max(len(z) for z in naturals)
-            return jax.lax.scan(of_example, total, jnp.arange(most))
-
-        total, _ = jax.lax.scan(of_index, total, jnp.arange(count))
+    _, pullback = jax.vjp(model.naturals, model.tree)
+    zeros = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    total = jax.tree.map(zeros, model.tree)
+    for count, seed, *whose in _passes(model.loss, fisher, rng, samples):
+        add = lambda i, total, seed=seed, whose=whose: _squares(pullback, total, seed(i), *whose)
+        total = jax.lax.fori_loop(0, count, add, total)
     examples = positive(model.loss.terms[0].count)
     return jax.tree.map(lambda x: (x / examples).astype(x.dtype), total)
 
@@ -155,10 +138,9 @@ def fisher_vector_product(
 
     Source: Schraudolph 2002, section 3; Martens & Grosse 2015, appendix C.
 
-    >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
-    >>> model, x, y = nn.Dense(3), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
-    >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> loss_fn = lambda p, x, y: ng.Categorical(model.apply({"params": p}, x)).nll(y)
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
     >>> ng.fisher_vector_product(loss_fn, params, x, y)(params)["kernel"].shape
     (4, 3)
     """
@@ -171,24 +153,18 @@ def gauss_newton_vector_product(
     """The function ``v ↦ G v + λ v``, G the generalized Gauss-Newton matrix of the loss.
 
     ``G v = Σ Jₙᵀ ∇²(−log p)ₙ (J v)ₙ / N`` with the true labels. For the distributions here, whose
-    outputs are natural parameters, it equals the Fisher. Scalars added to the loss have no part.
+    outputs are natural parameters, it equals the Fisher. Scalars added to the loss have no part,
+    nor have negative multiples of a likelihood.
 
-    Args:
-      loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
-      damping: λ.
-
-    Returns:
-      A linear function of trees like the parameters (for an NNX model like
-      ``nnx.state(model, nnx.Param)``).
+    Arguments and result are those of :func:`fisher_vector_product`.
 
     Source: Schraudolph 2002, section 3; Martens 2020, section 9.
 
-    >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
-    >>> model, x, y = nn.Dense(3), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
-    >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> loss_fn = lambda p, x, y: ng.Categorical(model.apply({"params": p}, x)).nll(y)
-    >>> ng.gauss_newton_vector_product(loss_fn, params, x, y)(params)["bias"].shape
-    (3,)
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
+    >>> ng.gauss_newton_vector_product(loss_fn, params, x, y)(params)["kernel"].shape
+    (4, 3)
     """
     return _product(loss_fn, params, args, damping, _hessian_of_output)
 
@@ -196,31 +172,43 @@ def gauss_newton_vector_product(
 def _model(loss_fn: Any, params: Any, args: Any) -> _Model:
     frontend = frontend_of(params)
     tree, rest = frontend.split(params)
-
-    def loss(tree: Any) -> Loss:
-        return as_loss(frontend.instrument(loss_fn, tree, rest, {}, args)[0])
-
-    def naturals(tree: Any) -> tuple[jax.Array, ...]:
-        return tuple(t.distribution.natural for t in loss(tree).terms)
-
+    loss = lambda tree: as_loss(frontend.instrument(loss_fn, tree, rest, {}, args)[0])
+    naturals = lambda tree: tuple(t.distribution.natural for t in loss(tree).terms)
     return _Model(tree, naturals, loss(tree))
 
 
-def _passes(
-    loss: Loss, fisher: str, rng: Any, samples: int
-) -> list[tuple[int, Callable[[Any], seeds.Seeds]]]:
-    """How many seeds there are of each sort, and the seed of each index."""
+def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Array]:
+    by_path = paths.leaves(tree)
+    for path, shape, _ in parameters:
+        came = getattr(by_path.get(path), "shape", "no such parameter")
+        if came != shape:
+            raise ValueError(
+                f"these Layers were found on another model: they have {paths.join(path)} of shape "
+                f"{shape}, params has {came}. Call find_layers again with this model's params."
+            )
+    return {p.path: by_path[p.path] for p in parameters}
+
+
+def _passes(loss: Loss, fisher: str, rng: Any, samples: int) -> list[_Pass]:
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
     signs = jax.random.key(0)
+    # without any example axis the output is one example, not D of them
+    lengths = [(*t.distribution.examples, 1)[0] for t in loss.terms]
     if fisher == "exact":
-        return seeds.exact_columns(loss, (), signs)
-    if fisher == "empirical":
-        return [(1, lambda i: seeds.observed(loss, (), signs))]
-    if fisher != "mc":
-        raise ValueError(f'fisher must be "exact", "mc" or "empirical"; got {fisher!r}.')
-    if rng is None:
+        columns = enumerate(seeds.exact_columns(loss, (), signs))
+        return [(count, seed, lengths[i], (i,)) for i, (count, seed) in columns]
+    if fisher == "mc" and rng is None:
         raise ValueError('fisher="mc" samples labels from the model and needs a key: pass rng=key.')
-    keys = rng[None] if samples == 1 else jax.random.split(rng, samples)
-    return [(samples, lambda i: seeds.sampled(loss, (), keys[i], samples))]
+    if fisher == "mc":
+        keys = rng[None] if samples == 1 else jax.random.split(rng, samples)
+        found = samples, lambda i: seeds.sampled(loss, (), keys[i], samples)
+    elif fisher == "empirical":
+        found = 1, lambda i: seeds.observed(loss, (), signs)
+    else:
+        raise ValueError(f'fisher must be "exact", "mc" or "empirical"; got {fisher!r}.')
+    over = lambda n: tuple(i for i, m in enumerate(lengths) if m == n)
+    return [(*found, n, over(n)) for n in dict.fromkeys(lengths)]
 
 
 def _block(
@@ -232,35 +220,44 @@ def _block(
         raise ValueError(
             f"an explicit Fisher over {size:,} parameters would take {size**2 * 4 / 1e9:.0f} GB; "
             f"the limit is {MAX_PARAMETERS:,} parameters. Pass layers= for blocks, or use "
-            "fisher_vector_product."
+            "fisher_diagonal or fisher_vector_product."
         )
-
-    def outputs(own: dict[Path, jax.Array]) -> tuple[jax.Array, ...]:
-        return model.naturals(paths.replace(model.tree, own))
-
+    outputs = lambda own: model.naturals(paths.replace(model.tree, own))
+    dtype = jnp.result_type(jnp.float32, *own.values())
+    flat = lambda j, shape: [j[p].reshape(*shape, -1).astype(dtype) for p in own]
     J = [
-        jnp.concatenate([j[p].reshape(*z.shape, -1) for p in own], axis=-1)
-        for j, z in zip(jax.jacrev(outputs)(own), outputs(own), strict=True)
+        jnp.concatenate(flat(j, t.distribution.natural.shape), axis=-1)
+        for j, t in zip(jax.jacrev(outputs)(own), model.loss.terms, strict=True)
     ]
-    F = jnp.zeros((size, size), J[0].dtype)
-    for count, seed in _passes(model.loss, fisher, rng, samples):
-        body = lambda F, index, seed=seed: (F + sum(_outer(J, seed(index))), None)
-        F, _ = jax.lax.scan(body, F, jnp.arange(count))
-    return F / positive(model.loss.terms[0].count).astype(F.dtype)
+    F = jnp.zeros((size, size), dtype)
+    for count, seed, *whose in _passes(model.loss, fisher, rng, samples):
+        add = lambda i, F, seed=seed, whose=whose: F + _outer(J, seed(i), *whose)
+        F = jax.lax.fori_loop(0, count, add, F)
+    return F / positive(model.loss.terms[0].count).astype(dtype)
 
 
-def _outer(J: list[jax.Array], cotangents: seeds.Seeds) -> Iterator[jax.Array]:
-    """``Σₙ vₙ vₙᵀ``; terms over the same examples add up within v."""
-    precision = jax.lax.Precision.HIGHEST
-    rows = [
-        jnp.einsum("nd,ndp->np", c.reshape(len(c), -1), j.reshape(len(c), -1, j.shape[-1]),
-                   precision=precision)
-        for j, c in zip(J, cotangents, strict=True)
-    ]  # fmt: skip
-    if len({len(v) for v in rows}) == 1:
-        rows = [sum(rows[1:], rows[0])]
-    for v in rows:
-        yield jnp.einsum("np,nq->pq", v, v, precision=precision)
+def _outer(J: list[jax.Array], seed: seeds.Seeds, n: int, terms: tuple[int, ...]) -> jax.Array:
+    """``Σₙ vₙ vₙᵀ`` over n examples; the terms add up within v."""
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    rows = lambda x, *last: x.astype(J[0].dtype).reshape(n, -1, *last)
+    v = sum(einsum("nd,ndp->np", rows(seed[i]), rows(J[i], J[i].shape[-1])) for i in terms)
+    return einsum("np,nq->pq", v, v)
+
+
+def _squares(pullback: Any, total: Any, seed: seeds.Seeds, n: int, terms: tuple[int, ...]) -> Any:
+    """``total + Σₙ vₙ²`` over n examples, one after another."""
+
+    def only(i: int, c: jax.Array, example: jax.Array) -> jax.Array:
+        if i not in terms:
+            return jnp.zeros_like(c)
+        here = jnp.arange(n)[:, None] == example
+        return jnp.where(here, c.reshape(n, -1), 0).reshape(c.shape)
+
+    def add(example: jax.Array, total: Any) -> Any:
+        (v,) = pullback(tuple(only(i, c, example) for i, c in enumerate(seed)))
+        return jax.tree.map(lambda t, v: t + v.astype(t.dtype) ** 2, total, v)
+
+    return jax.lax.fori_loop(0, n, add, total)
 
 
 def _product(
@@ -271,28 +268,29 @@ def _product(
     backward = jax.linear_transpose(forward, model.tree)
 
     def product(v: Any) -> Any:
-        tangents = forward(v)
-        pairs = zip(model.loss.terms, tangents, strict=True)
-        weighed = tuple(_weigh(term, of_output(term, u)) for term, u in pairs)
-        (Fv,) = backward(weighed)
+        pairs = zip(model.loss.terms, forward(v), strict=True)
+        (Fv,) = backward(tuple(_weigh(term, of_output(term, u)) for term, u in pairs))
         return jax.tree.map(lambda f, x: f + jnp.asarray(damping, x.dtype) * x, Fv, v)
 
     return product
 
 
 def _weigh(term: Term, u: jax.Array) -> jax.Array:
-    weight = 1 if term.weight is None else term.weight[..., None]
-    return u * (weight * term.scale / positive(term.count)).astype(u.dtype)
+    """As the seeds are weighed: nothing of masked examples, nor of negative multiples."""
+    weight = jnp.ones(()) if term.weight is None else term.weight[..., None]
+    factor = jnp.maximum(term.scale, 0) * weight / positive(term.count)
+    return jnp.where(weight > 0, u * factor, 0).astype(term.distribution.natural.dtype)
 
 
 def _fisher_of_output(term: Term, u: jax.Array) -> jax.Array:
     """``H u``, from the columns of a root of H."""
+    u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
 
-    def add(total: jax.Array, column: jax.Array) -> tuple[jax.Array, None]:
+    def add(column: jax.Array, total: jax.Array) -> jax.Array:
         r = term.distribution.root_column(column)
-        return total + r * jnp.sum(r * u, axis=-1, keepdims=True), None
+        return total + r * jnp.sum(r * u, axis=-1, keepdims=True)
 
-    return jax.lax.scan(add, jnp.zeros_like(u), jnp.arange(term.distribution.columns))[0]
+    return jax.lax.fori_loop(0, term.distribution.columns, add, jnp.zeros_like(u))
 
 
 def _hessian_of_output(term: Term, u: jax.Array) -> jax.Array:

@@ -57,11 +57,15 @@ def problem(name: str) -> Any:
         "gaussian": lambda z: ng.Gaussian(z, COVARIANCE).nll(x) * 3.0 + 1.0,
         "weights": lambda z: ng.Categorical(z).nll(y, weights=weight, where=weight > 0.7),
         "two terms": lambda z: 2 * ng.Categorical(z).nll(y) + 0.5 * ng.Gaussian(z).nll(x),
+        "two lengths": lambda z: ng.Categorical(z).nll(y) + 3 * ng.Gaussian(z[:2]).nll(x[:2]),
+        "one example": lambda z: ng.Categorical(z[1]).nll(y[1]),
+        "negative": lambda z: ng.Categorical(z).nll(y) - 0.5 * ng.Gaussian(z).nll(x),
     }
     return (lambda p, x: losses[name](apply(p, x))), params, x
 
 
-NAMES = ["categorical", "tokens", "bernoulli", "gaussian", "weights", "two terms"]
+NAMES = ["categorical", "tokens", "bernoulli", "gaussian", "weights", "two terms", "two lengths",
+         "one example", "negative"]  # fmt: skip
 
 
 def by_hand(loss_fn: Any, params: Any, x: jax.Array) -> np.ndarray:
@@ -78,7 +82,8 @@ def by_hand(loss_fn: Any, params: Any, x: jax.Array) -> np.ndarray:
 
         H = jax.vmap(jax.hessian(nll))(z(theta), targets)
         w = np.ones(len(H)) if term.weight is None else np.ravel(term.weight)
-        scale = float(term.scale) / w.sum()
+        # negative multiples of a likelihood have no curvature
+        scale = max(float(term.scale), 0) / w.sum()
         total += scale * np.einsum("n,ndp,nde,neq->pq", w, J, H, J)
     return total
 
@@ -142,6 +147,99 @@ def test_sampled_and_true_labels(fisher: str, samples: int) -> None:
     close(ravel_pytree(diagonal)[0], np.diag(total))
 
 
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("name", ["tokens", "two terms", "two lengths", "one example"])
+def test_gradients_of_one_example_are_summed_before_the_outer_product(
+    name: str, fisher: str
+) -> None:
+    """Over its positions, and over the terms on the same examples."""
+    loss_fn, params, x = problem(name)
+    terms, key = loss_fn(params, x).terms, jax.random.key(7)
+    theta, unravel = ravel_pytree(params)
+    counts = [int(np.prod(t.distribution.examples)) for t in terms]
+    rows: dict[int, Any] = {}
+    for i, (term, k) in enumerate(zip(terms, jax.random.split(key, len(terms)), strict=True)):
+        y = seeds.sample_targets(term, (), k) if fisher == "mc" else term.targets
+        n = (*term.distribution.examples, 1)[0]
+
+        def each(t: Any, i: int = i, y: Any = y, n: int = n) -> jax.Array:
+            nll = loss_fn(unravel(t), x).terms[i].distribution.nll_per_example(y)
+            return nll.reshape(n, -1).sum(-1)
+
+        v = np.asarray(jax.jacfwd(each)(theta)) * np.sqrt(float(term.scale) / counts[i])
+        rows[n] = rows.get(n, 0) + v
+    F = sum(v.T @ v for v in rows.values())
+    close(ng.fisher(loss_fn, params, x, fisher=fisher, rng=key), F)
+    diagonal = ng.fisher_diagonal(loss_fn, params, x, fisher=fisher, rng=key)
+    close(ravel_pytree(diagonal)[0], np.diag(F))
+
+
+def test_the_sample_is_that_of_value_and_grad() -> None:
+    """One example and one layer: the Kronecker product of its factors is the Fisher itself."""
+    x, params = random(0, 1, 4), {"kernel": random(1, 4, 3)}
+    dense = nn.Dense(3, use_bias=False, param_dtype=jnp.float64)
+    loss_fn = lambda p, x: ng.Categorical(dense.apply({"params": p}, x)).nll(jnp.zeros(1, int))
+    layers = ng.find_layers(loss_fn, params, x)
+    for samples in (1, 5):
+        grad_fn = ng.value_and_grad(loss_fn, layers, samples=samples)
+        sums = grad_fn(params, x, rng=jax.random.key(3))[2].layers[()]
+        F = ng.fisher(loss_fn, params, x, fisher="mc", rng=jax.random.key(3), samples=samples)
+        close(F, np.kron(sums.A, sums.G))
+
+
+@pytest.mark.parametrize(
+    "of_params, of_inputs",
+    [("float32", "float64"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")],
+)
+def test_mixed_and_half_precision(of_params: str, of_inputs: str) -> None:
+    """Sums over many examples are kept in at least float32."""
+    n = 1024
+    params, x = {"w": random(0, 4, 3).astype(of_params)}, random(1, n, 4).astype(of_inputs)
+    make = lambda x: lambda p: ng.Categorical(x @ p["w"]).nll(jnp.arange(n) % 3)
+    exact = {"w": params["w"].astype(float)}
+    F = ng.fisher(make(x.astype(float)), exact)
+    loss_fn, v = make(x), jax.tree.map(jnp.ones_like, params)
+    found, diagonal = ng.fisher(loss_fn, params), ng.fisher_diagonal(loss_fn, params)["w"]
+    assert found.dtype == diagonal.dtype == jnp.float32
+    close(found.astype(float), F, 1e-2)
+    close(diagonal.ravel().astype(float), np.diag(F), 1e-2)
+    for product in (ng.fisher_vector_product, ng.gauss_newton_vector_product):
+        ours = product(loss_fn, params)(v)["w"].ravel().astype(float)
+        assert np.linalg.norm(ours - F.sum(1)) < 0.05 * np.linalg.norm(F)
+
+
+def test_nnx_models_keep_their_state_and_have_blocks() -> None:
+    class Normed(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.dense = nnx.Linear(3, 3, param_dtype=jnp.float64, rngs=rngs)
+            self.norm = nnx.BatchNorm(3, param_dtype=jnp.float64, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.norm(self.dense(x))
+
+    model, x = Normed(nnx.Rngs(0)), random(0, N, 3)
+    for name in ("mean", "var"):  # Flax makes them float32
+        setattr(model.norm, name, nnx.BatchStat(jnp.full(3, 0.7)))
+    loss_fn = lambda model, x: ng.Gaussian(model(x)).nll(jnp.zeros((N, 3)))
+    before = nnx.to_pure_dict(nnx.state(model))
+    params = nnx.state(model, nnx.Param)
+    F = ng.fisher(loss_fn, model, x)
+    layers = ng.find_layers(loss_fn, model, x)
+    blocks = ng.fisher(loss_fn, model, x, layers=layers)
+    index = ravel_pytree(params)[1](jnp.arange(18.0))
+    for path, block in blocks.items():
+        at = [np.ravel(index[path[0]][p.path[-1]][...]) for p in layers[path].parameters]
+        at = np.concatenate(at).astype(int)
+        close(block, np.asarray(F)[np.ix_(at, at)])
+    diagonal = ng.fisher_diagonal(loss_fn, model, x)
+    assert jax.tree.structure(diagonal) == jax.tree.structure(params)
+    close(ravel_pytree(diagonal)[0], np.diag(F))
+    v = jax.tree.map(jnp.ones_like, params)
+    close(ravel_pytree(ng.fisher_vector_product(loss_fn, model, x)(v))[0], F.sum(1))
+    after = nnx.to_pure_dict(nnx.state(model))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
+
+
 def test_nnx_models() -> None:
     class NetNNX(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -170,6 +268,14 @@ def test_errors_say_what_to_write() -> None:
         ng.fisher(loss_fn, params, x, fisher="true")
     with pytest.raises(ValueError, match="rng=key"):
         ng.fisher(loss_fn, params, x, fisher="mc")
+    for samples in (0, 1.5, True):
+        with pytest.raises(ValueError, match="whole number"):
+            ng.fisher(loss_fn, params, x, fisher="mc", rng=jax.random.key(0), samples=samples)
+    other = jax.tree.map(lambda p: p, params) | {"Dense_1": {"kernel": jnp.ones((4, 3))}}
+    with pytest.raises(ValueError, match="found on another model"):
+        layers = ng.find_layers(loss_fn, params, x)
+        plain = lambda p, x: ng.Gaussian(x @ p["Dense_0"]["kernel"]).nll(jnp.zeros((N, 4)))
+        ng.fisher(plain, other, x, layers=layers)
     large = {"w": jnp.ones(30_000)}
     with pytest.raises(ValueError, match="fisher_vector_product"):
         ng.fisher(lambda p, x: ng.Gaussian(x * p["w"].sum()).nll(x), large, x)
