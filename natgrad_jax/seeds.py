@@ -113,7 +113,7 @@ def _weigh(seed: jax.Array, term: Term, loss: Loss, axes: Sequence[str], share: 
     Terms with other example counts than the first one's are brought to its count, which is the
     one that the sums are divided by.
     """
-    ratio = global_count(loss.terms[0], axes) / positive(global_count(term, axes))
+    ratio = positive(global_count(loss.terms[0], axes)) / positive(global_count(term, axes))
     factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0)).astype(seed.dtype)
     if term.weight is not None:
         weight = jnp.sqrt(term.weight)[..., None].astype(seed.dtype)

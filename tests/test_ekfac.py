@@ -140,7 +140,7 @@ def test_qr_follows_the_eigenbasis_and_a_tolerance_keeps_the_last() -> None:
     )
     renewed = history(partial(tx, basis_tolerance=1e-9), 3)
     assert not np.array_equal(
-        renewed[0][1].bases[("Conv_0",)].A, renewed[2][1].bases[("Conv_0",)].A
+        renewed[0][1].bases[("Conv_0",)].G, renewed[2][1].bases[("Conv_0",)].G
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import natgrad_jax as ng
+from natgrad_jax.requests import requests
 
 HIDDEN, HEAD = ("hidden",), ("head",)
 
@@ -224,8 +225,10 @@ def test_training_compiles_once_and_the_state_can_be_read(make):
     assert all(jax.tree.leaves(moved)), moved
     assert set(ng.factors(state)) == set(ng.bases(state)) == {HIDDEN, HEAD}
     assert all(np.any(f) for f in jax.tree.leaves(ng.factors(state)))
-    assert ng.factors(state)[HIDDEN].A.shape == (5, 5)
-    assert ng.bases(state)[HEAD].G.shape == (3, 3)
+    own = layers.approximate(requests(state)[0][0].approximation)
+    assert ng.factors(state)[HIDDEN].A.shape == own[HIDDEN].input_factor_shape
+    assert ng.bases(state)[HEAD].G.shape == own[HEAD].output_factor_shape
+    assert layers[HIDDEN].input_factor_shape == (5, 5)
     assert 0 < ng.damping(state) <= 0.1
 
 
