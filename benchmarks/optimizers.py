@@ -60,6 +60,7 @@ def natural(alias: Callable, fisher: str = "mc") -> Callable[..., Contender]:
 
 OPTIMIZERS = {
     "kfac": natural(lambda learning_rate, layers: ng.kfac(learning_rate, layers)),
+    "ekfac": natural(lambda learning_rate, layers: ng.ekfac(learning_rate, layers)),
     "sgd": first_order(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9)),
     "adam": first_order(optax.adam),
 }
@@ -70,8 +71,8 @@ OPTIMIZERS = {
 #   cifar10  sgd [3e-4] 1e-3                       adam 1e-4 [3e-4] 1e-3
 # fashion has mnist's shapes and takes its rates. SGD's next larger rate is unstable in each.
 LEARNING_RATES = {
-    "digits": {"kfac": 0.1, "sgd": 0.03, "adam": 5e-3},
-    "mnist": {"kfac": 0.1, "sgd": 5e-3, "adam": 1e-3},
-    "fashion": {"kfac": 0.1, "sgd": 5e-3, "adam": 1e-3},
-    "cifar10": {"kfac": 0.1, "sgd": 3e-4, "adam": 3e-4},
+    "digits": {"kfac": 0.1, "ekfac": 0.1, "sgd": 0.03, "adam": 5e-3},
+    "mnist": {"kfac": 0.1, "ekfac": 0.1, "sgd": 5e-3, "adam": 1e-3},
+    "fashion": {"kfac": 0.1, "ekfac": 0.1, "sgd": 5e-3, "adam": 1e-3},
+    "cifar10": {"kfac": 0.1, "ekfac": 0.1, "sgd": 3e-4, "adam": 3e-4},
 }

@@ -127,7 +127,7 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
             return _einsum("nt...i,nt...o->...io", jnp.square(a), jnp.square(g), whole)
         return jnp.sum(jnp.square(_einsum("nt...i,nt...o->n...io", a, g)), axis=0)
 
-    width = call.width(x) * 2 + outputs[0].size
+    width = call.width(x) * 2 + math.prod(outputs.shape[1:])
     if outputs.shape[1] > 1:
         width += math.prod(layer.packed_shape)
     return over_chunks(squares, (examples, outputs), width)
@@ -147,8 +147,8 @@ def _gradient_gram(layer: Layer, call: Any, x: Any, outputs: jax.Array) -> jax.A
         if getattr(call, "swapped", False):
             pair.reverse()
         v = _einsum("nt...i,nt...o->n...io", pair[0], pair[1])
-        v = v.reshape(len(v), 1, *layer.factor_blocks, -1)
-        return gram(v, dtype)
+        v = v.reshape(len(v), *layer.factor_blocks, -1)
+        return gram(jnp.expand_dims(v, 1), dtype)
 
     return over_chunks(of, (call.examples(x), outputs), call.width(x) + 2 * layer.size)
 

@@ -41,6 +41,8 @@ class ConvCall(NamedTuple):
     def examples(self, x: jax.Array) -> jax.Array:
         """``x`` as ``(N, M, *spatial, channels)``: more batch axes than one are positions."""
         lead = x.ndim - len(self.kernel_size) - 1
+        if lead == 1:  # the usual case without a reshape, which sharded arrays may not have
+            return jnp.expand_dims(x, 1)
         return x.reshape(x.shape[0] if lead else 1, -1, *x.shape[lead:])
 
     def inputs(self, examples: jax.Array) -> jax.Array:
@@ -50,22 +52,26 @@ class ConvCall(NamedTuple):
             patches = patches.reshape(*patches.shape[:2], *patches.shape[2:-2], -1)
         else:
             *lead, k, channels = patches.shape
-            patches = patches.reshape(lead[0], -1, k, self.groups, channels // self.groups)
-            patches = jnp.moveaxis(patches, 3, 2)
-            patches = patches.reshape(*patches.shape[:2], *[self.groups] * (self.groups > 1), -1)
+            patches = patches.reshape(lead[0], -1, k, channels)
+            if self.groups > 1:
+                patches = patches.reshape(*patches.shape[:3], self.groups, -1)
+                patches = jnp.moveaxis(patches, 3, 2)
+            patches = patches.reshape(*patches.shape[:-2], -1)
         if not self.bias:
             return patches
         return jnp.concatenate([patches, jnp.ones_like(patches[..., :1])], axis=-1)
 
     def patches(self, examples: jax.Array) -> jax.Array:
         """What every kernel element sees: ``(N, M, *positions, kernel elements, channels)``."""
-        flat = examples.reshape(-1, *examples.shape[2:])
+        flat = _flat(examples)
         x = _pad(flat, self)
         starts = list(itertools.product(*(range(k) for k in self.kernel_size)))
         slices = [_slice(x, self, start) for start in (starts[::-1] if self.flipped else starts)]
         patches = jnp.stack(slices, axis=-2)
         if self.wrapped:
             patches = _wrap(patches, self, flat.shape[1:-1])
+        if examples.shape[1] == 1:
+            return jnp.expand_dims(patches, 1)
         return patches.reshape(*examples.shape[:2], *patches.shape[1:])
 
     def channel_rows(self, examples: jax.Array) -> jax.Array:
@@ -74,18 +80,17 @@ class ConvCall(NamedTuple):
         if self.wrapped:
             rows = self.patches(examples)
         else:
-            x = _pad(examples.reshape(-1, *examples.shape[2:]), self)
+            x = _pad(_flat(examples), self)
             rows = x * jnp.sqrt(_visits(self, x.shape[1:-1]))[..., None].astype(x.dtype)
-        groups = [self.groups] * (self.groups > 1)
-        return rows.reshape(len(examples), -1, *groups, rows.shape[-1] // self.groups)
+        rows = rows.reshape(len(examples), -1, rows.shape[-1])
+        return rows.reshape(*rows.shape[:2], self.groups, -1) if self.groups > 1 else rows
 
     def outputs(self, g: jax.Array) -> jax.Array:
         g = self.examples(g)
         if self.local:
             return g
-        groups = [self.groups] * (self.groups > 1)
-        positions = math.prod(g.shape[1:-1])
-        return g.reshape(len(g), positions, *groups, g.shape[-1] // self.groups)
+        g = g.reshape(len(g), math.prod(g.shape[1:-1]), g.shape[-1])
+        return g.reshape(*g.shape[:2], self.groups, -1) if self.groups > 1 else g
 
     def width(self, x: jax.Array) -> int:
         patches = jax.eval_shape(lambda x: self.inputs(self.examples(x)), x)
@@ -93,6 +98,11 @@ class ConvCall(NamedTuple):
 
     def positions(self, x: jax.Array) -> int:
         return jax.eval_shape(lambda x: self.inputs(self.examples(x)), x).shape[1]
+
+
+def _flat(examples: jax.Array) -> jax.Array:
+    """Both batch axes as one."""
+    return examples[:, 0] if examples.shape[1] == 1 else examples.reshape(-1, *examples.shape[2:])
 
 
 def conv(

@@ -56,8 +56,10 @@ def normal_form(
     shape = [x.shape[a] for a in rows]
     examples, positions = (shape or [1])[0], math.prod(shape[1:])
     kept = [x.shape[a] for a in blocks]
-    width = math.prod(x.shape[a] for a in features)
-    return x.transpose(*rest, *rows, *blocks, *features).reshape(examples, positions, *kept, width)
+    own = [x.shape[a] for a in features]
+    # in two steps: a sharded array is not reshaped by merging and adding axes at once
+    x = x.transpose(*rest, *rows, *blocks, *features).reshape(examples, positions, *kept, *own)
+    return x.reshape(examples, positions, *kept, math.prod(own)) if len(own) != 1 else x
 
 
 def general(
