@@ -50,26 +50,36 @@ def loss_fn(params: Any, batch: Any) -> ng.Loss:
     return ng.Categorical(model.apply({"params": params}, x)).nll(y, where=where) * 2.0 + 0.1
 
 
-# EKFAC in groups small enough that no factor has a null space: there a basis is any, and so are
-# its moments
+# EKFAC in groups small enough that no factor has a null space (there a basis is any, and so are its
+# moments), and in float64: the gap between two eigenvalues magnifies what rounding leaves apart
 TRANSFORMATIONS = {
-    "kfac": ng.kfac,
-    "ekfac": partial(ng.ekfac, convolution="sua", group_size=4, weight_sharing="reduce"),
+    "kfac": (ng.kfac, jnp.float32),
+    "ekfac": (
+        partial(ng.ekfac, convolution="sua", group_size=4, weight_sharing="reduce"),
+        jnp.float64,
+    ),
 }
+TOLERANCES = {jnp.float32: {"rtol": 1e-4, "atol": 1e-5}, jnp.float64: {"rtol": 1e-9, "atol": 1e-9}}
 
 
 @pytest.fixture(scope="module", params=TRANSFORMATIONS)
 def problem(request: Any) -> Any:
+    make, dtype = TRANSFORMATIONS[request.param]
+    with jax.enable_x64(dtype == jnp.float64):
+        yield make_problem(make, dtype)
+
+
+def make_problem(make: Any, dtype: Any) -> Any:
     random = np.random.default_rng(0)
-    x = random.normal(size=(16, 6, 6, 2)).astype(np.float32)
+    x = random.normal(size=(16, 6, 6, 2)).astype(dtype)
     y = random.integers(3, size=16).astype(np.int32)
     where = np.arange(16) % 5 != 1  # unequal counts on the devices
     batch = jax.tree.map(jnp.asarray, (x, y, where))
     params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ng.UncoveredWarning)
         layers = ng.find_layers(loss_fn, params, batch)
-    make = TRANSFORMATIONS[request.param]
     tx = make(0.1, layers, statistics_period=2, refresh_period=2, damping=0.1)
     return layers, tx, params, batch
 
@@ -156,8 +166,9 @@ def test_four_devices_equal_one(way: str, problem: Any, one_device: Any) -> None
     found = WAYS[way](problem)
     for ours, theirs in zip(jax.tree.leaves(found[0]), jax.tree.leaves(one_device[0]), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)  # the parameters
+    tolerance = TOLERANCES[jax.tree.leaves(problem[2])[0].dtype.type]
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(one_device), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ours, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical", "none"])
