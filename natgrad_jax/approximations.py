@@ -14,12 +14,13 @@ class Approximation(NamedTuple):
     2018, section 2.1). ``group_size``: channels in a group; correlations across groups are dropped
     (section 2.2); None for one group. ``weight_sharing``: ``"expand"`` treats positions as
     examples; ``"reduce"`` averages activations and sums gradients over them first (Eschenhagen et
-    al. 2023).
+    al. 2023). ``centred``: under SUA the channels' mean is kept beside C, for whitening.
     """
 
     convolution: str = "kfc"
     group_size: int | None = None
     weight_sharing: str = "expand"
+    centred: bool = False
 
 
 # Nothing simplified.

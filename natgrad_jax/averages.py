@@ -42,9 +42,9 @@ def bias_of(factors: Any) -> jax.Array | None:
     return getattr(factors, "bias", None)
 
 
-def zero_factors(layer: Layer) -> Any:
+def zero_factors(layer: Layer, inputs_only: bool = False) -> Any:
     """Factors before anything was measured."""
-    stack, outputs = layer.stack_sizes, layer.output_factor_shape
+    stack, outputs = layer.stack_sizes, None if inputs_only else layer.output_factor_shape
     zeros = lambda shape: jnp.zeros(stack + shape, layer.factor_dtype)
     return pair(
         zeros(layer.input_factor_shape),
@@ -58,7 +58,8 @@ def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, j
 
     With N examples and T positions, ``A ⊗ G = Σ ā āᵀ ⊗ Σ g gᵀ / (N · N T)``. Convolutions put the
     positions' share on G (``A = Σ ā āᵀ / N``: Grosse & Martens 2016), other layers on A
-    (``A = Σ ā āᵀ / NT``: Eschenhagen et al. 2023, expand). Under reduce T is 1.
+    (``A = Σ ā āᵀ / NT``: Eschenhagen et al. 2023, expand). Under reduce T is 1. Centred factors
+    are always over N T, and where outputs were not measured there is no G.
     """
     if layer.uses > 1:
         return _joined_uses(layer, sums, examples)
@@ -67,15 +68,17 @@ def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, j
     if layer.output_side is None:
         factors = Factors(_over(sums.A, count))
         return factors, seen & _finite(layer, factors)
-    assert sums.G is not None  # checked where statistics come in
-    over_a, over_g = (count, rows) if layer.kind.startswith("conv") else (rows, count)
+    on_outputs = layer.kind.startswith("conv") and not layer.approximation.centred
+    over_a, over_g = (count, rows) if on_outputs else (rows, count)
     bias = None
     if layer.input_side.bias:
         bias = jnp.ones(layer.stack_sizes + layer.factor_blocks, sums.A.dtype)
         bias = bias * jnp.expand_dims(rows / over_a, tuple(range(rows.ndim, bias.ndim)))
     lead = layer.stack_sizes + layer.factor_blocks
-    A, G = _form(layer.input_side, sums.A, lead), _form(layer.output_side, sums.G, lead)
-    factors = pair(_over(A, over_a), _over(G, over_g), bias)
+    A, G = _form(layer.input_side, sums.A, lead), None
+    if sums.G is not None:
+        G = _over(_form(layer.output_side, sums.G, lead), over_g)
+    factors = pair(_over(A, over_a), G, bias)
     return factors, seen & _finite(layer, factors)
 
 

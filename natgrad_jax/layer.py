@@ -148,14 +148,13 @@ class Layer:
             return whole(rows * math.prod(self.blocks) if self.block == "full" else rows)
         if self.kind == "embed":
             return diagonal(self.inputs)
-        layout, shared = self.layouts[0], self.approximation.convolution == "sua"
+        layout, own = self.layouts[0], self.approximation
         channels = self.inputs
         if self.kind.startswith("conv"):
             channels = layout.split[layout.inputs[-1]]
         bias = self.bias is not None
-        return input_side(
-            self.inputs // channels, channels, bias, self.approximation.group_size, shared
-        )
+        places, shared = self.inputs // channels, own.convolution == "sua"
+        return input_side(places, channels, bias, own.group_size, shared, own.centred)
 
     @functools.cached_property
     def output_side(self) -> Side | None:

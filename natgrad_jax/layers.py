@@ -179,7 +179,7 @@ def _approximate(layers: Layers, approximation: Approximation) -> Layers:
         if layer.block != "kronecker":
             own = Approximation()
         if not layer.kind.startswith("conv"):
-            own = own._replace(convolution="kfc")
+            own = own._replace(convolution="kfc", centred=False)
         if not layer.shares:
             own = own._replace(weight_sharing="expand")
         return replace(layer, approximation=own)

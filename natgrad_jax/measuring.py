@@ -27,7 +27,8 @@ class Plan(NamedTuple):
     ``wanted``: what each call of a layer reads. ``bases``: the eigenbases to read moments in.
     ``blocks``, ``moments``: layers whose examples' gradients are out of reach, so that full blocks
     and moments come from squared sums. ``diagonals``: parameters with a diagonal block.
-    ``in_bases``: whether a transformation asks for moments at all.
+    ``in_bases``: whether a transformation asks for moments at all. ``fisher``: where labels come
+    from, ``"none"`` also where no transformation asks for more than inputs.
     """
 
     wanted: dict[Path, Wanted]
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     moments: dict[Path, Layer]
     diagonals: tuple[Parameter, ...]
     in_bases: bool
+    fisher: str
 
     @property
     def from_sums(self) -> bool:
@@ -66,6 +68,8 @@ def plan(layers: Layers, opt_state: Any, fisher: str) -> Plan:
     called several times, where "reduce" has to be asked for.)
     """
     asked = [] if opt_state is None else requests(opt_state)
+    if asked and all(request.inputs_only for request, _ in asked):
+        fisher = "none"
     forms = {request.approximation for request, _ in asked}
     own = layers.approximate(forms.pop() if len(forms) == 1 else Approximation())
     both = None
@@ -96,7 +100,7 @@ def plan(layers: Layers, opt_state: Any, fisher: str) -> Plan:
                 else:
                     wanted[path] = wanted[path]._replace(moments=layer)
     diagonals = layers.diagonals if fisher != "none" else ()
-    return Plan(wanted, bases, blocks, moments, diagonals, bool(with_moments))
+    return Plan(wanted, bases, blocks, moments, diagonals, bool(with_moments), fisher)
 
 
 def with_examples(of: Plan, run: Callable[[dict[Path, Slot]], Any]) -> Plan:

@@ -16,10 +16,12 @@ Spelled = dict[str, tuple[()]]
 
 
 class Request(NamedTuple):
-    """``approximation`` of the factors; ``moments``: whether squares in the current bases too."""
+    """``approximation`` of the factors; ``moments``: whether squares in the current bases too;
+    ``inputs_only``: whether input factors alone, for which no Fisher pass is needed."""
 
     approximation: Approximation = Approximation()
     moments: bool = False
+    inputs_only: bool = False
 
 
 def spell(request: Request) -> Spelled:
@@ -30,9 +32,8 @@ def spell(request: Request) -> Spelled:
     """
     usual = Approximation()._asdict()
     chosen = {k: v for k, v in request.approximation._asdict().items() if v != usual[k]}
-    return {f"{k}={v}": () for k, v in chosen.items()} | (
-        {"moments": ()} if request.moments else {}
-    )
+    flags = {"moments": request.moments, "inputs_only": request.inputs_only}
+    return {f"{k}={v}": () for k, v in chosen.items()} | {k: () for k, v in flags.items() if v}
 
 
 def parse(spelled: Spelled) -> Request:
@@ -40,7 +41,9 @@ def parse(spelled: Spelled) -> Request:
     values: dict[str, Any] = dict(key.split("=") for key in spelled if "=" in key)
     if "group_size" in values:
         values["group_size"] = int(values["group_size"])
-    return Request(Approximation(**values), "moments" in spelled)
+    if "centred" in values:
+        values["centred"] = values["centred"] == "True"
+    return Request(Approximation(**values), "moments" in spelled, "inputs_only" in spelled)
 
 
 def states(opt_state: Any) -> list[Any]:

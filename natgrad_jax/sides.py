@@ -21,6 +21,8 @@ class Side(NamedTuple):
     ``group``: channels in one group; the last group is filled up with zeros. ``shared``: the places
     share each group's matrix. ``bias``: one more coordinate, last, uncorrelated with the others.
     ``grouped``: whether the factor has an axis of groups; ``diagonal``: whether it is a vector.
+    ``constant``: the bias is a channel of ones in every place, last in the shared matrix, which so
+    holds the channels' mean.
     """
 
     places: int
@@ -30,11 +32,12 @@ class Side(NamedTuple):
     bias: bool = False
     grouped: bool = False
     diagonal: bool = False
+    constant: bool = False
 
     @property
     def size(self) -> int:
         """Coordinates before packing."""
-        return self.places * self.channels + self.bias
+        return self.places * self.channels + (self.bias or self.constant)
 
     @property
     def groups(self) -> int:
@@ -43,7 +46,7 @@ class Side(NamedTuple):
     @property
     def width(self) -> int:
         """Rows of one group's matrix."""
-        return self.group if self.shared else self.group * self.places
+        return self.group + self.constant if self.shared else self.group * self.places
 
     @property
     def packed(self) -> int:
@@ -95,11 +98,15 @@ class Side(NamedTuple):
             return main.reshape(*lead, self.groups, self.width)
         main = main.reshape(*lead, self.groups, self.places, self.group)
         main = jnp.moveaxis(main, -2, 2).reshape(lead[0], -1, *lead[2:], self.groups, self.group)
+        if self.constant:
+            main = jnp.concatenate([main, jnp.ones_like(main[..., :1])], axis=-1)
         return main if self.grouped else main[..., 0, :]
 
     def narrow(self, factor: jax.Array) -> jax.Array:
         """This side's part of a whole factor ``(…, size, size)``: what its own sums would be."""
         n = self.places * self.channels
+        if self.constant:
+            return self._narrow_centred(factor, n)
         apart = self._replace(bias=False)
         packed = apart.pack(apart.pack(factor[..., :n, :n], -1), -2)
         count = self.groups * (self.places if self.shared else 1)
@@ -109,6 +116,16 @@ class Side(NamedTuple):
             parts = parts.reshape(*factor.shape[:-2], self.groups, -1, self.width, self.width)
             parts = parts.mean(-3)
         return parts if self.grouped else parts[..., 0, :, :]
+
+    def _narrow_centred(self, factor: jax.Array, n: int) -> jax.Array:
+        """Means over places of ``[[A_pp, m_p], [m_pᵀ, rows]]``."""
+        lead = factor.shape[:-2]
+        parts = factor[..., :n, :n].reshape(*lead, self.places, self.channels, self.places, -1)
+        C = jnp.moveaxis(jnp.diagonal(parts, axis1=-4, axis2=-2), -1, -3).mean(-3)
+        mean = factor[..., :n, n:].reshape(*lead, self.places, self.channels, 1).mean(-3)
+        top = jnp.concatenate([C, mean], axis=-1)
+        low = jnp.concatenate([mean.mT, factor[..., n:, n:]], axis=-1)
+        return jnp.concatenate([top, low], axis=-2)
 
     def apply(self, factor: jax.Array, bias: jax.Array | None, x: jax.Array) -> jax.Array:
         """``M x`` for the structured matrix M; ``x``: ``(…, packed, columns)``.
@@ -183,7 +200,7 @@ class Side(NamedTuple):
         return jnp.concatenate([values, bias[..., None].astype(values.dtype)], axis=-1)
 
     def _parted(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        n = x.shape[-1] - self.bias
+        n = x.shape[-1] - (self.bias or self.constant)
         return x[..., :n], x[..., n:]
 
 
@@ -198,10 +215,17 @@ def diagonal(size: int) -> Side:
 
 
 def input_side(
-    places: int, channels: int, bias: bool, group_size: int | None, shared: bool
+    places: int,
+    channels: int,
+    bias: bool,
+    group_size: int | None,
+    shared: bool,
+    centred: bool = False,
 ) -> Side:
     """The rows of a kernel of ``places × channels`` inputs, simplified as asked."""
     shared = shared and places > 1
+    if shared and centred and bias:
+        return Side(places, channels, channels, shared=True, constant=True)
     if group_size is None and not shared:
         return whole(places * channels + bias)
     if places == 1:  # the bias is one more channel

@@ -60,7 +60,8 @@ def value_and_grad(
         distribution. ``"exact"``: all of them, by the columns of a root of the output Hessian
         (one backward pass a class, and a position where examples have several). ``"empirical"``:
         the true labels, in the training backward pass; not the Fisher. ``"none"``: input
-        statistics alone.
+        statistics alone; so it is, whatever stands here, where the transformations in ``opt_state``
+        need no more (:func:`natgrad_jax.prong`).
       samples: labels drawn for each example, for ``"mc"``.
       has_aux: whether ``loss_fn`` returns ``(Loss, aux)``.
       axis_name: named axis (or axes) of the surrounding ``pmap`` or ``shard_map`` over which the
@@ -99,7 +100,8 @@ def value_and_grad(
     axes = axis_names(axis_name)
 
     def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:
-        if fisher == "mc" and rng is None:
+        plan = measuring.plan(layers, opt_state, fisher)
+        if plan.fisher == "mc" and rng is None:
             raise ValueError(
                 'fisher="mc" samples labels from the model and needs a key: call '
                 "grad_fn(params, batch, rng=key), with another key each step."
@@ -120,7 +122,7 @@ def value_and_grad(
             out, _ = frontend.instrument(loss_fn, tree, rest, slots, args)
             return as_loss(out, has_aux).terms[0].distribution.natural
 
-        plan = measuring.with_examples(measuring.plan(layers, opt_state, fisher), run)
+        plan = measuring.with_examples(plan, run)
         readings = vary(measuring.empty(plan), axes)
         with_slots = lambda tree, readings: forward(tree, measuring.slots(plan, readings))
         (value, naturals), pullback, (loss, aux, state) = jax.vjp(
@@ -133,12 +135,12 @@ def value_and_grad(
             return measuring.measured(plan, axes, *pullback((jnp.zeros_like(value), seeds)))
 
         due = True if opt_state is None else statistics_due(opt_state)
-        if fisher == "empirical" and _shares_training_pass(loss, plan):
+        if plan.fisher == "empirical" and _shares_training_pass(loss, plan):
             both = partial(_measure_in_training_pass, pullback, (one, none), loss, plan, axes)
             grads, statistics = _when(due, both, lambda: pullback((one, none))[0])
         else:
             grads = pullback((one, none))[0]
-            measure = partial(_measure, fisher, samples, rng, loss, plan, pull, axes)
+            measure = partial(_measure, samples, rng, loss, plan, pull, axes)
             statistics = _when(due, lambda: ((), measure()), lambda: ())[1]
         value, grads = psum(value, axes), psum(grads, axes)
         return ((value, aux) if has_aux else value), grads, statistics
@@ -147,9 +149,10 @@ def value_and_grad(
 
 
 def _measure(
-    fisher: str, samples: int, rng: Any, loss: Loss, plan: Plan, pull: Any, axes: tuple[str, ...]
+    samples: int, rng: Any, loss: Loss, plan: Plan, pull: Any, axes: tuple[str, ...]
 ) -> Statistics:
     """The global statistics of this batch by the Fisher's own seeds."""
+    fisher = plan.fisher
     no_seeds = tuple(jnp.zeros_like(t.distribution.natural) for t in loss.terms)
     signs = jax.random.key(0) if rng is None else rng
     if fisher == "none":

@@ -160,8 +160,8 @@ def _input_gram(layer: Layer, call: Any, x: Any) -> jax.Array:
     if side.diagonal and not reduce:
         return call.frequencies(examples, layer.factor_dtype)
     if side.shared and not reduce and layer.kind != "conv local":
-        rows = call.channel_rows(examples)
-        one_place = side._replace(places=1, shared=False, bias=False)
+        rows = call.channel_rows(examples, side.constant)
+        one_place = side._replace(places=1, shared=False, bias=False, constant=False)
         return _gram(layer, one_place, rows) / side.places
 
     def of(examples: jax.Array) -> jax.Array:

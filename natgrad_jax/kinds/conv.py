@@ -64,7 +64,7 @@ class ConvCall(NamedTuple):
     def patches(self, examples: jax.Array) -> jax.Array:
         """What every kernel element sees: ``(N, M, *positions, kernel elements, channels)``."""
         flat = _flat(examples)
-        x = _pad(flat, self)
+        x = padded(flat, self)
         starts = list(itertools.product(*(range(k) for k in self.kernel_size)))
         slices = [_slice(x, self, start) for start in (starts[::-1] if self.flipped else starts)]
         patches = jnp.stack(slices, axis=-2)
@@ -74,16 +74,22 @@ class ConvCall(NamedTuple):
             return jnp.expand_dims(patches, 1)
         return patches.reshape(*examples.shape[:2], *patches.shape[1:])
 
-    def channel_rows(self, examples: jax.Array) -> jax.Array:
+    def channel_rows(self, examples: jax.Array, constant: bool = False) -> jax.Array:
         """Rows of channels ``(N, ·, *groups, channels)`` whose products add up to those of all
-        patches' places: pixels times the root of how often the kernel sees them."""
+        patches' places: pixels times the root of how often the kernel sees them.
+
+        ``constant``: with one more channel, of ones."""
         if self.wrapped:
-            rows = self.patches(examples)
+            rows, weights = self.patches(examples), np.ones(())
         else:
-            x = _pad(_flat(examples), self)
-            rows = x * jnp.sqrt(_visits(self, x.shape[1:-1]))[..., None].astype(x.dtype)
-        rows = rows.reshape(len(examples), -1, rows.shape[-1])
-        return rows.reshape(*rows.shape[:2], self.groups, -1) if self.groups > 1 else rows
+            rows = padded(_flat(examples), self)
+            weights = np.sqrt(_visits(self, rows.shape[1:-1]))[..., None]
+        rows = rows.reshape(*rows.shape[:-1], self.groups, -1) if self.groups > 1 else rows
+        if constant:
+            rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+        rows = rows * weights.reshape((*weights.shape, *[1] * (self.groups > 1))).astype(rows.dtype)
+        lead = 2 if self.groups > 1 else 1
+        return rows.reshape(len(examples), -1, *rows.shape[-lead:])
 
     def outputs(self, g: jax.Array) -> jax.Array:
         g = self.examples(g)
@@ -235,7 +241,7 @@ def _dilated(call: ConvCall) -> tuple[int, ...]:
     )
 
 
-def _pad(x: jax.Array, call: ConvCall) -> jax.Array:
+def padded(x: jax.Array, call: ConvCall) -> jax.Array:
     """``x`` padded and dilated so that a VALID convolution remains."""
     extent = _dilated(call)
     padding = call.padding

@@ -20,6 +20,13 @@ def descent(
     )
 
 
+def plain(
+    learning_rate: Scalar, momentum: Scalar | None, weight_decay: Scalar
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum, decoupled weight decay and the learning rate, of gradients as they come."""
+    return descent(optax.identity(), learning_rate, momentum, weight_decay)
+
+
 def _momentum(decay: Scalar | None) -> optax.GradientTransformation:
     if decay is None:
         return optax.identity()

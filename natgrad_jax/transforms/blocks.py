@@ -1,7 +1,7 @@
 """What every transformation does around its own mathematics: blocks of a gradient tree, the trust
 region, and the checks of what came in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,18 +27,17 @@ def map_blocks(
     Results keep the dtypes of ``updates``; the mathematics runs in the factors' dtype.
     """
     given = paths.leaves(updates)
-    _check_paths(given, layers)
-    new: dict[Path, jax.Array] = {}
+    check_paths(given, layers)
     inner = jnp.zeros((), float)
-    for path, layer in layers.items():
-        arrays = _parameters_of(layer, given)
-        if arrays is None:
-            continue
-        matrix = layer.to_matrix(*arrays)
-        mapped = layer.unpack(of_layer(path, layer.pack(matrix)))
-        inner += jnp.sum(mapped * matrix).astype(inner.dtype)
-        for parameter, x in zip(layer.parameters, layer.from_matrix(mapped), strict=True):
-            new[parameter.path] = x.astype(given[parameter.path].dtype)
+
+    def noted(path: Path, x: jax.Array) -> jax.Array:
+        nonlocal inner
+        mapped = of_layer(path, x)
+        inner += jnp.sum(mapped * x).astype(inner.dtype)
+        return mapped
+
+    updates = map_layers(updates, layers, noted)
+    new: dict[Path, jax.Array] = {}
     for leftover in layers.leftover:
         path = leftover.path
         if path not in given:
@@ -51,6 +50,20 @@ def map_blocks(
             inner += jnp.sum(mapped * old).astype(inner.dtype)
             new[path] = mapped.astype(given[path].dtype)
     return paths.replace(updates, new), inner
+
+
+def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> Any:
+    """``tree`` with each layer's packed ``K̄`` mapped and all else as it is; dtypes stay."""
+    given = paths.leaves(tree)
+    new: dict[Path, jax.Array] = {}
+    for path, layer in layers.items():
+        arrays = _parameters_of(layer, given)
+        if arrays is None:
+            continue
+        mapped = layer.unpack(of_layer(path, layer.pack(layer.to_matrix(*arrays))))
+        for parameter, x in zip(layer.parameters, layer.from_matrix(mapped), strict=True):
+            new[parameter.path] = x.astype(given[parameter.path].dtype)
+    return paths.replace(tree, new)
 
 
 def packed(updates: optax.Updates, layers: Layers) -> dict[Path, jax.Array]:
@@ -79,8 +92,11 @@ def trust_region(
     return paths.replace(updates, scaled)
 
 
-def check_statistics(statistics: Any, layers: Layers, name: str, outputs: bool = True) -> None:
-    """Raise unless ``statistics`` were measured for ``layers`` (with a Fisher pass)."""
+def check_statistics(
+    statistics: Any, layers: Mapping[Path, Layer], name: str, outputs: bool = True
+) -> None:
+    """Raise unless ``statistics`` were measured for ``layers``; with a Fisher pass (``outputs``),
+    or else for those of them at least that have inputs."""
     if statistics is None:
         raise ValueError(
             f"{name} needs this batch's curvature: write loss, grads, statistics = "
@@ -93,8 +109,8 @@ def check_statistics(statistics: Any, layers: Layers, name: str, outputs: bool =
             f"{type(statistics).__name__}."
         )
     measured = {*statistics.layers, *statistics.reduced}
-    if measured != set(layers):
-        strange = sorted(map(join, measured ^ set(layers)))
+    strange = sorted(map(join, measured ^ set(layers) if outputs else set(layers) - measured))
+    if strange:
         raise ValueError(
             f"{name} and value_and_grad were given different Layers: {', '.join(strange)} are in "
             "one and not in the other. Pass the same Layers to both."
@@ -127,7 +143,7 @@ def _check_shapes(layer: Layer, sums: Sums) -> None:
             )
 
 
-def _check_paths(given: dict[Path, Any], layers: Layers) -> None:
+def check_paths(given: dict[Path, Any], layers: Layers) -> None:
     known = {p.path: p.shape for layer in layers.values() for p in layer.parameters}
     known |= {x.path: x.parameter.shape for x in layers.leftover}
     for path, x in given.items():

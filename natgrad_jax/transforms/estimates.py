@@ -1,5 +1,6 @@
 """Moving averages that every transformation keeps: of factors and of leftover diagonals."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +33,7 @@ class Estimates(NamedTuple):
 
 
 State = TypeVar("State", bound=Any)
+Rate = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def start(layers: Layers) -> Estimates:
@@ -52,25 +54,34 @@ def update(state: State, statistics: Statistics, layers: Layers, decay: jax.Arra
     """A state with these fields after this batch; untouched where it brought no information."""
 
     def measured() -> State:
-        factors, weights, rejected = {}, {}, state.rejected
-        for path, layer in layers.items():
-            sums = sums_for(layer, statistics)
-            new, good = batch_factors(layer, sums, statistics.examples)
-            old, weight = state.factors[path], state.weights[path]
-            rate, weights[path] = averages.rate(weight, decay, good)
-            factors[path] = jax.tree.map(partial(averages.step, rate), old, new)
-            seen = sums.rows if layer.uses == 1 else sums.rows.sum(-1)
-            rejected += jnp.sum((seen != 0) & ~good, dtype=jnp.int32)
+        rate = partial(averages.rate, decay=decay)
+        new = update_factors(state, statistics, layers, rate)
         diagonal, diagonal_weights, bad = _diagonals(state, statistics, decay)
-        return state._replace(
-            factors=factors,
-            weights=weights,
-            diagonal=diagonal,
-            diagonal_weights=diagonal_weights,
-            rejected=rejected + bad,
+        return new._replace(
+            diagonal=diagonal, diagonal_weights=diagonal_weights, rejected=new.rejected + bad
         )
 
     return jax.lax.cond(statistics.examples > 0, measured, lambda: state)
+
+
+def update_factors(
+    state: State, statistics: Statistics, layers: Mapping[Path, Layer], rate: Rate
+) -> State:
+    """A state with factors, weights and rejected after this batch's factors were averaged in.
+
+    ``rate(weight, informative=good)`` → how far an average moves, and its weight after that.
+    """
+    factors, weights, rejected = {}, {}, state.rejected
+    for path, layer in layers.items():
+        sums, old = sums_for(layer, statistics), state.factors[path]
+        if layer.block == "kronecker" and old.G is None:
+            sums = sums._replace(G=None)  # measured for another transformation
+        new, good = batch_factors(layer, sums, statistics.examples)
+        moves, weights[path] = rate(state.weights[path], informative=good)
+        factors[path] = jax.tree.map(partial(averages.step, moves), old, new)
+        seen = sums.rows if layer.uses == 1 else sums.rows.sum(-1)
+        rejected += jnp.sum((seen != 0) & ~good, dtype=jnp.int32)
+    return state._replace(factors=factors, weights=weights, rejected=rejected)
 
 
 def sums_for(layer: Layer, statistics: Statistics) -> Sums:

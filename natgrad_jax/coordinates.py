@@ -1,0 +1,271 @@
+"""Coordinates of a layer in which an optimizer runs: ``K̄ = L_A K̂ L_Gᵀ``.
+
+Each side is an orthogonal matrix and a scale, ``L = Q diag(s)``, so that the way back needs no
+second matrix; inputs may be centred too. Whitening has ``Q = Ũ``, ``s = (σ + ε)^{-1/2}``: in the
+paper's letters ``U = diag(s) Qᵀ``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.averages import zero_factors
+from natgrad_jax.damping_rules import split
+from natgrad_jax.layer import Layer
+from natgrad_jax.linalg.eigenbasis import eigenbasis
+
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class Coordinates(NamedTuple):
+    """One layer's coordinates; None stands for a side, a scale or a centre that it has not.
+
+    ``A``: eigenvectors of the inputs' covariance in its columns, ``(*stack, *blocks, n, n)``: n
+    channels, the same at every place of a kernel (n rows of ``K̄``, bias last, in eigenbases of
+    dense layers). ``A_scale``: ``(*stack, *blocks, n)``. ``mean``: c, the same shape. ``G``,
+    ``G_scale``: over outputs. The inputs of an embedding are uncorrelated: it has no A.
+    """
+
+    A: jax.Array | None = None
+    A_scale: jax.Array | None = None
+    mean: jax.Array | None = None
+    G: jax.Array | None = None
+    G_scale: jax.Array | None = None
+
+    @property
+    def U(self) -> jax.Array:  # noqa: N802 the paper's letter
+        """The whitening matrix ``diag(σ + ε)^{-1/2} Ũᵀ``: whitened inputs are ``U (h − c)``."""
+        if self.A is None or self.A_scale is None:
+            raise ValueError("these coordinates whiten no inputs: there is no U.")
+        return self.A_scale[..., :, None] * self.A.mT
+
+
+def white_inputs(layer: Layer, factors: Any, epsilon: jax.Array) -> Coordinates:
+    """``c = E[h]``, ``E[(h−c)(h−c)ᵀ] = Ũ diag(σ) Ũᵀ``, ``L_A = Ũ diag(σ + ε)^{-1/2}``.
+
+    A layer without bias cannot take a centre back: there c = 0.
+    """
+    second, mean = _second_and_mean(layer, factors.A)
+    return Coordinates(*_white(layer.input_side.diagonal, second, epsilon), mean)
+
+
+def white_sides(layer: Layer, factors: Any, epsilon: jax.Array) -> Coordinates:
+    """The inputs as in :func:`white_inputs`, and ``L_G`` the same of ``G = E[g gᵀ]``.
+
+    ε is divided between the two as K-FAC's λ, so that plain gradient descent in these coordinates
+    is K-FAC (with inputs centred before they are damped).
+    """
+    second, mean = _second_and_mean(layer, factors.A)
+    diagonal = layer.input_side.diagonal
+    mean_of = lambda m: jnp.trace(m, axis1=-2, axis2=-1) / m.shape[-1]
+    on_a, on_g = split(
+        second.mean(-1) if diagonal else mean_of(second), mean_of(factors.G), epsilon
+    )
+    return Coordinates(*_white(diagonal, second, on_a), mean, *_white(False, factors.G, on_g))
+
+
+def eigenbases(layer: Layer, factors: Any, epsilon: jax.Array) -> Coordinates:
+    """The Kronecker eigenbasis: ``L_A = Q_A``, ``L_G = Q_G``, no scale and no centre."""
+    del epsilon
+    A = None if layer.input_side.diagonal else eigenbasis(factors.A)[0]
+    return Coordinates(A, G=eigenbasis(factors.G)[0])
+
+
+class Choice(NamedTuple):
+    """What coordinates need: ``find`` them from the factors; whether the factors are ``centred``,
+    whether gradients are needed too (``outputs``), and whether every batch is ``rescaled``."""
+
+    find: Callable[[Layer, Any, jax.Array], Coordinates] | None
+    outputs: bool = False
+    centred: bool = True
+    rescaled: bool = False
+
+
+CHOICES = {
+    "whitening": Choice(white_inputs),
+    "whitening_plus": Choice(white_inputs, rescaled=True),
+    "both_sides": Choice(white_sides, outputs=True),
+    "eigenbasis": Choice(eigenbases, outputs=True, centred=False),
+    "identity": Choice(None),
+}
+
+
+def applies(layer: Layer) -> bool:
+    """Whether a layer has coordinates: normalizations, free parameters and embeddings that are
+    attended to keep their own."""
+    return layer.block == "kronecker" and layer.uses == 1
+
+
+def start(layer: Layer, choice: Choice) -> Coordinates:
+    """Coordinates in the form of ``choice`` that change nothing."""
+    assert choice.find is not None
+    zeros = zero_factors(layer, not choice.outputs)
+    form = jax.eval_shape(partial(choice.find, layer), zeros, jnp.zeros(()))
+    eye = lambda x: (
+        None if x is None else jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+    )
+    ones = lambda x: None if x is None else jnp.ones(x.shape, x.dtype)
+    mean = None if form.mean is None else jnp.zeros(form.mean.shape, form.mean.dtype)
+    return Coordinates(eye(form.A), ones(form.A_scale), mean, eye(form.G), ones(form.G_scale))
+
+
+def rescaled(layer: Layer, own: Coordinates, factors: Any, epsilon: jax.Array) -> Coordinates:
+    """The same basis and centre, with the variances of another batch: PRONG+'s diagonal.
+
+    ``s_i = (ũ_iᵀ Σ ũ_i + ε)^{-1/2}``: every whitened unit has variance 1 on that batch, up to ε.
+    """
+    second, _ = _second_and_mean(layer, factors.A)
+    if own.A is None:
+        variances = second
+    else:
+        product = jnp.matmul(second, own.A, precision=_PRECISION)
+        variances = jnp.maximum(jnp.sum(own.A * product, axis=-2), 0)
+    return own._replace(A_scale=_root(variances, epsilon))
+
+
+def gradient_to(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
+    """``L_Aᵀ ∇ L_G``: the gradient with respect to ``K̂`` from that with respect to ``K̄``."""
+    main, bias = _parts(layer, own, x)
+    if own.mean is not None:
+        main = main - own.mean[..., None, :, None] * bias[..., None, :, :]
+    main = _times(own.A_scale, _matmul(own.A, main, transposed=True))
+    return _over_columns(own, _joined(main, bias, x), scale=True)
+
+
+def gradient_from(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
+    """The inverse of :func:`gradient_to`: ``L_A⁻ᵀ ∇̂ L_G⁻¹``."""
+    main, bias = _parts(layer, own, _off_columns(own, x, divide=True))
+    main = _matmul(own.A, _over(own.A_scale, main))
+    if own.mean is not None:
+        main = main + own.mean[..., None, :, None] * bias[..., None, :, :]
+    return _joined(main, bias, x)
+
+
+def to(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
+    """``K̂ = L_A⁻¹ K̄ L_G⁻ᵀ``: whitened parameters, ``V = U⁻ᵀ K``, ``d = b + cᵀ K``."""
+    main, bias = _parts(layer, own, x)
+    if own.mean is not None:
+        bias = bias + jnp.sum(own.mean[..., None, :, None] * main, axis=(-3, -2))[..., None, :]
+    main = _over(own.A_scale, _matmul(own.A, main, transposed=True))
+    return _over_columns(own, _joined(main, bias, x), scale=False)
+
+
+def back(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
+    """``K̄ = L_A K̂ L_Gᵀ``: canonical parameters, ``K = Uᵀ V``, ``b = d − cᵀ K``."""
+    main, bias = _parts(layer, own, _off_columns(own, x, divide=False))
+    main = _matmul(own.A, _times(own.A_scale, main))
+    if own.mean is not None:
+        bias = bias - jnp.sum(own.mean[..., None, :, None] * main, axis=(-3, -2))[..., None, :]
+    return _joined(main, bias, x)
+
+
+def carried(layer: Layer, old: Coordinates, new: Coordinates, x: jax.Array) -> jax.Array:
+    """A gradient in the old coordinates as it is in the new ones."""
+    return gradient_to(layer, new, gradient_from(layer, old, x))
+
+
+def carried_squares(layer: Layer, old: Coordinates, new: Coordinates, S: jax.Array) -> jax.Array:
+    """Mean squares of gradients in the old coordinates, in the new ones: ``P_A² S (P_G²)ᵀ``.
+
+    P takes gradients from one to the other, squares are elementwise: what the squares become if
+    entries were uncorrelated in the old coordinates.
+    """
+    main, bias = _parts(layer, old, S)
+    main = _squared_turn(old.A, old.A_scale, new.A, new.A_scale, main)
+    if old.mean is not None and new.mean is not None:
+        moved = _matmul(new.A, (old.mean - new.mean)[..., None, :, None], transposed=True)
+        main = main + jnp.square(_times(new.A_scale, moved)) * bias[..., None, :, :]
+    S = _joined(main, bias, S)
+    columns = S.mT[..., None, :, :]
+    return _squared_turn(old.G, old.G_scale, new.G, new.G_scale, columns)[..., 0, :, :].mT
+
+
+def _second_and_mean(layer: Layer, A: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The covariance of the inputs and their mean; second moments and None without a bias."""
+    if layer.input_side.diagonal or layer.bias is None:
+        return A, None
+    rows = A[..., -1:, -1]
+    mean = A[..., :-1, -1] / jnp.where(rows > 0, rows, 1)
+    second = A[..., :-1, :-1] / jnp.where(rows > 0, rows, 1)[..., None]
+    return second - mean[..., :, None] * mean[..., None, :], mean
+
+
+def _white(
+    diagonal: bool, second: jax.Array, epsilon: jax.Array
+) -> tuple[jax.Array | None, jax.Array]:
+    if diagonal:
+        return None, _root(second, epsilon)
+    basis, values = eigenbasis(second)
+    return basis, _root(values, epsilon)
+
+
+def _root(values: jax.Array, epsilon: jax.Array) -> jax.Array:
+    epsilon = epsilon.astype(values.dtype)
+    return jax.lax.rsqrt(values + (epsilon[..., None] if epsilon.ndim else epsilon))
+
+
+def _parts(layer: Layer, own: Coordinates, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(…, rows, columns)`` as ``(…, places, n, columns)``, and the bias row where it is apart."""
+    n = x.shape[-2] if own.A is None else own.A.shape[-1]
+    end = x.shape[-2] - (layer.bias is not None and n != x.shape[-2])
+    main = x[..., :end, :].reshape(*x.shape[:-2], end // n, n, x.shape[-1])
+    return main, x[..., end:, :]
+
+
+def _joined(main: jax.Array, bias: jax.Array, like: jax.Array) -> jax.Array:
+    main = main.reshape(*like.shape[:-2], -1, like.shape[-1])
+    return jnp.concatenate([main, bias], axis=-2) if bias.shape[-2] else main
+
+
+def _matmul(matrix: jax.Array | None, x: jax.Array, transposed: bool = False) -> jax.Array:
+    if matrix is None:
+        return x
+    matrix = matrix.mT if transposed else matrix
+    return jnp.matmul(matrix[..., None, :, :], x, precision=_PRECISION)
+
+
+def _times(scale: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if scale is None else scale[..., None, :, None] * x
+
+
+def _over(scale: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if scale is None else x / scale[..., None, :, None]
+
+
+def _over_columns(own: Coordinates, x: jax.Array, scale: bool) -> jax.Array:
+    """``x Q_G``, its columns times the scale or divided by it."""
+    if own.G is None:
+        return x
+    x = jnp.matmul(x, own.G, precision=_PRECISION)
+    if own.G_scale is None:
+        return x
+    s = own.G_scale[..., None, :]
+    return x * s if scale else x / s
+
+
+def _off_columns(own: Coordinates, x: jax.Array, divide: bool) -> jax.Array:
+    """``x diag(s)^{±1} Q_Gᵀ``."""
+    if own.G is None:
+        return x
+    if own.G_scale is not None:
+        s = own.G_scale[..., None, :]
+        x = x / s if divide else x * s
+    return jnp.matmul(x, own.G.mT, precision=_PRECISION)
+
+
+def _squared_turn(
+    old: jax.Array | None,
+    old_scale: jax.Array | None,
+    new: jax.Array | None,
+    new_scale: jax.Array | None,
+    S: jax.Array,
+) -> jax.Array:
+    """``(diag(s') Q'ᵀ Q diag(1/s))² S`` of ``(…, places, n, columns)``."""
+    S = _over(None if old_scale is None else jnp.square(old_scale), S)
+    if old is not None and new is not None:
+        overlap = jnp.matmul(new.mT, old, precision=_PRECISION)
+        S = _matmul(jnp.square(overlap), S)
+    return _times(None if new_scale is None else jnp.square(new_scale), S)

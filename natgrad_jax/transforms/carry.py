@@ -1,0 +1,55 @@
+"""What becomes of an inner optimizer's state when the coordinates under it change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from natgrad_jax import coordinates as charts, paths
+from natgrad_jax.coordinates import Coordinates
+from natgrad_jax.layer import Layer
+from natgrad_jax.paths import Path
+from natgrad_jax.transforms.blocks import map_layers
+
+ON_REFRESH = ("transport", "keep", "reset")
+
+# Fields in which optax keeps averages of squared gradients; all others are taken for gradients.
+SQUARES = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x")
+
+
+def carry(
+    inner: Any,
+    like: Any,
+    layers: Mapping[Path, Layer],
+    old: Mapping[Path, Coordinates],
+    new: Mapping[Path, Coordinates],
+) -> Any:
+    """An optax state with every tree in the form of ``like`` written in the new coordinates.
+
+    Trees of gradients take the map of gradients, those in the fields of ``SQUARES`` the squares of
+    its entries.
+    """
+    given = {path: x.shape for path, x in paths.leaves(like).items()}
+
+    def is_like(x: Any) -> bool:
+        if type(x) is not type(like):
+            return False
+        own = paths.leaves(x)
+        return bool(own) and all(
+            path in given and getattr(leaf, "shape", None) == given[path]
+            for path, leaf in own.items()
+        )
+
+    def move(key_path: tuple[Any, ...], x: Any) -> Any:
+        if not is_like(x):
+            return x
+        of = charts.carried_squares if _field(key_path) in SQUARES else charts.carried
+        return map_layers(x, layers, lambda path, m: of(layers[path], old[path], new[path], m))
+
+    return jax.tree_util.tree_map_with_path(move, inner, is_leaf=is_like)
+
+
+def _field(key_path: tuple[Any, ...]) -> str:
+    """The last field of a NamedTuple on the way to a tree."""
+    names = [key.name for key in key_path if isinstance(key, jax.tree_util.GetAttrKey)]
+    return names[-1] if names else ""

@@ -1,0 +1,172 @@
+"""The state of :func:`in_coordinates`, and how its coordinates follow the statistics."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax import averages, coordinates as charts
+from natgrad_jax.clock import Clock, due, start
+from natgrad_jax.coordinates import Choice, Coordinates
+from natgrad_jax.layer import Layer
+from natgrad_jax.operators import keep_finite
+from natgrad_jax.paths import Path
+from natgrad_jax.requests import Request, Spelled, spell
+from natgrad_jax.scalars import Scalar, at
+from natgrad_jax.statistics import Statistics
+from natgrad_jax.transforms import estimates
+from natgrad_jax.transforms.carry import carry
+from natgrad_jax.whitened import whiten
+
+
+class InCoordinatesState(NamedTuple):
+    """State of :func:`in_coordinates`; dictionaries by layer path.
+
+    ``factors``: averages of what the coordinates are made of; ``weights``: how much each has seen,
+    ``(*stack,)``. ``bases``: the :class:`~natgrad_jax.Coordinates` of now. ``gathered``: examples
+    averaged since the last refresh, ``examples``: of the last measured batch, both ``()``.
+    ``rejected``: measurements and coordinates that were not finite and were dropped, int32 ``()``.
+    ``inner``: the inner transformation's state, in the coordinates. ``request``: what is asked of
+    the backward pass, without arrays.
+    """
+
+    clock: Clock
+    factors: dict[Path, Any]
+    weights: dict[Path, jax.Array]
+    bases: dict[Path, Coordinates]
+    gathered: jax.Array
+    examples: jax.Array
+    rejected: jax.Array
+    inner: Any
+    request: Spelled
+
+
+class Rules(NamedTuple):
+    """The choices of one :func:`in_coordinates`; static but for schedules and arrays."""
+
+    choice: Choice
+    epsilon: Scalar
+    decay: Scalar
+    statistics_period: Scalar
+    refresh_period: Scalar
+    samples: Scalar | None
+    on_refresh: str
+
+
+def initial_state(
+    layers: Mapping[Path, Layer], choice: Choice, request: Request
+) -> InCoordinatesState:
+    zero = jnp.zeros((), float)
+    return InCoordinatesState(
+        clock=start(),
+        factors={path: averages.zero_factors(x, request.inputs_only) for path, x in layers.items()},
+        weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
+        bases={path: charts.start(x, choice) for path, x in layers.items()},
+        gathered=zero,
+        examples=zero,
+        rejected=jnp.zeros((), jnp.int32),
+        inner=None,
+        request=spell(request),
+    )
+
+
+def average(
+    state: InCoordinatesState, statistics: Statistics, layers: Mapping[Path, Layer], rules: Rules
+) -> InCoordinatesState:
+    """The state after this batch's factors, averaged by decay or evenly since the last refresh."""
+    step, examples = state.clock.step, statistics.examples
+    by_decay = partial(averages.rate, decay=at(rules.decay, step))
+
+    def evenly(weight: jax.Array, informative: jax.Array) -> tuple[jax.Array, jax.Array]:
+        share = examples / jnp.where(examples > 0, state.gathered + examples, 1)
+        rate = jnp.where(weight > 0, share, 1)
+        return jnp.where(informative, rate, 0), jnp.where(informative, 1, weight)
+
+    def measured() -> InCoordinatesState:
+        rate = by_decay if rules.samples is None else evenly
+        new = estimates.update_factors(state, statistics, layers, rate)
+        gathered = (state.gathered + examples).astype(state.gathered.dtype)
+        return new._replace(gathered=gathered, examples=examples.astype(state.examples.dtype))
+
+    wanted = examples > 0
+    if rules.samples is not None:
+        wanted &= state.clock.statistics_due
+    return jax.lax.cond(wanted, measured, lambda: state)
+
+
+def refresh(
+    state: InCoordinatesState, layers: Mapping[Path, Layer], rules: Rules, is_due: jax.Array
+) -> InCoordinatesState:
+    """Coordinates of the current factors, where due; the last ones where that fails."""
+    epsilon, find = at(rules.epsilon, state.clock.step), rules.choice.find
+    assert find is not None
+
+    def refreshed() -> tuple[dict[Path, Coordinates], jax.Array]:
+        bases, rejected = {}, state.rejected
+        for path, layer in layers.items():
+            new = find(layer, state.factors[path], epsilon)
+            bases[path], bad = keep_finite(layer, new, state.bases[path], state.weights[path])
+            rejected += bad
+        return bases, rejected
+
+    bases, rejected = jax.lax.cond(is_due, refreshed, lambda: (state.bases, state.rejected))
+    gathered = jnp.where(is_due, 0, state.gathered)  # the next window begins
+    return state._replace(bases=bases, rejected=rejected, gathered=gathered)
+
+
+def rescaled(
+    state: InCoordinatesState, statistics: Statistics, layers: Mapping[Path, Layer], rules: Rules
+) -> InCoordinatesState:
+    """The variances of this batch in the bases that there are."""
+    epsilon = at(rules.epsilon, state.clock.step)
+
+    def measured() -> dict[Path, Coordinates]:
+        bases = {}
+        for path, layer in layers.items():
+            sums = estimates.sums_for(layer, statistics)
+            factors, good = averages.batch_factors(layer, sums, statistics.examples)
+            new = charts.rescaled(layer, state.bases[path], factors, epsilon)
+            bases[path], _ = keep_finite(layer, new, state.bases[path], good.astype(float))
+        return bases
+
+    bases = jax.lax.cond(statistics.examples > 0, measured, lambda: state.bases)
+    return state._replace(bases=bases)
+
+
+def carried(
+    state: InCoordinatesState,
+    updates: optax.Updates,
+    params: optax.Params | None,
+    inner: optax.GradientTransformation,
+    layers: Mapping[Path, Layer],
+    old: dict[Path, Coordinates],
+    rules: Rules,
+    is_due: jax.Array,
+) -> InCoordinatesState:
+    """The inner state after a refresh, by the rule that was chosen."""
+    if rules.on_refresh == "keep":
+        return state
+    if rules.on_refresh == "reset":
+        if params is None:
+            raise ValueError(
+                'on_refresh="reset" starts the inner transformation again from the parameters: '
+                "call tx.update(grads, opt_state, params, statistics=statistics)."
+            )
+        anew = lambda: inner.init(whiten(params, layers, state.bases))
+    else:
+        anew = lambda: carry(state.inner, updates, layers, old, state.bases)
+    return state._replace(inner=jax.lax.cond(is_due, anew, lambda: state.inner))
+
+
+def ticked(state: InCoordinatesState, rules: Rules) -> InCoordinatesState:
+    step = state.clock.step + 1
+    if rules.samples is None:
+        wanted = due(step, at(rules.statistics_period, step))
+    else:  # as many steps before the next refresh as it takes to see enough examples
+        period = at(rules.refresh_period, step).astype(jnp.int32)
+        left = (-step) % period
+        wanted = left * state.examples < at(rules.samples, step)
+    return state._replace(clock=Clock(step, wanted))

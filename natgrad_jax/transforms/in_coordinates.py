@@ -1,0 +1,196 @@
+"""Any optax transformation, run in coordinates of each layer: whitened, or an eigenbasis."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax import coordinates as charts, paths
+from natgrad_jax.approximations import approximation
+from natgrad_jax.clock import due
+from natgrad_jax.coordinates import CHOICES
+from natgrad_jax.layer import Layer
+from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.paths import Path
+from natgrad_jax.requests import Request
+from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
+from natgrad_jax.statistics import Statistics
+from natgrad_jax.transforms import blocks, estimates, following
+from natgrad_jax.transforms.carry import ON_REFRESH
+from natgrad_jax.transforms.following import InCoordinatesState
+from natgrad_jax.whitened import unwhiten, whiten
+
+
+def in_coordinates(
+    inner: optax.GradientTransformation,
+    layers: Layers,
+    coordinates: str = "whitening",
+    *,
+    epsilon: Scalar = 1e-2,
+    decay: Scalar = 0.95,
+    statistics_period: Scalar | None = None,
+    refresh_period: Scalar = 100,
+    samples: Scalar | None = None,
+    on_refresh: str = "transport",
+    convolution: str = "sua",
+    weight_sharing: str = "expand",
+) -> optax.GradientTransformationExtraArgs:
+    """Run an optax transformation in coordinates of each layer; the model stays as it is.
+
+    With ``K̄ = [K; b]`` of a layer, ``K̄ = L_A K̂ L_Gᵀ``::
+
+        ∇̂ = L_Aᵀ ∇K̄ L_G,    K̂ = L_A⁻¹ K̄ L_G⁻ᵀ,    Δ̂ = inner(∇̂, K̂),    Δ = L_A Δ̂ L_Gᵀ
+
+    The inner transformation sees gradients and parameters in the coordinates, in trees of the same
+    structure and shapes: weight decay acts on ``K̂``, masks by path work. ``value_fn`` and ``grad``
+    among the extra arguments (line searches) are taken into the coordinates too. Layers without
+    them (normalizations, free parameters, embeddings that are attended to) and leftover parameters
+    stay canonical.
+
+    ``coordinates``:
+
+    - ``"whitening"`` (PRONG): inputs centred and white, ``L_A = [[Uᵀ, 0], [−cᵀUᵀ, 1]]``,
+      ``U = diag(σ + ε)^{-1/2} Ũᵀ``; convolutions whiten across feature maps, every place of the
+      kernel alike. It needs no Fisher pass: ``grad_fn`` does none, whatever its ``fisher``.
+    - ``"whitening_plus"`` (PRONG+): the same, σ measured again in the basis Ũ on every batch, so
+      that each whitened unit keeps variance 1.
+    - ``"both_sides"``: gradients of the outputs white too; with SGD inside this is K-FAC.
+    - ``"eigenbasis"``: the Kronecker eigenbasis; with ``optax.adam`` inside much like SOAP.
+    - ``"identity"``: the inner transformation as it is.
+
+    At a refresh the coordinates change, and ``on_refresh`` says what becomes of those parts of the
+    inner state that have the parameters' structure and shapes. ``"transport"``: they are averages
+    of gradients (momentum, Adam's mean) and are written in the new coordinates,
+    ``L'_Aᵀ L_A⁻ᵀ m̂ L_G⁻¹ L'_G``: the canonical gradients that they stand for stay; in the fields
+    ``nu``, ``nu_max``, ``sum_of_squares``, ``e_g``, ``e_x`` they are averages of squares and take
+    the squares of that map's entries. ``"keep"``: the numbers stay. ``"reset"``: ``inner.init`` of
+    the parameters in the new coordinates; for inner states that hold parameters (lookahead,
+    schedule-free) or pairs of steps (L-BFGS) this is the right one.
+
+    Args:
+      inner: any optax transformation.
+      layers: from :func:`natgrad_jax.find_layers`.
+      coordinates: see above.
+      epsilon: ε > 0, added to variances of activations; for ``"both_sides"`` K-FAC's λ, divided
+        between the sides.
+      decay: of the factors: factor = decay · old + (1 − decay) · batch, bias-corrected.
+      statistics_period: steps from one measurement to the next, 10 by default and 1 for
+        ``"whitening_plus"``; the first step always measures.
+      refresh_period: T, steps from one set of coordinates to the next; the first step always finds
+        them (whitened initialization). To whiten by more than its batch, give the first update the
+        sum of several batches' statistics.
+      samples: Nₛ, instead of ``decay`` and ``statistics_period``: the mean over about the last Nₛ
+        examples before a refresh, measured then and only then.
+      on_refresh: see above.
+      convolution: ``"sua"``, channels alone, or ``"kfc"``, whole patches.
+      weight_sharing: as in :func:`natgrad_jax.scale_by_kfac`.
+
+    Returns:
+      A transformation with ``update(grads, state, params, *, statistics)``.
+
+    Raises:
+      ValueError: unknown choices, numbers out of range, no ``statistics`` or those of other layers;
+        ``on_refresh="reset"`` without ``params``.
+
+    Source: Desjardins et al. 2015, sections 3 and 4 (PRONG, PRONG+) and its footnote 4; Fujimoto &
+    Ohira 2018 (both sides); Laurent et al. 2018 (SUA).
+
+    >>> import optax, natgrad_jax as ng
+    >>> tx = ng.in_coordinates(optax.adam(1e-3), ng.Layers({}), "whitening")
+    """
+    check_layers(layers)
+    if isinstance(inner, Layers) or not hasattr(inner, "update"):
+        raise TypeError(
+            "inner must be an optax transformation; got "
+            f"{type(inner).__name__}. The order is in_coordinates(optax.adam(1e-3), layers)."
+        )
+    for name, value, known in (
+        ("coordinates", coordinates, tuple(CHOICES)),
+        ("on_refresh", on_refresh, ON_REFRESH),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
+    choice = CHOICES[coordinates]
+    if statistics_period is None:
+        statistics_period = 1 if choice.rescaled else 10
+    check_positive(epsilon=epsilon, samples=1 if samples is None else samples)
+    check_period(statistics_period=statistics_period, refresh_period=refresh_period)
+    check_fraction(decay=decay)
+    if choice.rescaled and samples is not None:
+        raise ValueError(
+            'coordinates="whitening_plus" measures every batch for its diagonal: leave samples out.'
+        )
+    rules = following.Rules(
+        choice, epsilon, decay, statistics_period, refresh_period, samples, on_refresh
+    )
+    form = approximation(convolution, None, weight_sharing)._replace(centred=choice.centred)
+    request = Request(form, inputs_only=not choice.outputs)
+    every = layers.approximate(form)
+    own = {path: x for path, x in every.items() if charts.applies(x) and choice.find is not None}
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> InCoordinatesState:
+        state = jax.jit(lambda: following.initial_state(own, choice, request))()
+        return state._replace(inner=inner.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: InCoordinatesState,
+        params: optax.Params | None = None,
+        *,
+        statistics: Statistics | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, InCoordinatesState]:
+        blocks.check_paths(paths.leaves(updates), layers)
+        old = state.bases
+        if own:
+            blocks.check_statistics(statistics, own, "in_coordinates", choice.outputs)
+            assert statistics is not None
+            before = state.weights
+            state = following.average(state, statistics, own, rules)
+            refresh = due(state.clock.step, at(rules.refresh_period, state.clock.step))
+            refresh |= estimates.first_seen(before, state.weights)
+            state = following.refresh(state, own, rules, refresh)
+            state = following.carried(state, updates, params, inner, own, old, rules, refresh)
+            if choice.rescaled:
+                state = following.rescaled(state, statistics, own, rules)
+        mapped = _run(inner, _frozen(updates, layers), state, params, own, extra)
+        return _frozen(mapped[0], layers), following.ticked(mapped[1], rules)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _run(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: optax.Updates,
+    state: InCoordinatesState,
+    params: optax.Params | None,
+    layers: Mapping[Path, Layer],
+    extra: dict[str, Any],
+) -> tuple[optax.Updates, InCoordinatesState]:
+    """The inner transformation in the coordinates of now, and its updates out of them."""
+    bases = state.bases
+    into = lambda tree: blocks.map_layers(
+        tree, layers, lambda path, x: charts.gradient_to(layers[path], bases[path], x)
+    )
+    if "grad" in extra:
+        extra = {**extra, "grad": into(extra["grad"])}
+    if "value_fn" in extra:
+        value_fn = extra["value_fn"]
+        in_them = lambda hat, *args, **kwargs: value_fn(
+            unwhiten(hat, layers, bases), *args, **kwargs
+        )
+        extra = {**extra, "value_fn": in_them}
+    hat = None if params is None else whiten(params, layers, bases)
+    found, inner_state = inner.update(into(updates), state.inner, hat, **extra)
+    # an update is a difference of parameters, and the way back is linear
+    return unwhiten(found, layers, bases), state._replace(inner=inner_state)
+
+
+def _frozen(updates: optax.Updates, layers: Layers) -> optax.Updates:
+    """Zeros for the parameters that are to stay."""
+    given = paths.leaves(updates)
+    frozen = [x.path for x in layers.leftover if x.block == "frozen" and x.path in given]
+    return paths.replace(updates, {path: jnp.zeros_like(given[path]) for path in frozen})

@@ -1,0 +1,70 @@
+"""PRONG: gradient descent in whitened coordinates (Natural Neural Networks)."""
+
+import optax
+
+from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.scalars import Scalar
+from natgrad_jax.transforms.alias import plain
+from natgrad_jax.transforms.in_coordinates import in_coordinates
+
+
+def prong(
+    learning_rate: Scalar,
+    layers: Layers,
+    *,
+    epsilon: Scalar = 1e-2,
+    plus: bool = False,
+    decay: Scalar = 0.95,
+    statistics_period: Scalar | None = None,
+    refresh_period: Scalar = 100,
+    samples: Scalar | None = None,
+    convolution: str = "sua",
+    weight_sharing: str = "expand",
+    momentum: Scalar | None = 0.9,
+    weight_decay: Scalar = 0.0,
+    on_refresh: str = "transport",
+) -> optax.GradientTransformationExtraArgs:
+    """Gradient descent with momentum in coordinates in which every layer's inputs are white.
+
+    ``V ← V − η ∂ℓ/∂V``, ``d ← d − η ∂ℓ/∂d`` in ``s = (U (h − c)) V + d``; in canonical coordinates
+    the gradient of ``K̄ = [K; b]`` times ``Ā⁻¹`` (ε = 0): K-FAC with ``G = I``, and momentum that
+    lives in the whitened space. ``plus`` (PRONG+) also keeps each whitened unit's variance at 1 on
+    every batch. No Fisher pass is needed, and with ``opt_state`` none is made.
+
+    :func:`in_coordinates` of ``optax.trace(momentum)``, ``weight_decay · params`` added (in the
+    coordinates) and the learning rate.
+
+    Args:
+      learning_rate: η, a float, an array or a schedule.
+      layers: from :func:`natgrad_jax.find_layers`.
+      epsilon, decay, statistics_period, refresh_period, samples, convolution, weight_sharing,
+        on_refresh: as in :func:`in_coordinates`.
+      plus: PRONG+ instead of PRONG.
+      momentum: decay of the heavy-ball trace; None for none.
+      weight_decay: per step, times the learning rate.
+
+    Returns:
+      A transformation with ``update(grads, state, params, *, statistics)``.
+
+    Raises:
+      ValueError: as :func:`in_coordinates`.
+
+    Source: Desjardins et al. 2015, algorithm 1 (PRONG) and section 3.3 (PRONG+).
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.prong(0.1, ng.Layers({}))
+    """
+    check_layers(layers)
+    return in_coordinates(
+        plain(learning_rate, momentum, weight_decay),
+        layers,
+        "whitening_plus" if plus else "whitening",
+        epsilon=epsilon,
+        decay=decay,
+        statistics_period=statistics_period,
+        refresh_period=refresh_period,
+        samples=samples,
+        on_refresh=on_refresh,
+        convolution=convolution,
+        weight_sharing=weight_sharing,
+    )

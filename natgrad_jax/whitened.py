@@ -1,0 +1,227 @@
+"""The whitened network itself: parameters there and back, and the layers that they belong to."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import coordinates as charts
+from natgrad_jax.approximations import Approximation
+from natgrad_jax.averages import batch_factors
+from natgrad_jax.coordinates import Coordinates
+from natgrad_jax.kinds.conv import conv, padded
+from natgrad_jax.layer import Layer
+from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.paths import Path
+from natgrad_jax.scalars import check_positive
+from natgrad_jax.statistics import Statistics
+from natgrad_jax.transforms.blocks import check_statistics, map_layers
+
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+def whitening(
+    statistics: Statistics, layers: Layers, epsilon: float = 1e-2
+) -> dict[Path, Coordinates]:
+    """The centred whitening of each layer's inputs on these statistics, by layer path.
+
+    ``c = E[h]``, ``E[(h−c)(h−c)ᵀ] = Ũ diag(σ) Ũᵀ``, ``U = diag(σ + ε)^{-1/2} Ũᵀ``. Convolutions
+    whiten across channels, every place of the kernel alike. Layers that have no coordinates
+    (normalizations, free parameters) are left out.
+
+    Args:
+      statistics: from ``value_and_grad`` (``fisher="none"`` is enough), of one batch or several.
+      layers: from :func:`natgrad_jax.find_layers`.
+      epsilon: ε > 0, in the units of the inputs' variances.
+
+    Raises:
+      ValueError: statistics of other layers; ε not positive.
+
+    Source: Desjardins et al. 2015, section 3.
+
+    >>> import natgrad_jax as ng
+    >>> ng.whitening(ng.Statistics(jnp.ones(()), {}, None, {}, None), ng.Layers({}))
+    {}
+    """
+    check_layers(layers)
+    check_positive(epsilon=epsilon)
+    form = Approximation(convolution="sua", centred=True)
+    own = {path: x for path, x in layers.approximate(form).items() if charts.applies(x)}
+    check_statistics(statistics, own, "whitening", outputs=False)
+    found = {}
+    for path, layer in own.items():
+        factors, _ = batch_factors(layer, statistics.layers[path], statistics.examples)
+        found[path] = charts.white_inputs(layer, factors, jnp.asarray(epsilon, float))
+    return found
+
+
+def whiten(
+    params: Any, layers: Mapping[Path, Layer], coordinates: Mapping[Path, Coordinates]
+) -> Any:
+    """Parameters in the coordinates: ``V = U⁻ᵀ K``, ``d = b + cᵀ K``; the function stays.
+
+    Args:
+      params: a parameter tree, or one of updates.
+      layers: from :func:`natgrad_jax.find_layers`.
+      coordinates: from :func:`whitening`, or ``ng.bases(opt_state)`` of :func:`in_coordinates`;
+        layers without an entry stay as they are.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes, for the network of :class:`WhitenedDense`
+      and :class:`WhitenedConv`.
+
+    Raises:
+      ValueError: coordinates of a layer that is not in ``layers``.
+
+    Source: Desjardins et al. 2015, equation 4.
+
+    >>> import natgrad_jax as ng
+    >>> ng.whiten({}, ng.Layers({}), {})
+    {}
+    """
+    own = _with_coordinates(layers, coordinates)
+    return map_layers(params, own, lambda path, x: charts.to(own[path], coordinates[path], x))
+
+
+def unwhiten(
+    params: Any, layers: Mapping[Path, Layer], coordinates: Mapping[Path, Coordinates]
+) -> Any:
+    """The inverse of :func:`whiten`: ``K = Uᵀ V``, ``b = d − cᵀ K``.
+
+    Args, Raises: as :func:`whiten`.
+
+    Source: Desjardins et al. 2015, equation 4.
+
+    >>> import natgrad_jax as ng
+    >>> ng.unwhiten({}, ng.Layers({}), {})
+    {}
+    """
+    own = _with_coordinates(layers, coordinates)
+    return map_layers(params, own, lambda path, x: charts.back(own[path], coordinates[path], x))
+
+
+def whitening_variables(coordinates: Mapping[Path, Coordinates]) -> dict[str, Any]:
+    """The ``"whitening"`` collection of a network of whitened layers: ``U`` and ``c`` of each.
+
+    ``model.apply({"params": ng.whiten(params, layers, coordinates), "whitening":
+    ng.whitening_variables(coordinates)}, x)``.
+
+    >>> import natgrad_jax as ng
+    >>> eye = ng.Coordinates(jnp.eye(2), jnp.ones(2), jnp.zeros(2))
+    >>> sorted(ng.whitening_variables({("Dense_0",): eye})["Dense_0"])
+    ['U', 'c']
+    """
+    tree: dict[str, Any] = {}
+    for path, own in coordinates.items():
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        mean = jnp.zeros(own.U.shape[:-1], own.U.dtype) if own.mean is None else own.mean
+        node |= {"U": own.U, "c": mean}
+    return tree
+
+
+def _with_coordinates(
+    layers: Mapping[Path, Layer], coordinates: Mapping[Path, Coordinates]
+) -> dict[Path, Layer]:
+    strange = set(coordinates) - set(layers)
+    if strange:
+        raise ValueError(
+            f"there are coordinates for {sorted(strange)}, and no such layers: pass the Layers "
+            "that they were found with."
+        )
+    return {path: layers[path] for path in coordinates}
+
+
+class WhitenedDense(nn.Module):
+    """A dense layer of whitened inputs, ``s = (U (h − c)) V + d``.
+
+    ``kernel`` V and ``bias`` d are parameters; U ``(n, n)`` and c ``(n,)`` are statistics, in the
+    collection ``"whitening"``, the identity and zero at first.
+
+    Source: Desjardins et al. 2015, section 3.
+
+    >>> x = jnp.ones((2, 3))
+    >>> jax.tree.map(jnp.shape, WhitenedDense(4).init(jax.random.key(0), x)["whitening"])
+    {'U': (3, 3), 'c': (3,)}
+    """
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        z = _whitened(self, x, 1)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        s = jnp.matmul(z, kernel, precision=_PRECISION)
+        return s + self.param("bias", self.bias_init, (self.features,)) if self.use_bias else s
+
+
+class WhitenedConv(nn.Module):
+    """A convolution of whitened feature maps: a 1 × 1 convolution by U, then the kernel.
+
+    What is padded is whitened too: a pixel outside the image is a zero of the canonical network.
+    With groups there is one U for the channels of each, ``(groups, n, n)``. Otherwise as
+    :class:`WhitenedDense`; arguments as those of ``flax.linen.Conv``, for one batch axis.
+
+    Source: Desjardins et al. 2015, section 3.2.
+
+    >>> x = jnp.ones((2, 5, 5, 3))
+    >>> WhitenedConv(4, (3, 3)).init_with_output(jax.random.key(0), x)[0].shape
+    (2, 5, 5, 4)
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Any = "SAME"
+    input_dilation: int | Sequence[int] = 1
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        groups = self.feature_group_count
+        shape = (*self.kernel_size, x.shape[-1] // groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        call, _, _ = conv(
+            shape, self.strides, self.padding, self.input_dilation, self.kernel_dilation, groups,
+            self.use_bias,
+        )  # fmt: skip
+        s = jax.lax.conv_general_dilated(
+            _whitened(self, padded(x, call), groups),
+            kernel,
+            call.strides,
+            "VALID",
+            rhs_dilation=call.kernel_dilation,
+            dimension_numbers=_channels_last(x.ndim),
+            feature_group_count=groups,
+            precision=_PRECISION,
+        )
+        return s + self.param("bias", self.bias_init, (self.features,)) if self.use_bias else s
+
+
+def _channels_last(rank: int) -> jax.lax.ConvDimensionNumbers:
+    places = tuple(range(1, rank - 1))
+    image = (0, rank - 1, *places)
+    kernel = (rank - 1, rank - 2, *range(rank - 2))
+    return jax.lax.ConvDimensionNumbers(image, kernel, image)
+
+
+def _whitened(module: nn.Module, x: jax.Array, groups: int) -> jax.Array:
+    """``U (x − c)`` over the last axis, group by group."""
+    n = x.shape[-1] // groups
+    lead = (groups,) if groups > 1 else ()
+    eye = lambda: jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), (*lead, n, n))
+    U = module.variable("whitening", "U", eye).value
+    c = module.variable("whitening", "c", lambda: jnp.zeros((*lead, n), x.dtype)).value
+    x = x.reshape(*x.shape[:-1], *lead, n) - c
+    z = jnp.einsum("...ij,...j->...i", U, x, precision=_PRECISION)
+    return z.reshape(*x.shape[: x.ndim - 1 - len(lead)], -1)
