@@ -15,15 +15,6 @@ from flax import nnx, traverse_util
 
 import natgrad_jax as ng
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Tiny models run for a moment and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 each_case = pytest.mark.parametrize("case", zoo.CASES + ARCHITECTURES, ids=lambda case: case.name)
 
 
