@@ -22,6 +22,11 @@ class Approximation(NamedTuple):
     weight_sharing: str = "expand"
     centred: bool = False
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The choices that a user has, as transformations take them."""
+        return {key: value for key, value in self._asdict().items() if key != "centred"}
+
 
 # Nothing simplified.
 WHOLE = Approximation()

@@ -163,7 +163,7 @@ def check(
     rng, damping = jax.random.key(3), 0.05
     grad_fn = ng.value_and_grad(setup.loss_fn, layers, fisher=fisher)
     kfac, ekfac = (
-        make(layers, damping=damping, decay=0.0, statistics_period=1, **how._asdict())
+        make(layers, damping=damping, decay=0.0, statistics_period=1, **how.keywords)
         for make in (ng.scale_by_kfac, ng.scale_by_ekfac)
     )
 
