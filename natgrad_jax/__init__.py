@@ -3,23 +3,34 @@
 from natgrad_jax import diagnostics
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.distributions import Bernoulli, Categorical, Gaussian
+from natgrad_jax.explicit import fisher, fisher_diagonal
+from natgrad_jax.hessian_free import natural_gradient
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.losses import Loss
 from natgrad_jax.quadratic import (
-    fisher,
-    fisher_diagonal,
     fisher_vector_product,
     gauss_newton_vector_product,
+    quadratic_forms,
 )
 from natgrad_jax.readers import bases, damping, factors
 from natgrad_jax.statistics import Statistics, value_and_grad
 from natgrad_jax.tagging import UncoveredWarning, find_layers
 from natgrad_jax.train_state import TrainState
+from natgrad_jax.transforms.adaptive_damping import (
+    AdaptiveDampingState,
+    DampingRule,
+    adaptive_damping,
+    bernacchia,
+    levenberg_marquardt,
+)
 from natgrad_jax.transforms.ekfac import EKFACState, ekfac, scale_by_ekfac
 from natgrad_jax.transforms.in_coordinates import InCoordinatesState, in_coordinates
 from natgrad_jax.transforms.kfac import KFACState, kfac, scale_by_kfac
+from natgrad_jax.transforms.ngd import linear_natural_gradient, ngd
 from natgrad_jax.transforms.prong import prong
+from natgrad_jax.transforms.quadratic_model import QuadraticModelState, scale_by_quadratic_model
+from natgrad_jax.transforms.trust import clip_by_trust_radius
 from natgrad_jax.whitened import (
     WhitenedConv,
     WhitenedDense,
@@ -30,9 +41,11 @@ from natgrad_jax.whitened import (
 )
 
 __all__ = [
+    "AdaptiveDampingState",
     "Bernoulli",
     "Categorical",
     "Coordinates",
+    "DampingRule",
     "EKFACState",
     "Gaussian",
     "InCoordinatesState",
@@ -40,12 +53,16 @@ __all__ = [
     "Layer",
     "Layers",
     "Loss",
+    "QuadraticModelState",
     "Statistics",
     "TrainState",
     "UncoveredWarning",
     "WhitenedConv",
     "WhitenedDense",
+    "adaptive_damping",
     "bases",
+    "bernacchia",
+    "clip_by_trust_radius",
     "damping",
     "diagnostics",
     "ekfac",
@@ -57,9 +74,15 @@ __all__ = [
     "gauss_newton_vector_product",
     "in_coordinates",
     "kfac",
+    "levenberg_marquardt",
+    "linear_natural_gradient",
+    "natural_gradient",
+    "ngd",
     "prong",
+    "quadratic_forms",
     "scale_by_ekfac",
     "scale_by_kfac",
+    "scale_by_quadratic_model",
     "unwhiten",
     "value_and_grad",
     "whiten",

@@ -4,6 +4,15 @@ import jax
 import jax.numpy as jnp
 
 
+def equal(a: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(√λ, √λ)``, whatever the factors are.
+
+    Arguments and result as in :func:`split`. Source: Bernacchia et al. 2018, section 5.
+    """
+    root = jnp.sqrt(damping)
+    return jnp.broadcast_to(root, a.shape), jnp.broadcast_to(root, g.shape)
+
+
 def split(a: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Damping of each factor: ``(A + π√λ I) ⊗ (G + (√λ/π) I) ≈ A ⊗ G + λ I``.
 

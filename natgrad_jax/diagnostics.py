@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from natgrad_jax.approximations import WHOLE, Approximation
 from natgrad_jax.eigenbases import from_basis, to_basis
+from natgrad_jax.explicit import fisher as explicit_fisher
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import operate
-from natgrad_jax.quadratic import fisher as explicit_fisher
 from natgrad_jax.statistics import value_and_grad
 from natgrad_jax.tagging import find_layers
 from natgrad_jax.transforms.ekfac import EKFACState, scale_by_ekfac

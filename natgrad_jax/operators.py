@@ -1,6 +1,7 @@
 """Linear operators of one block, as pairs of structured matrices on its rows and columns."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,61 @@ from natgrad_jax.averages import bias_of, pair, zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.cholesky import damped_inverse
+from natgrad_jax.linalg.low_rank import LowRank, low_rank_inverse, random_start
+from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
+from natgrad_jax.linalg.woodbury import root, woodbury
 from natgrad_jax.sides import Side
 
+# How factors are inverted; woodbury by Cholesky at a refresh, and by updates between.
+INVERSES = ("cholesky", "eigh", "low_rank", "woodbury")
 
-def identities(layer: Layer) -> Any:
+
+class Inversion(NamedTuple):
+    """``method``: of ``INVERSES``; ``rank``: of low-rank inverses and updates; ``cutoff``: of
+    pseudo-inverses."""
+
+    method: str = "cholesky"
+    rank: int | None = None
+    cutoff: float | None = None
+
+    def low_rank(self, side: Side | None) -> bool:
+        """Whether a side's inverse is of low rank plus identity: only where that is cheaper."""
+        if self.method != "low_rank" or side is None or side.diagonal or side.grouped:
+            return False
+        assert self.rank is not None
+        return 2 * self.rank < side.width
+
+
+CHOLESKY = Inversion()
+
+
+def inversion(method: str, rank: Any, cutoff: Any = None) -> Inversion:
+    """The checked choice; raises ValueError with what there is."""
+    if method not in INVERSES:
+        raise ValueError(f"inverse must be {' or '.join(map(repr, INVERSES))}; got {method!r}.")
+    needs_rank = method in ("low_rank", "woodbury")
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if needs_rank and not whole:
+        raise ValueError(
+            f"inverse={method!r} needs rank=, how many directions it keeps: a whole number; got "
+            f"{rank!r}. (Under optax.inject_hyperparams name it in static_args.)"
+        )
+    if rank is not None and not needs_rank:
+        raise ValueError(f'rank={rank!r} goes with inverse="low_rank" or "woodbury".')
+    return Inversion(method, rank, cutoff)
+
+
+def identities(layer: Layer, how: Inversion = CHOLESKY) -> Any:
     """The operator that changes nothing."""
     zeros = zero_factors(layer)
 
-    def one(side: Side | None, x: jax.Array | None) -> jax.Array | None:
+    def one(side: Side | None, x: jax.Array | None) -> Any:
         if x is None or side is None:
             return None
+        if how.low_rank(side):
+            V = random_start(x.shape[:-1], how.rank or 1, x.dtype)
+            return LowRank(V, jnp.zeros(V.shape[:-2] + V.shape[-1:], x.dtype),
+                           jnp.ones(V.shape[:-2], x.dtype))  # fmt: skip
         return x + (1 if side.diagonal else jnp.eye(x.shape[-1], dtype=x.dtype))
 
     A = one(layer.input_side, zeros.A)
@@ -27,40 +73,98 @@ def identities(layer: Layer) -> Any:
     return pair(A, one(layer.output_side, zeros.G), None if bias is None else bias + 1)
 
 
-def inverses(layer: Layer, factors: Any, damping: jax.Array) -> Any:
-    """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; ``(F + λ I)⁻¹`` of a block with one matrix."""
+def inverses(
+    layer: Layer,
+    factors: Any,
+    damping: jax.Array,
+    old: Any = None,
+    how: Inversion = CHOLESKY,
+    divide: Callable[..., tuple[jax.Array, jax.Array]] = split,
+) -> Any:
+    """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; ``(F + λ I)⁻¹`` of a block with one matrix.
+
+    ``divide`` splits λ between the factors by their mean eigenvalues; ``old`` are the last
+    inverses, from which those of low rank start.
+    """
     if layer.output_side is None or factors.G is None:
         lead = factors.A.shape[:-2]
-        return pair(damped_inverse(factors.A, jnp.broadcast_to(damping, lead)))
+        exact = pseudo_inverse if how.method == "eigh" else damped_inverse
+        return pair(exact(factors.A, jnp.broadcast_to(damping, lead)))
     bias = bias_of(factors)
-    on_a, on_g = split(
+    on_a, on_g = divide(
         layer.input_side.trace(factors.A, bias) / layer.input_side.size,
         layer.output_side.trace(factors.G, None) / layer.output_side.size,
         damping,
     )
     return pair(
-        _damped_inverse(layer.input_side, factors.A, on_a),
-        _damped_inverse(layer.output_side, factors.G, on_g),
-        None if bias is None else 1 / (bias + on_a),
+        _inverse(layer.input_side, factors.A, on_a, None if old is None else old.A, how),
+        _inverse(layer.output_side, factors.G, on_g, None if old is None else old.G, how),
+        None if bias is None else _reciprocal(bias + on_a),
     )
 
 
-def _damped_inverse(side: Side, factor: jax.Array, damping: jax.Array) -> jax.Array:
+def _inverse(side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: Inversion) -> Any:
+    damping = damping.astype(factor.dtype)
     if side.diagonal:
-        return 1 / (factor + damping[..., None])
-    if side.grouped:
-        damping = jnp.broadcast_to(damping[..., None], factor.shape[:-2])
+        return _reciprocal(factor + damping[..., None])
+    damping = jnp.broadcast_to(damping[..., None] if side.grouped else damping, factor.shape[:-2])
+    if how.low_rank(side):
+        return low_rank_inverse(factor, damping, old.V)
+    if how.method == "eigh":
+        return pseudo_inverse(factor, damping, how.cutoff)
     return damped_inverse(factor, damping)
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    """``x⁺`` of numbers that are not negative."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+
+
+def followed(layer: Layer, old: Any, batch: Any, rate: jax.Array, rank: int) -> Any:
+    """Inverses after one more batch, ``((1 − r) M + r F)⁻¹`` of each side's ``M⁻¹``, by Woodbury.
+
+    F, the batch's factor, through a root of that rank. Diagonals wait for the next refresh, and so
+    does an element of the stack that saw nothing.
+    """
+
+    def one(side: Side | None, inverse: Any, factor: Any) -> Any:
+        if inverse is None or side is None or side.diagonal:
+            return inverse
+        keep = 1 - rate.astype(factor.dtype)
+        keep = jnp.expand_dims(keep, tuple(range(keep.ndim, factor.ndim)))
+        safe = jnp.where(keep > 0, keep, 1)
+        new = woodbury(inverse, root(factor, min(rank, side.width)), safe)
+        return jnp.where((keep > 0) & (keep < 1), new, inverse)
+
+    return old._replace(
+        A=one(layer.input_side, old.A, batch.A), G=one(layer.output_side, old.G, batch.G)
+    )
 
 
 def operate(layer: Layer, operator: Any, x: jax.Array) -> jax.Array:
     """``A X G`` of a packed matrix; ``A X`` for a block with one matrix (both are symmetric)."""
-    x = layer.input_side.apply(operator.A, bias_of(operator), x)
+    x = _times(layer.input_side, operator.A, bias_of(operator), x)
     if layer.output_side is None or operator.G is None:
         return x
-    if layer.output_side.grouped:
-        return layer.output_side.apply(operator.G, None, x.mT).mT
+    if layer.output_side.grouped or isinstance(operator.G, LowRank):
+        return _times(layer.output_side, operator.G, None, x.mT).mT
     return jnp.matmul(x, operator.G, precision=jax.lax.Precision.HIGHEST)
+
+
+def _times(side: Side, factor: Any, bias: jax.Array | None, x: jax.Array) -> jax.Array:
+    if not isinstance(factor, LowRank):
+        return side.apply(factor, bias, x)
+    end = x.shape[-2] - side.bias
+    parts = x[..., :end, :].reshape(*x.shape[:-2], -1, side.width, x.shape[-1])
+    at_places = LowRank(
+        factor.V[..., None, :, :], factor.gains[..., None, :], factor.shift[..., None]
+    )
+    out = at_places.apply(parts).reshape(*x.shape[:-2], end, x.shape[-1])
+    if not side.bias:
+        return out
+    rest = x[..., end:, :]
+    rest = rest if bias is None else rest * bias[..., None, None].astype(rest.dtype)
+    return jnp.concatenate([out, rest], axis=-2)
 
 
 def keep_finite(layer: Layer, new: Any, old: Any, weights: jax.Array) -> tuple[Any, jax.Array]:

@@ -1,123 +1,25 @@
-"""The exact Fisher of a small model, and matrix-free products with it for any.
+"""Products with the exact Fisher of any model, and quadratic forms, without any matrix.
 
 Everything starts from ``J``, the Jacobian of the network's natural outputs over the whole batch, so
-that what couples examples (batch statistics) is as in training. References for approximations, and
-the curvature of exact methods.
+that what couples examples (batch statistics) is as in training.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import paths, seeds
-from natgrad_jax.layer import Parameter
-from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.losses import Loss, Term, positive
-from natgrad_jax.paths import Path
 from natgrad_jax.tagging import as_loss, frontend_of
 
-# Largest explicit matrix: 1.6 GB in float32.
-MAX_PARAMETERS = 20_000
 
-# How many seeds, the seed of each index, and whose: how many examples, of which terms. Terms whose
-# leading axes have one length are taken to be over the same examples.
-_Pass = tuple[int, Callable[[Any], seeds.Seeds], int, tuple[int, ...]]
-
-
-class _Model(NamedTuple):
+class Model(NamedTuple):
     """A loss at its parameters, as functions of the parameter tree."""
 
     tree: Any
     naturals: Callable[[Any], tuple[jax.Array, ...]]
     loss: Loss
-
-
-def fisher(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *args: Any,
-    fisher: str = "exact",
-    rng: Any = None,
-    samples: int = 1,
-    layers: Layers | None = None,
-) -> Any:
-    """The explicit Fisher information of a small model.
-
-    ``F = (1/N) Σₙ vₙ vₙᵀ`` over examples and labels, ``v = ∇ −log p`` of one example: over all
-    labels (``"exact"``: ``Σ Jₙᵀ Hₙ Jₙ / N``), over labels drawn as
-    :func:`natgrad_jax.value_and_grad` draws them from the same ``rng`` (``"mc"``), or over the true
-    ones (``"empirical"``).
-
-    Args:
-      loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
-      fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
-      rng: a key, needed by ``"mc"``.
-      samples: labels drawn for each example, for ``"mc"``.
-      layers: for blocks instead of the whole matrix.
-
-    Returns:
-      ``(P, P)`` over the parameters in the order of ``jax.flatten_util.ravel_pytree(params)``; with
-      ``layers`` a dict from layer path (and leftover parameter's path) to that block, over the
-      layer's parameters in their order, each raveled.
-
-    Raises:
-      ValueError: unknown ``fisher``, a missing ``rng``, fewer than one sample, layers of another
-        model, more parameters than an explicit matrix should have.
-
-    Source: Martens & Grosse 2015, section 2; Martens 2020, sections 8 and 9.
-
-    >>> import jax.numpy as jnp, natgrad_jax as ng
-    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
-    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
-    >>> ng.fisher(loss_fn, params, x, y).shape
-    (12, 12)
-    """
-    model = _model(loss_fn, params, args)
-    if layers is None:
-        return _block(model, paths.leaves(model.tree), fisher, rng, samples)
-    check_layers(layers)
-    groups = {path: layer.parameters for path, layer in layers.items()}
-    groups |= {x.path: (x.parameter,) for x in layers.leftover}
-    chosen = {path: _choose(model.tree, own) for path, own in groups.items()}
-    return {path: _block(model, own, fisher, rng, samples) for path, own in chosen.items()}
-
-
-def fisher_diagonal(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *args: Any,
-    fisher: str = "exact",
-    rng: Any = None,
-    samples: int = 1,
-) -> Any:
-    """The diagonal of the Fisher, one example's gradient at a time.
-
-    ``diag F = (1/N) Σₙ vₙ²``, as in :func:`fisher`, in memory for one gradient: N backward passes
-    (of the whole batch) a label.
-
-    Arguments and errors are those of :func:`fisher`. Returns a tree like the parameters (for an NNX
-    model like ``nnx.state(model, nnx.Param)``), in at least float32.
-
-    Source: Martens 2020 (the diagonal of the Fisher).
-
-    >>> import jax.numpy as jnp, natgrad_jax as ng
-    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
-    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
-    >>> ng.fisher_diagonal(loss_fn, params, x, y)["kernel"].shape
-    (4, 3)
-    """
-    model = _model(loss_fn, params, args)
-    _, pullback = jax.vjp(model.naturals, model.tree)
-    zeros = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-    total = jax.tree.map(zeros, model.tree)
-    for count, seed, *whose in _passes(model.loss, fisher, rng, samples):
-        add = lambda i, total, seed=seed, whose=whose: _squares(pullback, total, seed(i), *whose)
-        total = jax.lax.fori_loop(0, count, add, total)
-    examples = positive(model.loss.terms[0].count)
-    return jax.tree.map(lambda x: (x / examples).astype(x.dtype), total)
 
 
 def fisher_vector_product(
@@ -169,101 +71,59 @@ def gauss_newton_vector_product(
     return _product(loss_fn, params, args, damping, _hessian_of_output)
 
 
-def _model(loss_fn: Any, params: Any, args: Any) -> _Model:
+def quadratic_forms(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    vectors: Sequence[Any],
+    curvature: str = "fisher",
+) -> jax.Array:
+    """``vᵢᵀ F vⱼ`` for every pair of vectors, ``(k, k)``: one forward pass a vector, none back.
+
+    Args:
+      loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
+      vectors: k trees like the parameters.
+      curvature: ``"fisher"``, or ``"gauss_newton"`` with the true labels.
+
+    Raises:
+      ValueError: an unknown curvature.
+
+    Source: Martens & Grosse 2015, appendix C.
+
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
+    >>> ng.quadratic_forms(loss_fn, params, x, y, vectors=[params]).shape
+    (1, 1)
+    """
+    if curvature not in OF_OUTPUT:
+        known = " or ".join(map(repr, OF_OUTPUT))
+        raise ValueError(f"curvature must be {known}; got {curvature!r}.")
+    model, of_output = model_of(loss_fn, params, args), OF_OUTPUT[curvature]
+    outputs = [jax.jvp(model.naturals, (model.tree,), (v,))[1] for v in vectors]
+    curved = [
+        [_weigh(term, of_output(term, u)) for term, u in zip(model.loss.terms, out, strict=True)]
+        for out in outputs
+    ]
+    inner = lambda a, b: sum(
+        jnp.sum(x.astype(float) * y.astype(float)) for x, y in zip(a, b, strict=True)
+    )
+    return jnp.array([[inner(a, b) for b in curved] for a in outputs])
+
+
+def model_of(loss_fn: Any, params: Any, args: Any) -> Model:
+    """The loss of ``loss_fn(params, *args)`` at these parameters."""
     frontend = frontend_of(params)
     tree, rest = frontend.split(params)
     loss = lambda tree: as_loss(frontend.instrument(loss_fn, tree, rest, {}, args)[0])
     naturals = lambda tree: tuple(t.distribution.natural for t in loss(tree).terms)
-    return _Model(tree, naturals, loss(tree))
-
-
-def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Array]:
-    by_path = paths.leaves(tree)
-    for path, shape, _ in parameters:
-        came = getattr(by_path.get(path), "shape", "no such parameter")
-        if came != shape:
-            raise ValueError(
-                f"these Layers were found on another model: they have {paths.join(path)} of shape "
-                f"{shape}, params has {came}. Call find_layers again with this model's params."
-            )
-    return {p.path: by_path[p.path] for p in parameters}
-
-
-def _passes(loss: Loss, fisher: str, rng: Any, samples: int) -> list[_Pass]:
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
-    signs = jax.random.key(0)
-    # without any example axis the output is one example, not D of them
-    lengths = [(*t.distribution.examples, 1)[0] for t in loss.terms]
-    if fisher == "exact":
-        columns = enumerate(seeds.exact_columns(loss, (), signs))
-        return [(count, seed, lengths[i], (i,)) for i, (count, seed) in columns]
-    if fisher == "mc" and rng is None:
-        raise ValueError('fisher="mc" samples labels from the model and needs a key: pass rng=key.')
-    if fisher == "mc":
-        keys = rng[None] if samples == 1 else jax.random.split(rng, samples)
-        found = samples, lambda i: seeds.sampled(loss, (), keys[i], samples)
-    elif fisher == "empirical":
-        found = 1, lambda i: seeds.observed(loss, (), signs)
-    else:
-        raise ValueError(f'fisher must be "exact", "mc" or "empirical"; got {fisher!r}.')
-    over = lambda n: tuple(i for i, m in enumerate(lengths) if m == n)
-    return [(*found, n, over(n)) for n in dict.fromkeys(lengths)]
-
-
-def _block(
-    model: _Model, own: dict[Path, jax.Array], fisher: str, rng: Any, samples: int
-) -> jax.Array:
-    """The Fisher over some of the parameters, in the order of ``own``."""
-    size = sum(x.size for x in own.values())
-    if size > MAX_PARAMETERS:
-        raise ValueError(
-            f"an explicit Fisher over {size:,} parameters would take {size**2 * 4 / 1e9:.0f} GB; "
-            f"the limit is {MAX_PARAMETERS:,} parameters. Pass layers= for blocks, or use "
-            "fisher_diagonal or fisher_vector_product."
-        )
-    outputs = lambda own: model.naturals(paths.replace(model.tree, own))
-    dtype = jnp.result_type(jnp.float32, *own.values())
-    flat = lambda j, shape: [j[p].reshape(*shape, -1).astype(dtype) for p in own]
-    J = [
-        jnp.concatenate(flat(j, t.distribution.natural.shape), axis=-1)
-        for j, t in zip(jax.jacrev(outputs)(own), model.loss.terms, strict=True)
-    ]
-    F = jnp.zeros((size, size), dtype)
-    for count, seed, *whose in _passes(model.loss, fisher, rng, samples):
-        add = lambda i, F, seed=seed, whose=whose: F + _outer(J, seed(i), *whose)
-        F = jax.lax.fori_loop(0, count, add, F)
-    return F / positive(model.loss.terms[0].count).astype(dtype)
-
-
-def _outer(J: list[jax.Array], seed: seeds.Seeds, n: int, terms: tuple[int, ...]) -> jax.Array:
-    """``Σₙ vₙ vₙᵀ`` over n examples; the terms add up within v."""
-    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    rows = lambda x, *last: x.astype(J[0].dtype).reshape(n, -1, *last)
-    v = sum(einsum("nd,ndp->np", rows(seed[i]), rows(J[i], J[i].shape[-1])) for i in terms)
-    return einsum("np,nq->pq", v, v)
-
-
-def _squares(pullback: Any, total: Any, seed: seeds.Seeds, n: int, terms: tuple[int, ...]) -> Any:
-    """``total + Σₙ vₙ²`` over n examples, one after another."""
-
-    def only(i: int, c: jax.Array, example: jax.Array) -> jax.Array:
-        if i not in terms:
-            return jnp.zeros_like(c)
-        here = jnp.arange(n)[:, None] == example
-        return jnp.where(here, c.reshape(n, -1), 0).reshape(c.shape)
-
-    def add(example: jax.Array, total: Any) -> Any:
-        (v,) = pullback(tuple(only(i, c, example) for i, c in enumerate(seed)))
-        return jax.tree.map(lambda t, v: t + v.astype(t.dtype) ** 2, total, v)
-
-    return jax.lax.fori_loop(0, n, add, total)
+    return Model(tree, naturals, loss(tree))
 
 
 def _product(
     loss_fn: Any, params: Any, args: Any, damping: Any, of_output: Callable[[Term, Any], Any]
 ) -> Callable[[Any], Any]:
-    model = _model(loss_fn, params, args)
+    model = model_of(loss_fn, params, args)
     _, forward = jax.linearize(model.naturals, model.tree)
     backward = jax.linear_transpose(forward, model.tree)
 
@@ -298,3 +158,6 @@ def _hessian_of_output(term: Term, u: jax.Array) -> jax.Array:
     distribution = term.distribution
     total = lambda z: distribution.with_natural(z).nll_per_example(term.targets).sum()
     return jax.jvp(jax.grad(total), (distribution.natural,), (u,))[1]
+
+
+OF_OUTPUT = {"fisher": _fisher_of_output, "gauss_newton": _hessian_of_output}

@@ -23,6 +23,13 @@ def check_positive(**values: Any) -> None:
             raise ValueError(f"{name} must be positive; got {value!r}.")
 
 
+def check_not_negative(**values: Any) -> None:
+    """Raise for a concrete value below zero; traced values and schedules pass."""
+    for name, value in values.items():
+        if _is_number(name, value) and not value >= 0:
+            raise ValueError(f"{name} must not be negative; got {value!r}.")
+
+
 def check_period(**values: Any) -> None:
     """Raise for a concrete period that is not a whole number of at least one step."""
     for name, value in values.items():

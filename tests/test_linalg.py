@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natgrad_jax.linalg import cholesky, eigenbasis, orthogonal_iteration
+from natgrad_jax.linalg import (
+    cholesky,
+    eigenbasis,
+    low_rank,
+    orthogonal_iteration,
+    pseudo_inverse,
+    woodbury,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +72,66 @@ def test_many_batches_at_once_finish() -> None:
     invert = jax.jit(lambda fs: [cholesky.damped_inverse(f, jnp.ones(8)) for f in fs])
     for found in invert(factors):
         np.testing.assert_allclose(found[0], np.eye(128) / 2, atol=1e-12)
+
+
+def spd(n: int, rank: int, seed: int = 0, batch: tuple[int, ...] = ()) -> np.ndarray:
+    root = np.random.default_rng(seed).normal(size=(*batch, n, rank))
+    return root @ np.swapaxes(root, -1, -2) / rank
+
+
+@pytest.mark.parametrize("n, rank", [(1, 1), (9, 9), (40, 13)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_pseudo_inverse(n: int, rank: int, batch: tuple[int, ...]) -> None:
+    factor = spd(n, rank, batch=batch)
+    found = pseudo_inverse.pseudo_inverse(jnp.asarray(factor), jnp.zeros(batch), 1e-10)
+    np.testing.assert_allclose(found, np.linalg.pinv(factor, rcond=1e-10), rtol=1e-7, atol=1e-7)
+    damped = pseudo_inverse.pseudo_inverse(jnp.asarray(factor), jnp.full(batch, 0.3))
+    np.testing.assert_allclose(damped, np.linalg.inv(factor + 0.3 * np.eye(n)), atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_woodbury_and_sherman_morrison(batch: tuple[int, ...]) -> None:
+    M = spd(12, 30, batch=batch)
+    U = np.random.default_rng(1).normal(size=(*batch, 12, 4))
+    found = woodbury.woodbury(jnp.linalg.inv(M), jnp.asarray(U), jnp.array(0.7))
+    expected = np.linalg.inv(0.7 * M + 0.3 * U @ np.swapaxes(U, -1, -2))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    one = woodbury.sherman_morrison(jnp.linalg.inv(M), jnp.asarray(U[..., 0]), jnp.array(0.7))
+    u = U[..., :1]
+    expected = np.linalg.inv(0.7 * M + 0.3 * u @ np.swapaxes(u, -1, -2))
+    np.testing.assert_allclose(one, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [5, 8, 30])
+def test_root_is_exact_for_small_ranks(rank: int) -> None:
+    F = spd(30, 5)
+    U = np.asarray(woodbury.root(jnp.asarray(F), rank))
+    np.testing.assert_allclose(U @ U.T, F, atol=1e-9)
+
+
+def test_root_of_nothing_is_nothing() -> None:
+    assert np.abs(woodbury.root(jnp.zeros((4, 4)), 2)).max() < 1e-12
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_low_rank_inverse(batch: tuple[int, ...]) -> None:
+    """Exact for k large eigenvalues above equal ones; the iteration converges from anywhere."""
+    Q = np.linalg.qr(np.random.default_rng(0).normal(size=(*batch, 20, 20)))[0]
+    values = np.concatenate([np.linspace(10, 30, 4), np.full(16, 0.2)])
+    F = (Q * values) @ np.swapaxes(Q, -1, -2)
+    V = low_rank.random_start((*batch, 20), 4, jnp.float64)
+    for _ in range(8):
+        found = low_rank.low_rank_inverse(jnp.asarray(F), jnp.full(batch, 0.5), V)
+        V = found.V
+    expected = np.linalg.inv(F + 0.5 * np.eye(20))
+    np.testing.assert_allclose(found.dense(), expected, atol=1e-10)
+    x = np.random.default_rng(1).normal(size=(*batch, 20, 3))
+    np.testing.assert_allclose(found.apply(jnp.asarray(x)), expected @ x, atol=1e-10)
+
+
+def test_subspace_finds_leading_eigenpairs() -> None:
+    F = spd(50, 60)
+    V = low_rank.random_start((50,), 50, jnp.float64)
+    V, values = low_rank.subspace(jnp.asarray(F), V)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(F), atol=1e-9)  # rank n: exact
+    np.testing.assert_allclose(V.T @ V, np.eye(50), atol=1e-10)

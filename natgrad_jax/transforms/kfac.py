@@ -1,18 +1,28 @@
 """K-FAC: natural gradient with one Kronecker product a layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax import averages
 from natgrad_jax.approximations import approximation
 from natgrad_jax.averages import Factors
 from natgrad_jax.clock import Clock, due, start, tick
+from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.operators import identities, inverses, keep_finite, operate
+from natgrad_jax.operators import (
+    Inversion,
+    followed,
+    identities,
+    inverses,
+    inversion,
+    keep_finite,
+    operate,
+)
 from natgrad_jax.paths import Path
 from natgrad_jax.requests import Request, Spelled, spell
 from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
@@ -50,6 +60,8 @@ def scale_by_kfac(
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
+    inverse: str = "cholesky",
+    rank: int | None = None,
     trust_radius: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition gradients by the Kronecker-factored Fisher of each layer.
@@ -78,6 +90,12 @@ def scale_by_kfac(
       weight_sharing: ``"expand"`` treats positions and calls as examples; ``"reduce"`` averages
         activations and sums gradients over them first. Give value_and_grad the ``opt_state``: it
         then measures the one that is asked for, and no more.
+      inverse: ``"cholesky"``; ``"eigh"``; ``"low_rank"``: the ``rank`` leading eigenpairs of each
+        factor, warm-started, and the others at their mean (whole where twice the rank is not less
+        than the factor); ``"woodbury"``: by Cholesky at a refresh, and between refreshes each
+        measured batch is absorbed by an update of that ``rank``, under which the damping of the
+        refresh fades with the factors' decay.
+      rank: for the last two.
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
         ``ΔᵀFΔ = Δᵀ∇``. Here the learning rate is taken to be 1 (:func:`kfac` includes its own).
 
@@ -99,16 +117,48 @@ def scale_by_kfac(
     >>> tx = optax.chain(ng.scale_by_kfac(ng.Layers({}), damping=1e-3), optax.sgd(0.1))
     """
     check_layers(layers)
-    check_positive(damping=damping, trust_radius=1 if trust_radius is None else trust_radius)
-    check_period(statistics_period=statistics_period, refresh_period=refresh_period)
-    check_fraction(decay=decay)
+    check_positive(damping=damping)
     request = Request(approximation(convolution, group_size, weight_sharing))
-    layers = layers.approximate(request.approximation)
+    rules = Rules(
+        "scale_by_kfac",
+        request,
+        inversion(inverse, rank),
+        split,
+        damping,
+        decay,
+        statistics_period,
+        refresh_period,
+        trust_radius,
+    )
+    return kronecker(layers, rules)
+
+
+class Rules(NamedTuple):
+    """What one Kronecker-factored preconditioner is made of; ``divide``: λ between the factors."""
+
+    name: str
+    request: Request
+    inversion: Inversion
+    divide: Callable[..., tuple[jax.Array, jax.Array]]
+    damping: Scalar
+    decay: Scalar
+    statistics_period: Scalar
+    refresh_period: Scalar
+    trust_radius: Scalar | None
+
+
+def kronecker(layers: Layers, rules: Rules) -> optax.GradientTransformationExtraArgs:
+    """Precondition by damped inverses of Kronecker factors: what K-FAC and NGD share."""
+    radius = rules.trust_radius
+    check_positive(trust_radius=1 if radius is None else radius)
+    check_period(statistics_period=rules.statistics_period, refresh_period=rules.refresh_period)
+    check_fraction(decay=rules.decay)
+    layers = layers.approximate(rules.request.approximation)
 
     def init_fn(params: optax.Params) -> KFACState:
         del params  # shapes come from the layers: params may be placeholders
         # one compiled program: op by op, every shape would compile on its own
-        return jax.jit(lambda: _initial_state(layers, damping, request))()
+        return jax.jit(lambda: _initial_state(layers, rules))()
 
     def update_fn(
         updates: optax.Updates,
@@ -119,20 +169,22 @@ def scale_by_kfac(
         **extra: Any,
     ) -> tuple[optax.Updates, KFACState]:
         del params, extra
-        blocks.check_statistics(statistics, layers, "scale_by_kfac")
+        blocks.check_statistics(statistics, layers, rules.name)
         assert statistics is not None
         step = state.clock.step
-        lam = at(damping, step)
+        lam = at(rules.damping, step)
         before = state.weights
-        state = estimates.update(state, statistics, layers, at(decay, step))
+        state = estimates.update(state, statistics, layers, at(rules.decay, step))
+        if rules.inversion.method == "woodbury":
+            state = _follow(state, before, statistics, layers, rules)
         # what was measured for the first time is inverted now, not a period later
-        refresh = due(step, at(refresh_period, step))
+        refresh = due(step, at(rules.refresh_period, step))
         refresh |= estimates.first_seen(before, state.weights)
-        state = _refresh(state, layers, lam, refresh)
+        state = _refresh(state, layers, lam, refresh, rules)
         updates, quadratic = _precondition(updates, state, layers, lam)
-        if trust_radius is not None:
-            updates = blocks.trust_region(updates, layers, quadratic, at(trust_radius, step))
-        clock = tick(state.clock, at(statistics_period, step + 1))
+        if radius is not None:
+            updates = blocks.trust_region(updates, layers, quadratic, at(radius, step))
+        clock = tick(state.clock, at(rules.statistics_period, step + 1))
         return updates, state._replace(clock=clock, damping=lam)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -149,6 +201,8 @@ def kfac(
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
+    inverse: str = "cholesky",
+    rank: int | None = None,
     momentum: Scalar | None = 0.9,
     weight_decay: Scalar = 0.0,
     trust_radius: Scalar | None = 1e-3,
@@ -161,8 +215,8 @@ def kfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, refresh_period, convolution, group_size, weight_sharing: as
-        in :func:`scale_by_kfac`.
+      damping, decay, statistics_period, refresh_period, convolution, group_size, weight_sharing,
+        inverse, rank: as in :func:`scale_by_kfac`.
       momentum: decay of the heavy-ball trace of preconditioned gradients.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
@@ -189,31 +243,68 @@ def kfac(
         convolution=convolution,
         group_size=group_size,
         weight_sharing=weight_sharing,
+        inverse=inverse,
+        rank=rank,
         trust_radius=per_squared_rate(trust_radius, learning_rate),
     )
     return descent(preconditioner, learning_rate, momentum, weight_decay)
 
 
-def _initial_state(layers: Layers, damping: Scalar, request: Request) -> KFACState:
+def _initial_state(layers: Layers, rules: Rules) -> KFACState:
     return KFACState(
         clock=start(),
-        damping=at(damping, jnp.zeros((), jnp.int32)),
-        bases={path: identities(layer) for path, layer in layers.items()},
-        request=spell(request),
+        damping=at(rules.damping, jnp.zeros((), jnp.int32)),
+        bases={path: identities(layer, rules.inversion) for path, layer in layers.items()},
+        request=spell(rules.request),
         **estimates.start(layers)._asdict(),
     )
 
 
+def _follow(
+    state: KFACState,
+    before: dict[Path, jax.Array],
+    statistics: Statistics,
+    layers: Mapping[Path, Layer],
+    rules: Rules,
+) -> KFACState:
+    """Inverses that have seen this batch too, by updates of low rank."""
+    rank = rules.inversion.rank
+    assert rank is not None
+
+    def seen() -> dict[Path, Factors]:
+        bases = {}
+        for path, layer in layers.items():
+            old = state.bases[path]
+            if layer.output_side is None:
+                bases[path] = old
+                continue
+            sums = estimates.sums_for(layer, statistics)
+            batch, good = averages.batch_factors(layer, sums, statistics.examples)
+            decay = at(rules.decay, state.clock.step)
+            rate, _ = averages.rate(before[path], decay, good & (before[path] > 0))
+            new = followed(layer, old, batch, rate, rank)
+            bases[path], _ = keep_finite(layer, new, old, state.weights[path])
+        return bases
+
+    bases = jax.lax.cond(statistics.examples > 0, seen, lambda: state.bases)
+    return state._replace(bases=bases)
+
+
 def _refresh(
-    state: KFACState, layers: Mapping[Path, Layer], lam: jax.Array, is_due: jax.Array
+    state: KFACState,
+    layers: Mapping[Path, Layer],
+    lam: jax.Array,
+    is_due: jax.Array,
+    rules: Rules,
 ) -> KFACState:
     """Inverses of the current factors, where due; the last ones where that fails."""
 
     def refreshed() -> tuple[dict[Path, Factors], jax.Array]:
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
-            new = inverses(layer, state.factors[path], lam)
-            bases[path], bad = keep_finite(layer, new, state.bases[path], state.weights[path])
+            old = state.bases[path]
+            new = inverses(layer, state.factors[path], lam, old, rules.inversion, rules.divide)
+            bases[path], bad = keep_finite(layer, new, old, state.weights[path])
             rejected += bad
         return bases, rejected
 

@@ -1,0 +1,194 @@
+"""Damping that follows how well the quadratic model predicted the last step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.clock import due
+from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.scalars import check_fraction, check_period, check_positive
+from natgrad_jax.transforms.extra import needed
+from natgrad_jax.transforms.quadratic_model import QuadraticModelState
+
+# How many values of λ the state remembers.
+HISTORY = 1000
+
+
+class DampingRule(NamedTuple):
+    """Every ``period`` steps ``λ ← λ · up`` where ``ρ < low`` and ``λ ← λ · down`` where
+    ``ρ > high``, with ρ = actual / predicted change of the loss."""
+
+    period: int
+    up: float
+    down: float
+    low: float = 0.25
+    high: float = 0.75
+
+
+def bernacchia() -> DampingRule:
+    """``λ ← 3λ/2`` if ρ < 1/4, ``2λ/3`` if ρ > 3/4, every step.
+
+    Source: Bernacchia et al. 2018, section 5.
+
+    >>> bernacchia().up
+    1.5
+    """
+    return DampingRule(1, 3 / 2, 2 / 3)
+
+
+def levenberg_marquardt(period: int = 5, omega: float = 19 / 20) -> DampingRule:
+    """``λ ← λ ω^{−T₁}`` if ρ < 1/4, ``λ ω^{T₁}`` if ρ > 3/4, every T₁ = ``period`` steps.
+
+    Source: Martens & Grosse 2015, section 6.5.
+
+    >>> round(levenberg_marquardt().down, 3)
+    0.774
+    """
+    check_period(period=period)
+    check_positive(omega=omega)
+    check_fraction(omega=omega)
+    return DampingRule(period, omega**-period, omega**period)
+
+
+class AdaptiveDampingState(NamedTuple):
+    """``step``: int32 ``()``. ``level``: λ of the next step, ``()``. ``ratio``: the last ρ, ``()``.
+    ``history``: the λ that were used, ``(HISTORY,)``: step t at t modulo its length, NaN before.
+    ``refused``: how many steps were taken back, int32 ``()``. ``inner``: the state of what ``make``
+    made."""
+
+    step: jax.Array
+    level: jax.Array
+    ratio: jax.Array
+    history: jax.Array
+    refused: jax.Array
+    inner: Any
+
+
+def adaptive_damping(
+    make: Callable[[Any], optax.GradientTransformation],
+    rule: DampingRule,
+    loss_fn: Callable[..., Any],
+    *,
+    initial: float = 1.0,
+    bounds: tuple[float, float] = (1e-8, 1e8),
+) -> optax.GradientTransformationExtraArgs:
+    """Run a transformation with a damping λ that rises where its model fails and falls else.
+
+    With δ the update that ``make(λ)`` gives at parameters θ, on the same batch::
+
+        ρ = (h(θ + δ) − h(θ)) / (∇ᵀδ + ½ δᵀFδ)
+
+    F the exact Fisher (a forward pass and one through ``value_fn``, on the steps where the rule
+    looks), so that momentum, trust regions and learning rates in ``make`` are allowed for. On those
+    steps an update that would raise the loss, or makes it no finite number, is taken back (zeros),
+    and λ rises; what momentum ``make`` has, keeps.
+
+    Args:
+      make: from λ to a transformation with final updates (learning rate and sign included):
+        ``lambda damping: ng.kfac(0.1, layers, damping=damping)``; :func:`ekfac`, :func:`ngd` or any
+        chain with one of them likewise.
+      rule: :func:`bernacchia`, :func:`levenberg_marquardt`, or one's own :class:`DampingRule`.
+      loss_fn: as for :func:`natgrad_jax.find_layers`.
+      initial: the first λ.
+      bounds: the least and the largest λ.
+
+    Returns:
+      A transformation with ``update(grads, state, params, *, statistics, value, value_fn, args)``:
+      ``value`` the loss at ``params``, ``value_fn`` from parameters to the loss on this batch,
+      ``args`` the arguments of ``loss_fn`` after the parameters, ``(batch,)``; ``grad`` becomes the
+      gradients where it is not given. ``ng.damping(opt_state)`` is λ of the last step.
+
+    Raises:
+      ValueError: a missing ``params``, ``value``, ``value_fn`` or ``args``, with the call to write;
+        numbers out of range.
+
+    Source: Martens & Grosse 2015, section 6.5; Bernacchia et al. 2018, section 5.
+
+    >>> import natgrad_jax as ng
+    >>> make = lambda damping: ng.kfac(0.1, ng.Layers({}), damping=damping)
+    >>> tx = ng.adaptive_damping(make, ng.levenberg_marquardt(), lambda params, batch: None)
+    """
+    low, high = bounds
+    check_positive(initial=initial, low=low, high=high, up=rule.up, down=rule.down)
+    check_period(period=rule.period)
+    if not low <= initial <= high:
+        raise ValueError(f"initial={initial!r} must lie within bounds={bounds!r}.")
+
+    def init_fn(params: optax.Params) -> AdaptiveDampingState:
+        level = jnp.asarray(initial, float)
+        zero, history = jnp.zeros((), jnp.int32), jnp.full(HISTORY, jnp.nan)
+        inner = make(level).init(params)
+        return AdaptiveDampingState(zero, level, jnp.ones((), float), history, zero, inner)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: AdaptiveDampingState,
+        params: optax.Params | None = None,
+        *,
+        value: Any = None,
+        value_fn: Callable[[Any], Any] | None = None,
+        args: Any = None,
+        grad: optax.Updates | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, AdaptiveDampingState]:
+        needed("adaptive_damping", params=params, value=value, value_fn=value_fn, args=args)
+        assert value_fn is not None
+        grad = updates if grad is None else grad
+        inner = optax.with_extra_args_support(make(state.level))
+        extra |= {"value": value, "value_fn": value_fn, "args": args, "grad": grad}
+        new, inner_state = inner.update(updates, state.inner, params, **extra)
+
+        def look() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+            actual = value_fn(optax.apply_updates(params, new)) - value
+            predicted = _predicted(inner_state, loss_fn, params, args, grad, new)
+            return judge(rule, new, state, actual, predicted)
+
+        kept = (new, state.level, state.ratio, state.refused)
+        new, level, ratio, refused = jax.lax.cond(due(state.step, rule.period), look, lambda: kept)
+        return new, AdaptiveDampingState(
+            step=state.step + 1,
+            level=jnp.clip(level, low, high),
+            ratio=ratio,
+            history=state.history.at[state.step % HISTORY].set(state.level),
+            refused=refused,
+            inner=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def judge(
+    rule: DampingRule,
+    updates: Any,
+    state: AdaptiveDampingState,
+    actual: jax.Array,
+    predicted: jax.Array,
+) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+    """The update or zeros, the next λ, ρ, and how many were refused so far."""
+    # no step at all is as good as it was predicted to be
+    still = (predicted == 0) & (actual == 0)
+    ratio = jnp.where(still, 1, actual / jnp.where(predicted == 0, -jnp.inf, predicted))
+    bad = ~jnp.isfinite(actual) | ~jnp.isfinite(predicted) | (predicted > 0)
+    ratio = jnp.where(bad, -1, ratio).astype(state.ratio.dtype)
+    level = state.level * jnp.where(
+        ratio < rule.low, rule.up, jnp.where(ratio > rule.high, rule.down, 1)
+    )
+    refuse = ~jnp.isfinite(actual) | (actual > 0)
+    updates = jax.tree.map(lambda u: jnp.where(refuse, jnp.zeros_like(u), u), updates)
+    return updates, level.astype(state.level.dtype), ratio, state.refused + refuse
+
+
+def _predicted(
+    inner: Any, loss_fn: Any, params: Any, args: Any, grad: Any, updates: Any
+) -> jax.Array:
+    """``∇ᵀδ + ½ δᵀFδ``; as the quadratic model found it where there is one."""
+    is_model = lambda x: isinstance(x, QuadraticModelState)
+    models = [x for x in jax.tree.leaves(inner, is_leaf=is_model) if is_model(x)]
+    if models:
+        return models[-1].predicted
+    slopes = jax.tree.map(lambda g, u: jnp.sum(g.astype(float) * u.astype(float)), grad, updates)
+    slope = jax.tree.reduce(jnp.add, slopes, jnp.zeros((), float))
+    return slope + 0.5 * quadratic_forms(loss_fn, params, *args, vectors=[updates])[0, 0]

@@ -1,0 +1,143 @@
+"""Natural gradient descent that is exact in deep linear networks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.approximations import approximation
+from natgrad_jax.damping_rules import equal
+from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.operators import inversion
+from natgrad_jax.requests import Request
+from natgrad_jax.scalars import Scalar, at, check_not_negative
+from natgrad_jax.transforms.alias import descent, per_squared_rate
+from natgrad_jax.transforms.kfac import Rules, kronecker
+
+
+def ngd(
+    learning_rate: Scalar,
+    layers: Layers,
+    *,
+    damping: Scalar = 1e-3,
+    decay: Scalar = 0.0,
+    statistics_period: Scalar = 1,
+    refresh_period: Scalar = 1,
+    inverse: str = "cholesky",
+    rank: int | None = None,
+    cutoff: float | None = None,
+    convolution: str = "kfc",
+    group_size: int | None = None,
+    weight_sharing: str = "expand",
+    momentum: Scalar | None = None,
+    weight_decay: Scalar = 0.0,
+    trust_radius: Scalar | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Natural gradient descent by the inverse covariances of each layer.
+
+    For a network of L layers, α the learning rate::
+
+        Δ = −(α / L) (A + √λ I)⁺ ∇K̄ (G + √λ I)⁺
+
+    With λ = 0 and a linear network this is the natural gradient itself, although the Fisher is
+    singular and not block-diagonal, and the excess loss falls as ``e^{−2αt}`` whatever the depth or
+    the conditioning. Each step measures its own batch and inverts (a batch of about 1000 examples).
+
+    Args:
+      learning_rate: α, 1 in the paper's nonlinear networks.
+      layers: from :func:`natgrad_jax.find_layers`; L counts those with a Kronecker block.
+      damping: λ ≥ 0, in the units of the Fisher; 0 only with ``inverse="eigh"``.
+      decay, statistics_period, refresh_period, convolution, group_size, weight_sharing: as in
+        :func:`natgrad_jax.scale_by_kfac`.
+      inverse: ``"cholesky"``; ``"eigh"``, which gives Moore–Penrose inverses; ``"low_rank"`` and
+        ``"woodbury"`` as in :func:`natgrad_jax.scale_by_kfac` (the latter with a decay).
+      rank: for the last two.
+      cutoff: for ``"eigh"``: eigenvalues at or below ``cutoff`` times the largest count as zero; n
+        times the precision's ε by default.
+      momentum: decay of the heavy-ball trace; None for none.
+      weight_decay: decoupled, per step, times α.
+      trust_radius: κ, as in :func:`natgrad_jax.kfac`.
+
+    Returns:
+      A transformation with ``update(grads, state, params, *, statistics)``.
+
+    Raises:
+      ValueError: as :func:`natgrad_jax.scale_by_kfac`; λ = 0 without ``inverse="eigh"``.
+
+    Source: Bernacchia, Lengyel & Hennequin 2018, equation 10 and section 5.
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.ngd(1.0, ng.Layers({}))
+    """
+    check_layers(layers)
+    check_not_negative(damping=damping)
+    if inverse != "eigh" and isinstance(damping, int | float) and damping == 0:
+        raise ValueError(
+            'damping=0 needs Moore–Penrose inverses: use inverse="eigh", or a positive damping.'
+        )
+    if inverse == "woodbury" and isinstance(decay, int | float) and decay == 0:
+        raise ValueError('inverse="woodbury" updates a running inverse: give a decay, as 0.95.')
+    count = max(sum(layer.block == "kronecker" for layer in layers.values()), 1)
+    rules = Rules(
+        "ngd",
+        Request(approximation(convolution, group_size, weight_sharing)),
+        inversion(inverse, rank, cutoff),
+        equal,
+        damping,
+        decay,
+        statistics_period,
+        refresh_period,
+        per_squared_rate(trust_radius, learning_rate),
+    )
+    rate = _over(learning_rate, count)
+    return descent(kronecker(layers, rules), rate, momentum, weight_decay)
+
+
+def _over(value: Scalar, divisor: int) -> Scalar:
+    if callable(value):
+        return lambda step: at(value, step) / divisor
+    return value / divisor
+
+
+def linear_natural_gradient(
+    kernels: list[jax.Array], x: jax.Array, error: jax.Array
+) -> list[jax.Array]:
+    """The natural gradient of a deep linear network, through pseudo-inverses of its weights.
+
+    For ``ŷ = x W₁ ⋯ W_L`` with Gaussian outputs of variance 1 and the error ``ε = ŷ − y``, exactly
+    what ``A⁺ ∇ G⁺`` of the exact expectations is::
+
+        (1 / L) (C_iᵀ Σ C_i)⁺ C_iᵀ ⟨x ε⟩ B_i⁺,   C_i = W₁ ⋯ W_{i−1},   B_i = W_{i+1} ⋯ W_L
+
+    the error propagated back through ``B_i⁺`` instead of ``B_iᵀ``.
+
+    Args:
+      kernels: ``W_i (n_{i−1}, n_i)``, in Flax's layout; x: ``(N, n₀)``; error: ``(N, n_L)``.
+
+    Returns:
+      A list like ``kernels``; descend by subtracting α times it.
+
+    Source: Bernacchia, Lengyel & Hennequin 2018, equation 16.
+
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> ng.linear_natural_gradient([jnp.eye(2)], jnp.eye(2), jnp.eye(2))[0].round(3)
+    Array([[1., 0.],
+           [0., 1.]], dtype=float32)
+    """
+    count, found = len(kernels), []
+    for i, kernel in enumerate(kernels):
+        inputs = x
+        for before in kernels[:i]:
+            inputs = inputs @ before
+        after = jnp.eye(kernel.shape[1], dtype=kernel.dtype)
+        for later in kernels[i + 1 :]:
+            after = after @ later
+        moment = inputs.T @ inputs / len(x)
+        cross = inputs.T @ error / len(x)
+        found.append(_pinv(moment) @ cross @ _pinv(after) / count)
+    return found
+
+
+def _pinv(matrix: jax.Array) -> Any:
+    return jnp.linalg.pinv(matrix, rtol=max(matrix.shape) * 10 * jnp.finfo(matrix.dtype).eps)

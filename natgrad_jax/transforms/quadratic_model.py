@@ -1,0 +1,140 @@
+"""Step size and momentum from the exact quadratic model of the loss."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.scalars import Scalar, at, check_not_negative
+from natgrad_jax.transforms.extra import needed
+
+
+class QuadraticModelState(NamedTuple):
+    """``step``: int32 ``()``. ``last``: δ₀, the last update. ``learning_rate``, ``momentum``: the α
+    and μ that made it. ``predicted``: ``M(δ)``, what the model expected of it, without damping:
+    negative for a decrease. All ``()`` but ``last``."""
+
+    step: jax.Array
+    last: optax.Updates
+    learning_rate: jax.Array
+    momentum: jax.Array
+    predicted: jax.Array
+
+
+def scale_by_quadratic_model(
+    loss_fn: Callable[..., Any],
+    *,
+    damping: Scalar = 1e-3,
+    l2: Scalar = 0.0,
+    learning_rate: Scalar | None = None,
+    momentum: Scalar | None = None,
+    curvature: str = "fisher",
+) -> optax.GradientTransformationExtraArgs:
+    """Choose the step along a direction, and how much of the last step, by the exact curvature.
+
+    With the incoming direction ``d`` (a preconditioned gradient; it is descended) and the last
+    update δ₀, ``δ = −α d + μ δ₀`` minimises::
+
+        M(δ) = ∇ᵀδ + ½ δᵀ(F + (λ + l2) I) δ
+
+    a system of two equations, with ``dᵀFd``, ``dᵀFδ₀``, ``δ₀ᵀFδ₀`` from products of the network's
+    Jacobian with d and δ₀ (two forward passes, no backward pass). The result is the update itself:
+    no learning rate after it. ∇ is of the whole objective, l2 included.
+
+    On a full batch it needs no tuning at all. On mini-batches the model sees one batch only and
+    trusts it too far: keep λ large enough, average the parameters, or let the batch grow (Martens &
+    Grosse 2015, section 13).
+
+    Args:
+      loss_fn: as for :func:`natgrad_jax.find_layers`; with the batch from the extra argument
+        ``args``.
+      damping: λ ≥ 0, the same as the preconditioner's.
+      l2: coefficient of ``½ l2 ‖θ‖²`` in the objective, whose curvature is added.
+      learning_rate: a fixed α instead of the best.
+      momentum: a fixed μ instead of the best; 0 for none.
+      curvature: ``"fisher"`` or ``"gauss_newton"``.
+
+    Returns:
+      A transformation with ``update(updates, state, params, *, grad, args)``: ``grad`` are the
+      gradients before preconditioning, ``args`` the arguments of ``loss_fn`` after the parameters,
+      ``(batch,)``.
+
+    Raises:
+      ValueError: a missing ``params``, ``grad`` or ``args``; numbers out of range.
+
+    Source: Martens & Grosse 2015, sections 6.4 and 7.
+
+    >>> import optax, natgrad_jax as ng
+    >>> loss_fn = lambda params, batch: None
+    >>> layers = ng.Layers({})
+    >>> tx = optax.chain(ng.scale_by_kfac(layers), ng.scale_by_quadratic_model(loss_fn))
+    """
+    check_not_negative(damping=damping, l2=l2)
+
+    def init_fn(params: optax.Params) -> QuadraticModelState:
+        zero = jnp.zeros((), float)
+        last = jax.tree.map(jnp.zeros_like, params)
+        return QuadraticModelState(jnp.zeros((), jnp.int32), last, zero, zero, zero)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: QuadraticModelState,
+        params: optax.Params | None = None,
+        *,
+        grad: optax.Updates | None = None,
+        args: Any = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, QuadraticModelState]:
+        del extra
+        needed("scale_by_quadratic_model", params=params, grad=grad, args=args)
+        step = state.step
+        vectors = [jax.tree.map(jnp.negative, updates), state.last]
+        F = quadratic_forms(loss_fn, params, *args, vectors=vectors, curvature=curvature)
+        dots = jnp.array([[_dot(a, b) for b in vectors] for a in vectors])
+        slopes = jnp.array([_dot(grad, v) for v in vectors])
+        B = F + at(l2, step) * dots
+        fixed = [None if x is None else at(x, step) for x in (learning_rate, momentum)]
+        chosen = _minimise(B + at(damping, step) * dots, slopes, fixed)
+        # nothing but finite steps
+        chosen = jnp.where(jnp.all(jnp.isfinite(chosen)), chosen, 0)
+        new = jax.tree.map(
+            lambda d, last: (chosen[0] * d + chosen[1] * last).astype(last.dtype), *vectors
+        )
+        predicted = slopes @ chosen + 0.5 * chosen @ B @ chosen
+        return new, QuadraticModelState(step + 1, new, chosen[0], chosen[1], predicted)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _minimise(B: jax.Array, slopes: jax.Array, fixed: list[jax.Array | None]) -> jax.Array:
+    """The (α, μ) that minimise ``slopesᵀx + ½ xᵀBx``; the fixed ones stay as they are."""
+    alpha, mu = fixed
+    if alpha is not None and mu is not None:
+        return jnp.stack([alpha, mu])
+    if alpha is not None:
+        return jnp.stack([alpha, -_over(slopes[1] + B[0, 1] * alpha, B[1, 1])])
+    if mu is not None:
+        return jnp.stack([-_over(slopes[0] + B[0, 1] * mu, B[0, 0]), mu])
+    # where the last step is zero or along the direction, the direction alone
+    scale = jnp.sqrt(jnp.maximum(jnp.diag(B), 0))
+    scale = jnp.where(scale > 0, scale, 1)
+    cosine = B[0, 1] / (scale[0] * scale[1])
+    free = (B[1, 1] > 0) & (cosine**2 < 1 - 1e-6)
+    b = -slopes / scale
+    below = jnp.where(free, 1 - cosine**2, 1)
+    both = jnp.stack([b[0] - cosine * b[1], b[1] - cosine * b[0]]) / below / scale
+    alone = jnp.stack([-_over(slopes[0], B[0, 0]), jnp.zeros_like(cosine)])
+    return jnp.where(free, both, alone)
+
+
+def _over(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a / b``, 0 where there is no curvature."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+    products = jax.tree.map(lambda x, y: jnp.sum(x.astype(float) * y.astype(float)), a, b)
+    return jax.tree.reduce(jnp.add, products, jnp.zeros((), float))

@@ -1,0 +1,61 @@
+"""The trust region as a transformation of its own: KL clipping of any update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.scalars import Scalar, at, check_positive
+from natgrad_jax.transforms.extra import needed
+
+
+def clip_by_trust_radius(
+    trust_radius: Scalar, loss_fn: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Scale an update Δ by ``min(1, √(κ / ΔᵀFΔ))``, F the exact Fisher of the batch.
+
+    ``½ ΔᵀFΔ`` is how far the predictive distribution moves, in nats (KL divergence, to second
+    order). Put it where updates have their final size, after momentum and the learning rate: it
+    takes any of them. (The ``trust_radius`` of :func:`natgrad_jax.kfac` has K-FAC's F, at no cost;
+    this one costs a forward pass.)
+
+    Args:
+      trust_radius: κ > 0; a float, an array or a schedule.
+      loss_fn: as for :func:`natgrad_jax.find_layers`; with the batch from the extra argument
+        ``args``: ``tx.update(grads, state, params, args=(batch,))``.
+
+    Raises:
+      ValueError: κ not positive; no ``params`` or ``args``.
+
+    Source: Ba et al. 2016, section 5; Martens & Grosse 2015, section 6.4 (exact products).
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.clip_by_trust_radius(1e-3, lambda params, batch: None)
+    """
+    check_positive(trust_radius=trust_radius)
+
+    def init_fn(params: optax.Params) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.ScaleByScheduleState,
+        params: optax.Params | None = None,
+        *,
+        args: Any = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+        del extra
+        needed("clip_by_trust_radius", params=params, args=args)
+        form = quadratic_forms(loss_fn, params, *args, vectors=[updates])[0, 0]
+        positive = jnp.where(form > 0, form, 1)
+        bound = jnp.sqrt(at(trust_radius, state.count) / positive)
+        scale = jnp.where(form > 0, jnp.minimum(1, bound), 1)
+        updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
