@@ -11,7 +11,6 @@ the same run: its steps against those that neither measure nor refresh.
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ import optax
 import race
 import report
 from autoencoder import ENCODERS, Problem, entropy, make_problem
-from optimizers import OPTIMIZERS, first_order, natural
+from optimizers import first_order, natural
 from rich.console import Console
 
 import natgrad_jax as ng
@@ -100,18 +99,15 @@ def problem_of(method: Method, plain: Problem) -> Any:
     return NormalizedProblem(NormalizedAutoencoder(plain.model.encoder), plain.images)
 
 
-def run(
-    name: str, rate: float, problem: Any, updates: int, batch_size: int, points: int
-) -> report.Run:
+def run(name: str, rate: float, problem: Any, updates: int, batch_size: int) -> report.Run:
     """One method at one rate: its curve and its times."""
     images = jnp.asarray(problem.images)
-    compiled = race.compile_step(problem, images, name, rate, batch_size)
+    make = METHODS[name].make if name in METHODS else whitened(never=True)
+    compiled = race.compile_step(problem, images, make, rate, batch_size)
     evaluated = jnp.asarray(race.evaluated_images(problem))
     evaluate = partial(jax.jit(lambda p, x: problem.loss_fn(p, x).value), x=evaluated)
     order = race.minibatches(len(images), batch_size, updates, seed=0)
-    start = time.perf_counter()
     curve = race.train(compiled, problem.init(0), images, order, 0, evaluate, lambda *_: None)
-    del start, points
     return report.Run(name, 0, rate, compiled.seconds, *curve)
 
 
@@ -119,7 +115,7 @@ def best_rate(name: str, problem: Any, args: argparse.Namespace, console: Consol
     """The rate of the lowest loss after a short run, and every loss that was seen."""
     losses = {}
     for rate in METHODS[name].rates:
-        found = run(name, rate, problem, args.search, args.batch_size, 10)
+        found = run(name, rate, problem, args.search, args.batch_size)
         losses[rate] = found.loss[-1]
         console.print(f"{name:>10} {rate:g}: {losses[rate]:.3f} after {found.steps[-1]} updates")
     finite = {rate: loss for rate, loss in losses.items() if np.isfinite(loss)}
@@ -130,7 +126,7 @@ def share(problem: Any, rate: float, args: argparse.Namespace) -> float:
     """The part of PRONG's run time that statistics and refreshes take."""
     seconds = {}
     for name in ("prong", "between"):
-        found = run(name, rate, problem, 2 * REFRESH_PERIOD, args.batch_size, 1)
+        found = run(name, rate, problem, 2 * REFRESH_PERIOD, args.batch_size)
         seconds[name] = found.seconds[-1] - found.seconds[1]  # the first step refreshes in both
     return 1 - seconds["between"] / seconds["prong"]
 
@@ -140,13 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     plain = make_problem(data.load_or_exit(args.data, args.data_dir))
     console = Console()
-    OPTIMIZERS.update({name: method.make for name, method in METHODS.items()})
-    OPTIMIZERS["between"] = whitened(never=True)
     searched, runs = {}, []
     for name, method in METHODS.items():
         problem = problem_of(method, plain)
         rate, searched[name] = best_rate(name, problem, args, console)
-        runs.append(run(name, rate, problem, args.updates, args.batch_size, 100))
+        runs.append(run(name, rate, problem, args.updates, args.batch_size))
         console.print(f"{name:>10} {rate:g}: {runs[-1].loss[-1]:.3f} after {args.updates} updates, "
                       f"{runs[-1].seconds[-1]:.1f} s")  # fmt: skip
     part = share(plain, runs[3].learning_rate, args)

@@ -97,7 +97,7 @@ def hidden_fisher(
 def condition(F: jax.Array) -> float:
     """The largest eigenvalue over the smallest that is not zero (batch normalization has some)."""
     values = np.linalg.eigvalsh(np.asarray(F))
-    return float(values[-1] / values[values > 1e-13 * values[-1]][0])
+    return float(values[-1] / values[values > 1e-10 * values[-1]][0])
 
 
 def curve(

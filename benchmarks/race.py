@@ -80,7 +80,9 @@ def race(problem: Problem, args: argparse.Namespace, console: Console) -> list[r
         for name in args.optimizers:
             bar = bars.add_task(name, total=args.steps * len(args.seeds), status="compiling")
             bars.refresh()
-            compiled = compile_step(problem, images, name, args.rates[name], args.batch_size)
+            compiled = compile_step(
+                problem, images, OPTIMIZERS[name], args.rates[name], args.batch_size
+            )
             for position, seed in enumerate(args.seeds):
                 show = shower(bars, bar, position * args.steps)
                 order = minibatches(len(images), args.batch_size, args.steps, seed)
@@ -95,12 +97,12 @@ def evaluated_images(problem: Problem) -> np.ndarray:
 
 
 def compile_step(
-    problem: Problem, images: jax.Array, name: str, rate: float, size: int
+    problem: Problem, images: jax.Array, make: Callable[..., Any], rate: float, size: int
 ) -> Compiled:
     """Compiles, and takes one step that is thrown away: what only a first call costs is paid."""
     start = time.perf_counter()
     params = problem.init(0)
-    contender = OPTIMIZERS[name](rate, problem.loss_fn, params, images[:size])
+    contender = make(rate, problem.loss_fn, params, images[:size])
 
     def step(params, opt_state, images, indices, i, key):
         return contender.step(params, opt_state, images[indices], jax.random.fold_in(key, i))

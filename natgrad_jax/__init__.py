@@ -24,6 +24,7 @@ from natgrad_jax.transforms.adaptive_damping import (
     bernacchia,
     levenberg_marquardt,
 )
+from natgrad_jax.transforms.adaptive_kfac import adaptive_kfac
 from natgrad_jax.transforms.ekfac import EKFACState, ekfac, scale_by_ekfac
 from natgrad_jax.transforms.in_coordinates import InCoordinatesState, in_coordinates
 from natgrad_jax.transforms.kfac import KFACState, kfac, scale_by_kfac
@@ -60,6 +61,7 @@ __all__ = [
     "WhitenedConv",
     "WhitenedDense",
     "adaptive_damping",
+    "adaptive_kfac",
     "bases",
     "bernacchia",
     "clip_by_trust_radius",

@@ -126,8 +126,12 @@ INNERS = {
 PERIOD, STEPS, EPSILON = 20, 50, 5e-2
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float64, 1e-10), (jnp.float32, 1e-6)])
-@pytest.mark.parametrize("name", INNERS)
+PATHS = [(name, jnp.float64, 1e-10) for name in INNERS] + [
+    (name, jnp.float32, 1e-6) for name in ("sgd", "momentum", "adam")
+]
+
+
+@pytest.mark.parametrize("name, dtype, tolerance", PATHS)
 def test_explicit_whitened_network_takes_the_same_path(
     name: str, dtype: Any, tolerance: float
 ) -> None:

@@ -202,7 +202,7 @@ networks = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(networks)
 def test_ekfac_is_never_further_than_kfac_for_random_networks(drawn: Any) -> None:
     jax.config.update("jax_enable_x64", True)

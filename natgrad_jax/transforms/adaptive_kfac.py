@@ -1,0 +1,74 @@
+"""K-FAC that chooses its damping, step size and momentum itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.scalars import Scalar
+from natgrad_jax.transforms.adaptive_damping import (
+    DampingRule,
+    adaptive_damping,
+    levenberg_marquardt,
+)
+from natgrad_jax.transforms.kfac import scale_by_kfac
+from natgrad_jax.transforms.quadratic_model import scale_by_quadratic_model
+
+
+def adaptive_kfac(
+    layers: Layers,
+    loss_fn: Callable[..., Any],
+    *,
+    rule: DampingRule | None = None,
+    initial: float = 1.0,
+    bounds: tuple[float, float] = (1e-8, 1e8),
+    l2: Scalar = 0.0,
+    statistics_period: Scalar = 1,
+    refresh_period: Scalar = 5,
+    **kwargs: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC without a learning rate: the whole method of Martens & Grosse.
+
+    :func:`scale_by_kfac`, then :func:`scale_by_quadratic_model` with the same λ, inside
+    :func:`adaptive_damping`. Nothing has to be tuned; meant for full batches, or batches that are
+    large or grow, since the quadratic model sees one batch only.
+
+    Args:
+      layers: from :func:`natgrad_jax.find_layers`.
+      loss_fn: the same loss.
+      rule: how λ follows, :func:`levenberg_marquardt` by default.
+      initial, bounds: of λ.
+      l2: coefficient of ``½ l2 ‖θ‖²`` in the objective.
+      statistics_period, refresh_period: as in :func:`scale_by_kfac`.
+      **kwargs: the others of :func:`scale_by_kfac`.
+
+    Returns:
+      A transformation with ``update(grads, state, params, *, statistics, value, value_fn, args)``,
+      as :func:`adaptive_damping`.
+
+    Raises:
+      ValueError: as those three.
+
+    Source: Martens & Grosse 2015, algorithm 2.
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.adaptive_kfac(ng.Layers({}), lambda params, batch: None)
+    """
+    check_layers(layers)
+
+    def make(damping: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_kfac(
+                layers,
+                damping,
+                statistics_period=statistics_period,
+                refresh_period=refresh_period,
+                **kwargs,
+            ),
+            scale_by_quadratic_model(loss_fn, damping=damping, l2=l2),
+        )
+
+    return adaptive_damping(
+        make, rule or levenberg_marquardt(), loss_fn, initial=initial, bounds=bounds
+    )
