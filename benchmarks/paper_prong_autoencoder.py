@@ -55,9 +55,9 @@ def whitened(plus: bool = False, never: bool = False) -> Callable[..., Any]:
 
 
 METHODS = {
-    "sgd": Method(first_order(optax.sgd), (0.003, 0.01, 0.03, 0.1)),
-    "rmsprop": Method(first_order(optax.rmsprop), (1e-4, 3e-4, 1e-3, 3e-3)),
-    "batch norm": Method(first_order(optax.sgd), (0.003, 0.01, 0.03, 0.1), normalized=True),
+    "sgd": Method(first_order(optax.sgd), (0.001, 0.003, 0.01)),
+    "rmsprop": Method(first_order(optax.rmsprop), (1e-4, 3e-4, 1e-3)),
+    "batch norm": Method(first_order(optax.sgd), (0.001, 0.003, 0.01, 0.03), normalized=True),
     "prong": Method(whitened(), (3e-4, 1e-3, 3e-3, 1e-2)),
     "prong+": Method(whitened(plus=True), (3e-4, 1e-3, 3e-3, 1e-2)),
 }
