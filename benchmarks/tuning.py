@@ -62,8 +62,9 @@ class Schedule(NamedTuple):
     sizes: tuple[int, ...]
     steps: int
 
-    def __iter__(self) -> Any:
-        return (size for size in self.sizes for _ in range(self.steps))
+    def batches(self) -> list[int]:
+        """The size of every batch."""
+        return [size for size in self.sizes for _ in range(self.steps)]
 
 
 def natural(problem: Any, make: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
@@ -105,7 +106,7 @@ def train(
     evaluate = jax.jit(lambda p: problem.loss_fn(p, evaluated).value)
     jitted = jax.jit(lambda p, s, indices, key: step(p, s, images[indices], key))
     params = problem.init(0)
-    state, sizes, random = init(params), list(schedule), np.random.default_rng(0)
+    state, sizes, random = init(params), schedule.batches(), np.random.default_rng(0)
     for size in dict.fromkeys(sizes):
         jax.block_until_ready(jitted(params, state, jnp.arange(size), jax.random.key(0)))
     found: dict[str, Any] = {"examples": [0], "seconds": [0.0], "loss": [float(evaluate(params))]}

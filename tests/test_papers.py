@@ -30,7 +30,8 @@ def test_conditioning(tmp_path: Path) -> None:
 
 def test_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENCODERS, "digits", (64, 12, 4))
-    monkeypatch.setattr(prong, "REFRESH_PERIOD", 2)
+    monkeypatch.setattr(prong, "EARLY", 2)
+    monkeypatch.setattr(prong, "PERIOD", 2)
     one_rate = {name: method._replace(rates=(1e-3,)) for name, method in prong.METHODS.items()}
     monkeypatch.setattr(prong, "METHODS", one_rate)
     prefix = tmp_path / "autoencoder"
@@ -59,7 +60,7 @@ def test_inverses(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "inverses.json").read_text())["summary"]
     errors = {row["way"]: row["error"] for row in found}
     assert all(errors[way] < 1e-3 for way in ("cholesky", "eigh", "woodbury", "sherman-morrison"))
-    assert errors["low rank"] < 0.5
+    assert errors["low rank"] < 0.7
 
 
 def test_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
