@@ -5,8 +5,8 @@
 Networks A (16 layers of 20), B (16 layers, 20 to 100 and back) and C (12 layers, 200 to 2 and back)
 on inputs of condition e⁵ and the targets of a random network of the same class with noise:
 
-1. with the exact expectations of the training set at α = 0.005: the slope of the logarithm of the
-   excess loss, against 2 ln(1 − α);
+1. with the exact expectations of 2000 training examples at α = 0.005: the slope of the logarithm of
+   the excess loss, against 2 ln(1 − α) (A and B, which have no bottleneck);
 2. with mini-batches of 1000 examples: the test loss against examples seen and seconds, against SGD
    with mini-batches of 20 at the best rate of a grid.
 
@@ -39,7 +39,7 @@ NETWORKS = {
     "C": (200, 80, 34, 20, 10, 5, 2, 5, 10, 20, 34, 80, 200),
 }
 NOISE = 1e-6
-ALPHA = 0.005  # of the exact expectations
+ALPHA, EXACT_EXAMPLES = 0.005, 2000  # of the exact expectations
 RATES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of SGD
 
 
@@ -106,7 +106,8 @@ def exact(task: Task, steps: int, seed: int) -> dict[str, Any]:
     """The excess training loss with exact expectations, and the slope of its logarithm."""
     params = start(task, seed)
     own = partial(loss_fn, task.model)
-    layers = ng.find_layers(own, params, task.train)
+    train = jax.tree.map(lambda a: a[:EXACT_EXAMPLES], task.train)
+    layers = ng.find_layers(own, params, train)
     tx = ng.ngd(ALPHA, layers, damping=0.0, inverse="eigh", cutoff=1e-11)
     grad_fn = ng.value_and_grad(own, layers, fisher="exact")
 
@@ -118,9 +119,9 @@ def exact(task: Task, steps: int, seed: int) -> dict[str, Any]:
 
     state, losses = tx.init(params), []
     for _ in range(steps):
-        params, state, loss = step(params, state, task.train)
+        params, state, loss = step(params, state, train)
         losses.append(float(loss))
-    excess = np.array(losses) - least(task, task.train)
+    excess = np.array(losses) - least(task, train)
     slopes = np.diff(np.log(excess))
     theory = 2 * np.log(1 - ALPHA)
     return {
@@ -206,9 +207,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     for (name, result), (line, marker) in zip(results.items(), report.STYLES, strict=False):
-        excess = np.array(result["exact"]["excess"])
         look = {"linestyle": line, "marker": marker, "markersize": 4}
-        axes[0].plot(excess / excess[0], label=name, markevery=max(len(excess) // 8, 1), **look)
+        if "exact" in result:
+            excess = np.array(result["exact"]["excess"])
+            axes[0].plot(excess / excess[0], label=name, markevery=max(len(excess) // 8, 1), **look)
         for ax, x in ((axes[1], "examples"), (axes[2], "seconds")):
             for method, color in (("ngd", "C0"), ("sgd", "C3")):
                 run = result["batches"][method]
@@ -244,11 +246,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with jax.enable_x64(True):
         for name in args.networks.split(","):
             task = make_task(NETWORKS[name], args.examples, 1000, seed=0)
-            result = {"exact": exact(task, args.steps, 0), "batches": compare(task, args)}
-            results[name] = result
-            slopes, runs = result["exact"], result["batches"]
-            console.print(f"{name}: slope {slopes['slope_over_theory']:.4f} of 2 ln(1 − α), worst "
-                          f"step {slopes['worst_step']:.2%} off")  # fmt: skip
+            result: dict[str, Any] = {"batches": compare(task, args)}
+            if min(NETWORKS[name]) == NETWORKS[name][0]:
+                result["exact"] = slopes = exact(task, args.steps, 0)
+                console.print(f"{name}: slope {slopes['slope_over_theory']:.4f} of 2 ln(1 − α), "
+                              f"worst step {slopes['worst_step']:.2%} off")  # fmt: skip
+            results[name], runs = result, result["batches"]
             for method in ("ngd", "sgd"):
                 run = runs[method]
                 console.print(f"   {method}: test loss {run['loss'][-1]:.6g} (least "

@@ -4,8 +4,8 @@
 
 Logistic units. SGD, RMSprop, SGD with batch normalization, PRONG and PRONG+ on the same
 minibatches, each at the best of its learning rates after a short search (training loss, seed 0),
-without momentum as in the paper's section 4.2. The share of PRONG's reparametrization in its run time is measured in
-the same run: its steps against those that neither measure nor refresh.
+without momentum as in the paper's section 4.2. The share of PRONG's reparametrization in its run
+time is measured in the same run: its steps against those that neither measure nor refresh.
 """
 
 import argparse
