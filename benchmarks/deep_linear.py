@@ -40,7 +40,7 @@ NETWORKS = {
 }
 NOISE = 1e-6
 ALPHA, EXACT_EXAMPLES = 0.005, 2000  # of the exact expectations
-RATES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of SGD
+RATES = (0.0003, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)  # of SGD
 
 
 class Linear(nn.Module):
@@ -241,8 +241,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[0].plot(steps, (1 - ALPHA) ** (2 * steps), "k:", label="(1 − α)²ᵗ")
     axes[0].set(xlabel=f"steps, α = {ALPHA}, exact expectations",
                 ylabel="excess training loss / at the start", yscale="log")  # fmt: skip
-    axes[1].set(xlabel="training examples seen", ylabel="test loss above the least that a network "
-                "of this class can reach (nats)", yscale="log")  # fmt: skip
+    axes[1].set(xlabel="training examples seen", ylabel="test loss above the least one (nats)",
+                yscale="log")  # fmt: skip
     axes[2].set(xlabel="seconds", yscale="log")
     for ax in axes:
         ax.grid(which="major", color="0.9")
