@@ -27,7 +27,8 @@ from natgrad_jax.transforms.adaptive_damping import (
 from natgrad_jax.transforms.adaptive_kfac import adaptive_kfac
 from natgrad_jax.transforms.ekfac import EKFACState, ekfac, scale_by_ekfac
 from natgrad_jax.transforms.in_coordinates import InCoordinatesState, in_coordinates
-from natgrad_jax.transforms.kfac import KFACState, kfac, scale_by_kfac
+from natgrad_jax.transforms.kfac import kfac, scale_by_kfac
+from natgrad_jax.transforms.kronecker import KFACState
 from natgrad_jax.transforms.ngd import linear_natural_gradient, ngd
 from natgrad_jax.transforms.prong import prong
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState, scale_by_quadratic_model

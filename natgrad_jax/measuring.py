@@ -71,6 +71,7 @@ def plan(layers: Layers, opt_state: Any, fisher: str) -> Plan:
     if asked and all(request.inputs_only for request, _ in asked):
         fisher = "none"
     forms = {request.approximation for request, _ in asked}
+    stride = min((request.stride for request, _ in asked), default=1)
     own = layers.approximate(forms.pop() if len(forms) == 1 else Approximation())
     both = None
     if len({request.approximation for request, _ in asked}) != 1:
@@ -90,7 +91,8 @@ def plan(layers: Layers, opt_state: Any, fisher: str) -> Plan:
         reduce = layer.approximation.weight_sharing == "reduce"
         wanted[path] = Wanted(None, layer) if reduce else Wanted(layer)
         if both is not None and layer.shares and layer.calls == 1:
-            wanted[path] = Wanted(layer, both[path])
+            wanted[path] = wanted[path]._replace(reduced=both[path])
+        wanted[path] = wanted[path]._replace(stride=stride)
     for request, state in with_moments if fisher != "none" else []:
         for path, layer in layers.approximate(request.approximation).items():
             if layer.block == "kronecker" and path in state.bases:

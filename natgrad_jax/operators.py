@@ -146,7 +146,9 @@ def operate(layer: Layer, operator: Any, x: jax.Array) -> jax.Array:
     x = _times(layer.input_side, operator.A, bias_of(operator), x)
     if layer.output_side is None or operator.G is None:
         return x
-    if layer.output_side.grouped or isinstance(operator.G, LowRank):
+    if isinstance(operator.G, LowRank):
+        return operator.G.apply_right(x)
+    if layer.output_side.grouped:
         return _times(layer.output_side, operator.G, None, x.mT).mT
     return jnp.matmul(x, operator.G, precision=jax.lax.Precision.HIGHEST)
 

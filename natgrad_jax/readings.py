@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.kinds.thinned import Thinned
 from natgrad_jax.layer import Layer
 from natgrad_jax.sums import (
     Rows,
@@ -23,13 +24,14 @@ class Wanted(NamedTuple):
 
     ``sums``: positions as examples; ``reduced``: positions summed first; ``moments``: squares of
     examples' gradients in the current eigenbasis. ``examples``: of one call, for ``reduced`` of a
-    layer that is called several times.
+    layer that is called several times. ``stride``: of the examples that are looked at.
     """
 
     sums: Layer | None
     reduced: Layer | None = None
     moments: Layer | None = None
     examples: int = 0
+    stride: int = 1
 
     @property
     def layer(self) -> Layer:
@@ -47,16 +49,25 @@ class Readings(NamedTuple):
 
 
 def read(wanted: Wanted, call: Any, x: Any, g: jax.Array, bases: Any) -> Readings:
-    """What one call with input ``x`` and output cotangent ``g`` adds."""
+    """What one call with input ``x`` and output cotangent ``g`` adds.
+
+    With a stride, what every such example adds, times all examples over those.
+    """
+    few = call if wanted.stride == 1 else Thinned(call, wanted.stride)
     sums = reduced = moments = None
     if wanted.sums is not None:
-        sums = measure(wanted.sums, call, x, g)
-    if wanted.reduced is not None:
-        of = measure if wanted.reduced.calls == 1 else measure_rows
-        reduced = of(wanted.reduced, call, x, g)
+        sums = measure(wanted.sums, few, x, g)
+    if wanted.reduced is not None and wanted.reduced.calls == 1:
+        reduced = measure(wanted.reduced, few, x, g)
     if wanted.moments is not None:
-        moments = measure_moments(wanted.moments, call, x, g, bases)
-    return Readings(sums, reduced, moments)
+        moments = measure_moments(wanted.moments, few, x, g, bases)
+    found = Readings(sums, reduced, moments)
+    if wanted.stride > 1:
+        n = jax.eval_shape(call.outputs, g).shape[0]
+        found = jax.tree.map(lambda s: s * (n / len(range(0, n, wanted.stride))), found)
+    if wanted.reduced is not None and wanted.reduced.calls > 1:  # rows of every example
+        found = found._replace(reduced=measure_rows(wanted.reduced, call, x, g))
+    return found
 
 
 def shapes(wanted: Wanted) -> Any:

@@ -17,11 +17,13 @@ Spelled = dict[str, tuple[()]]
 
 class Request(NamedTuple):
     """``approximation`` of the factors; ``moments``: whether squares in the current bases too;
-    ``inputs_only``: whether input factors alone, for which no Fisher pass is needed."""
+    ``inputs_only``: whether input factors alone, for which no Fisher pass is needed; ``stride``: of
+    the examples that are measured."""
 
     approximation: Approximation = Approximation()
     moments: bool = False
     inputs_only: bool = False
+    stride: int = 1
 
 
 def spell(request: Request) -> Spelled:
@@ -33,6 +35,8 @@ def spell(request: Request) -> Spelled:
     usual = Approximation()._asdict()
     chosen = {k: v for k, v in request.approximation._asdict().items() if v != usual[k]}
     flags = {"moments": request.moments, "inputs_only": request.inputs_only}
+    if request.stride > 1:
+        chosen["stride"] = request.stride
     return {f"{k}={v}": () for k, v in chosen.items()} | {k: () for k, v in flags.items() if v}
 
 
@@ -43,7 +47,20 @@ def parse(spelled: Spelled) -> Request:
         values["group_size"] = int(values["group_size"])
     if "centred" in values:
         values["centred"] = values["centred"] == "True"
-    return Request(Approximation(**values), "moments" in spelled, "inputs_only" in spelled)
+    stride = int(values.pop("stride", 1))
+    return Request(Approximation(**values), "moments" in spelled, "inputs_only" in spelled, stride)
+
+
+def stride_of(fraction: Any) -> int:
+    """``statistics_fraction`` as a stride; raises ValueError where it is none."""
+    known = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if not known or not 0 < fraction <= 1:
+        raise ValueError(
+            "statistics_fraction is the part of a batch that statistics are measured on, a number "
+            f"in (0, 1], known when the transformation is made; got {fraction!r}. (Under "
+            "optax.inject_hyperparams name it in static_args.)"
+        )
+    return max(round(1 / fraction), 1)
 
 
 def states(opt_state: Any) -> list[Any]:

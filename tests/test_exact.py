@@ -255,3 +255,28 @@ def test_approximations(case: Case, how: Approximation, float64: None) -> None:
 @pytest.mark.parametrize("distribution", ["bernoulli", "gaussian"])
 def test_other_distributions(distribution: str, fisher: str, float64: None) -> None:
     check(CASES[0], "linen", distribution, fisher, jnp.float64, 1e-10)
+
+
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=lambda c: c.name)
+def test_statistics_of_every_second_example_stand_for_all(case: Case, float64: None) -> None:
+    setup = build(case, "linen", "categorical", jnp.float64)
+    layers = ng.find_layers(setup.loss_fn, setup.params, setup.batch)
+    grad_fn = jax.jit(ng.value_and_grad(setup.loss_fn, layers, fisher="empirical"))
+
+    def measured(fraction: float, batch: Any) -> Any:
+        state = ng.scale_by_ekfac(layers, statistics_fraction=fraction).init(setup.params)
+        _, grads, statistics = grad_fn(setup.params, batch, opt_state=state)
+        return grads, (statistics.layers, statistics.moments), statistics.examples
+
+    with_others = jax.tree.map(lambda x: jnp.repeat(x, 2, 0).at[1::2].set(x[::-1]), setup.batch)
+    grads, thinned, examples = measured(0.5, with_others)
+    _, whole, half = measured(1.0, setup.batch)
+    all_grads, _, _ = measured(1.0, with_others)
+    assert examples == 2 * half
+    for ours, wanted in zip(jax.tree.leaves(thinned), jax.tree.leaves(whole), strict=True):
+        assert_close(ours, 2 * wanted)
+    jax.tree.map(assert_close, grads, all_grads)
+
+
+def assert_close(ours: jax.Array, wanted: jax.Array) -> None:
+    assert oracle.relative(np.asarray(ours), np.asarray(wanted)) <= 1e-10

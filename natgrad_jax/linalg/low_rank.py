@@ -33,6 +33,12 @@ class LowRank(NamedTuple):
         outside = jnp.matmul(self.V, inside, precision=_PRECISION)
         return outside + self.shift[..., None, None] * x
 
+    def apply_right(self, x: jax.Array) -> jax.Array:
+        """``x (*batch, m, n)`` times it."""
+        inside = jnp.matmul(x, self.V, precision=_PRECISION) * self.gains[..., None, :]
+        outside = jnp.matmul(inside, self.V.mT, precision=_PRECISION)
+        return outside + self.shift[..., None, None] * x
+
 
 def subspace(factor: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Approximate leading eigenpairs of F: one step of subspace iteration and Rayleigh–Ritz.

@@ -14,7 +14,7 @@ from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import identities
 from natgrad_jax.paths import Path
-from natgrad_jax.requests import Request, Spelled, spell
+from natgrad_jax.requests import Request, Spelled, spell, stride_of
 from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates, squares
@@ -55,6 +55,7 @@ def scale_by_ekfac(
     *,
     decay: Scalar = 0.95,
     statistics_period: Scalar = 3,
+    statistics_fraction: float = 1.0,
     refresh_period: Scalar = 20,
     moments: str = "intra_batch",
     basis: str = "eigh",
@@ -87,6 +88,8 @@ def scale_by_ekfac(
         factors as K-FAC's.
       decay: of factors and of S: new = decay · old + (1 − decay) · batch, bias-corrected.
       statistics_period: steps from one measurement to the next; the first step always measures.
+      statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
+        example of each layer's, k the nearest whole number to its inverse.
       refresh_period: steps from one basis to the next; the first step always finds one.
       moments: ``"intra_batch"``: squares of the examples' gradients in the current bases, each time
         statistics are measured; value_and_grad needs this state as ``opt_state``. (A layer called
@@ -124,7 +127,7 @@ def scale_by_ekfac(
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
     chosen = approximation(convolution, group_size, weight_sharing)
-    request = Request(chosen, moments == "intra_batch")
+    request = Request(chosen, moments == "intra_batch", stride=stride_of(statistics_fraction))
     layers = layers.approximate(chosen)
     how = Refresh(basis, basis_tolerance)
 
@@ -172,6 +175,7 @@ def ekfac(
     damping: Scalar = 1e-2,
     decay: Scalar = 0.95,
     statistics_period: Scalar = 3,
+    statistics_fraction: float = 1.0,
     refresh_period: Scalar = 20,
     moments: str = "intra_batch",
     basis: str = "eigh",
@@ -191,8 +195,8 @@ def ekfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, refresh_period, moments, basis, basis_tolerance,
-        convolution, group_size, weight_sharing: as in :func:`scale_by_ekfac`.
+      damping, decay, statistics_period, statistics_fraction, refresh_period, moments, basis,
+        basis_tolerance, convolution, group_size, weight_sharing: as in :func:`scale_by_ekfac`.
       momentum: decay of the heavy-ball trace of preconditioned gradients.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
@@ -215,6 +219,7 @@ def ekfac(
         damping,
         decay=decay,
         statistics_period=statistics_period,
+        statistics_fraction=statistics_fraction,
         refresh_period=refresh_period,
         moments=moments,
         basis=basis,

@@ -1,53 +1,15 @@
 """K-FAC: natural gradient with one Kronecker product a layer."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages
 from natgrad_jax.approximations import approximation
-from natgrad_jax.averages import Factors
-from natgrad_jax.clock import Clock, due, start, tick
 from natgrad_jax.damping_rules import split
-from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.operators import (
-    Inversion,
-    followed,
-    identities,
-    inverses,
-    inversion,
-    keep_finite,
-    operate,
-)
-from natgrad_jax.paths import Path
-from natgrad_jax.requests import Request, Spelled, spell
-from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
-from natgrad_jax.statistics import Statistics
-from natgrad_jax.transforms import blocks, estimates
+from natgrad_jax.operators import inversion
+from natgrad_jax.requests import Request, stride_of
+from natgrad_jax.scalars import Scalar, check_positive
 from natgrad_jax.transforms.alias import descent, per_squared_rate
-
-
-class KFACState(NamedTuple):
-    """State of :func:`scale_by_kfac`; dictionaries by layer path, or parameter path if leftover.
-
-    ``damping``: λ of the last step, ``()``. ``bases``: damped inverses of the factors as of the
-    last refresh. ``request``: what it asks of the backward pass, without arrays. The other fields
-    are those of :class:`~natgrad_jax.transforms.estimates.Estimates`.
-    """
-
-    clock: Clock
-    damping: jax.Array
-    factors: dict[Path, Factors]
-    weights: dict[Path, jax.Array]
-    bases: dict[Path, Factors]
-    diagonal: dict[Path, jax.Array]
-    diagonal_weights: dict[Path, jax.Array]
-    rejected: jax.Array
-    request: Spelled
+from natgrad_jax.transforms.kronecker import Rules, kronecker
 
 
 def scale_by_kfac(
@@ -56,6 +18,7 @@ def scale_by_kfac(
     *,
     decay: Scalar = 0.95,
     statistics_period: Scalar = 10,
+    statistics_fraction: float = 1.0,
     refresh_period: Scalar = 20,
     convolution: str = "kfc",
     group_size: int | None = None,
@@ -82,6 +45,8 @@ def scale_by_kfac(
       decay: of the factors: factor = decay · old + (1 − decay) · batch, bias-corrected; 0 is this
         batch alone.
       statistics_period: steps from one measurement to the next; the first step always measures.
+      statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
+        example of each layer's, k the nearest whole number to its inverse.
       refresh_period: steps from one inversion to the next; the first step always inverts.
       convolution: ``"kfc"``, the covariance of whole patches, or ``"sua"``, of channels alone:
         ``A ≈ I ⊗ C``, C averaged over the places of a patch, the bias apart.
@@ -118,7 +83,10 @@ def scale_by_kfac(
     """
     check_layers(layers)
     check_positive(damping=damping)
-    request = Request(approximation(convolution, group_size, weight_sharing))
+    request = Request(
+        approximation(convolution, group_size, weight_sharing),
+        stride=stride_of(statistics_fraction),
+    )
     rules = Rules(
         "scale_by_kfac",
         request,
@@ -133,63 +101,6 @@ def scale_by_kfac(
     return kronecker(layers, rules)
 
 
-class Rules(NamedTuple):
-    """What one Kronecker-factored preconditioner is made of; ``divide``: λ between the factors."""
-
-    name: str
-    request: Request
-    inversion: Inversion
-    divide: Callable[..., tuple[jax.Array, jax.Array]]
-    damping: Scalar
-    decay: Scalar
-    statistics_period: Scalar
-    refresh_period: Scalar
-    trust_radius: Scalar | None
-
-
-def kronecker(layers: Layers, rules: Rules) -> optax.GradientTransformationExtraArgs:
-    """Precondition by damped inverses of Kronecker factors: what K-FAC and NGD share."""
-    radius = rules.trust_radius
-    check_positive(trust_radius=1 if radius is None else radius)
-    check_period(statistics_period=rules.statistics_period, refresh_period=rules.refresh_period)
-    check_fraction(decay=rules.decay)
-    layers = layers.approximate(rules.request.approximation)
-
-    def init_fn(params: optax.Params) -> KFACState:
-        del params  # shapes come from the layers: params may be placeholders
-        # one compiled program: op by op, every shape would compile on its own
-        return jax.jit(lambda: _initial_state(layers, rules))()
-
-    def update_fn(
-        updates: optax.Updates,
-        state: KFACState,
-        params: optax.Params | None = None,
-        *,
-        statistics: Statistics | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, KFACState]:
-        del params, extra
-        blocks.check_statistics(statistics, layers, rules.name)
-        assert statistics is not None
-        step = state.clock.step
-        lam = at(rules.damping, step)
-        before = state.weights
-        state = estimates.update(state, statistics, layers, at(rules.decay, step))
-        if rules.inversion.method == "woodbury":
-            state = _follow(state, before, statistics, layers, rules)
-        # what was measured for the first time is inverted now, not a period later
-        refresh = due(step, at(rules.refresh_period, step))
-        refresh |= estimates.first_seen(before, state.weights)
-        state = _refresh(state, layers, lam, refresh, rules)
-        updates, quadratic = _precondition(updates, state, layers, lam)
-        if radius is not None:
-            updates = blocks.trust_region(updates, layers, quadratic, at(radius, step))
-        clock = tick(state.clock, at(rules.statistics_period, step + 1))
-        return updates, state._replace(clock=clock, damping=lam)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
 def kfac(
     learning_rate: Scalar,
     layers: Layers,
@@ -197,6 +108,7 @@ def kfac(
     damping: Scalar = 1e-2,
     decay: Scalar = 0.95,
     statistics_period: Scalar = 10,
+    statistics_fraction: float = 1.0,
     refresh_period: Scalar = 20,
     convolution: str = "kfc",
     group_size: int | None = None,
@@ -215,8 +127,8 @@ def kfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, refresh_period, convolution, group_size, weight_sharing,
-        inverse, rank: as in :func:`scale_by_kfac`.
+      damping, decay, statistics_period, statistics_fraction, refresh_period, convolution,
+        group_size, weight_sharing, inverse, rank: as in :func:`scale_by_kfac`.
       momentum: decay of the heavy-ball trace of preconditioned gradients.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
@@ -239,6 +151,7 @@ def kfac(
         damping,
         decay=decay,
         statistics_period=statistics_period,
+        statistics_fraction=statistics_fraction,
         refresh_period=refresh_period,
         convolution=convolution,
         group_size=group_size,
@@ -248,73 +161,3 @@ def kfac(
         trust_radius=per_squared_rate(trust_radius, learning_rate),
     )
     return descent(preconditioner, learning_rate, momentum, weight_decay)
-
-
-def _initial_state(layers: Layers, rules: Rules) -> KFACState:
-    return KFACState(
-        clock=start(),
-        damping=at(rules.damping, jnp.zeros((), jnp.int32)),
-        bases={path: identities(layer, rules.inversion) for path, layer in layers.items()},
-        request=spell(rules.request),
-        **estimates.start(layers)._asdict(),
-    )
-
-
-def _follow(
-    state: KFACState,
-    before: dict[Path, jax.Array],
-    statistics: Statistics,
-    layers: Mapping[Path, Layer],
-    rules: Rules,
-) -> KFACState:
-    """Inverses that have seen this batch too, by updates of low rank."""
-    rank = rules.inversion.rank
-    assert rank is not None
-
-    def seen() -> dict[Path, Factors]:
-        bases = {}
-        for path, layer in layers.items():
-            old = state.bases[path]
-            if layer.output_side is None:
-                bases[path] = old
-                continue
-            sums = estimates.sums_for(layer, statistics)
-            batch, good = averages.batch_factors(layer, sums, statistics.examples)
-            decay = at(rules.decay, state.clock.step)
-            rate, _ = averages.rate(before[path], decay, good & (before[path] > 0))
-            new = followed(layer, old, batch, rate, rank)
-            bases[path], _ = keep_finite(layer, new, old, state.weights[path])
-        return bases
-
-    bases = jax.lax.cond(statistics.examples > 0, seen, lambda: state.bases)
-    return state._replace(bases=bases)
-
-
-def _refresh(
-    state: KFACState,
-    layers: Mapping[Path, Layer],
-    lam: jax.Array,
-    is_due: jax.Array,
-    rules: Rules,
-) -> KFACState:
-    """Inverses of the current factors, where due; the last ones where that fails."""
-
-    def refreshed() -> tuple[dict[Path, Factors], jax.Array]:
-        bases, rejected = {}, state.rejected
-        for path, layer in layers.items():
-            old = state.bases[path]
-            new = inverses(layer, state.factors[path], lam, old, rules.inversion, rules.divide)
-            bases[path], bad = keep_finite(layer, new, old, state.weights[path])
-            rejected += bad
-        return bases, rejected
-
-    bases, rejected = jax.lax.cond(is_due, refreshed, lambda: (state.bases, state.rejected))
-    return state._replace(bases=bases, rejected=rejected)
-
-
-def _precondition(
-    updates: optax.Updates, state: KFACState, layers: Layers, lam: jax.Array
-) -> tuple[optax.Updates, jax.Array]:
-    """The natural gradient, and ``Δᵀ∇ = ΔᵀFΔ`` of the damped F."""
-    of_layer = lambda path, gradient: operate(layers[path], state.bases[path], gradient)
-    return blocks.map_blocks(updates, layers, of_layer, estimates.over_diagonal(state, lam))

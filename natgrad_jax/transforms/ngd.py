@@ -10,10 +10,10 @@ from natgrad_jax.approximations import approximation
 from natgrad_jax.damping_rules import equal
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import inversion
-from natgrad_jax.requests import Request
+from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.scalars import Scalar, at, check_not_negative
 from natgrad_jax.transforms.alias import descent, per_squared_rate
-from natgrad_jax.transforms.kfac import Rules, kronecker
+from natgrad_jax.transforms.kronecker import Rules, kronecker
 
 
 def ngd(
@@ -23,6 +23,7 @@ def ngd(
     damping: Scalar = 1e-3,
     decay: Scalar = 0.0,
     statistics_period: Scalar = 1,
+    statistics_fraction: float = 1.0,
     refresh_period: Scalar = 1,
     inverse: str = "cholesky",
     rank: int | None = None,
@@ -48,8 +49,8 @@ def ngd(
       learning_rate: α, 1 in the paper's nonlinear networks.
       layers: from :func:`natgrad_jax.find_layers`; L counts those with a Kronecker block.
       damping: λ ≥ 0, in the units of the Fisher; 0 only with ``inverse="eigh"``.
-      decay, statistics_period, refresh_period, convolution, group_size, weight_sharing: as in
-        :func:`natgrad_jax.scale_by_kfac`.
+      decay, statistics_period, statistics_fraction, refresh_period, convolution, group_size,
+        weight_sharing: as in :func:`natgrad_jax.scale_by_kfac`.
       inverse: ``"cholesky"``; ``"eigh"``, which gives Moore–Penrose inverses; ``"low_rank"`` and
         ``"woodbury"`` as in :func:`natgrad_jax.scale_by_kfac` (the latter with a decay).
       rank: for the last two.
@@ -81,7 +82,10 @@ def ngd(
     count = max(sum(layer.block == "kronecker" for layer in layers.values()), 1)
     rules = Rules(
         "ngd",
-        Request(approximation(convolution, group_size, weight_sharing)),
+        Request(
+            approximation(convolution, group_size, weight_sharing),
+            stride=stride_of(statistics_fraction),
+        ),
         inversion(inverse, rank, cutoff),
         equal,
         damping,
