@@ -6,7 +6,6 @@ paper's letters ``U = diag(s) Qᵀ``.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from natgrad_jax.averages import zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.eigenbasis import eigenbasis
+from natgrad_jax.linalg.stacking import Problem, Solving, alone
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -43,16 +43,18 @@ class Coordinates(NamedTuple):
         return self.A_scale[..., :, None] * self.A.mT
 
 
-def white_inputs(layer: Layer, factors: Any, epsilon: jax.Array) -> Coordinates:
+def white_inputs(layer: Layer, factors: Any, epsilon: jax.Array) -> Solving[Coordinates]:
     """``c = E[h]``, ``E[(h−c)(h−c)ᵀ] = Ũ diag(σ) Ũᵀ``, ``L_A = Ũ diag(σ + ε)^{-1/2}``.
 
-    A layer without bias cannot take a centre back: there c = 0.
+    A layer without bias cannot take a centre back: there c = 0. A computation for
+    :func:`~natgrad_jax.linalg.stacking.solve`, as the next two.
     """
     second, mean = _second_and_mean(layer, factors.A)
-    return Coordinates(*_white(layer.input_side.diagonal, second, epsilon), mean)
+    solutions = yield [] if layer.input_side.diagonal else [Problem(eigenbasis, (second,))]
+    return Coordinates(*_white(second, epsilon, solutions), mean)
 
 
-def white_sides(layer: Layer, factors: Any, epsilon: jax.Array) -> Coordinates:
+def white_sides(layer: Layer, factors: Any, epsilon: jax.Array) -> Solving[Coordinates]:
     """The inputs as in :func:`white_inputs`, and ``L_G`` the same of ``G = E[g gᵀ]``.
 
     ε is divided between the two as K-FAC's λ, so that plain gradient descent in these coordinates
@@ -64,21 +66,24 @@ def white_sides(layer: Layer, factors: Any, epsilon: jax.Array) -> Coordinates:
     on_a, on_g = split(
         second.mean(-1) if diagonal else mean_of(second), mean_of(factors.G), epsilon
     )
-    return Coordinates(*_white(diagonal, second, on_a), mean, *_white(False, factors.G, on_g))
+    wanted = [factors.G] if diagonal else [factors.G, second]
+    of_g, *of_a = yield [Problem(eigenbasis, (factor,)) for factor in wanted]
+    return Coordinates(*_white(second, on_a, of_a), mean, *_white(factors.G, on_g, [of_g]))
 
 
-def eigenbases(layer: Layer, factors: Any, epsilon: jax.Array) -> Coordinates:
+def eigenbases(layer: Layer, factors: Any, epsilon: jax.Array) -> Solving[Coordinates]:
     """The Kronecker eigenbasis: ``L_A = Q_A``, ``L_G = Q_G``, no scale and no centre."""
     del epsilon
-    A = None if layer.input_side.diagonal else eigenbasis(factors.A)[0]
-    return Coordinates(A, G=eigenbasis(factors.G)[0])
+    wanted = [factors.G] if layer.input_side.diagonal else [factors.G, factors.A]
+    of_g, *of_a = yield [Problem(eigenbasis, (factor,)) for factor in wanted]
+    return Coordinates(of_a[0][0] if of_a else None, G=of_g[0])
 
 
 class Choice(NamedTuple):
     """What coordinates need: ``find`` them from the factors; whether the factors are ``centred``,
     whether gradients are needed too (``outputs``), and whether every batch is ``rescaled``."""
 
-    find: Callable[[Layer, Any, jax.Array], Coordinates] | None
+    find: Callable[[Layer, Any, jax.Array], Solving[Coordinates]] | None
     outputs: bool = False
     centred: bool = True
     rescaled: bool = False
@@ -102,8 +107,8 @@ def applies(layer: Layer) -> bool:
 def start(layer: Layer, choice: Choice) -> Coordinates:
     """Coordinates in the form of ``choice`` that change nothing."""
     assert choice.find is not None
-    zeros = zero_factors(layer, not choice.outputs)
-    form = jax.eval_shape(partial(choice.find, layer), zeros, jnp.zeros(()))
+    find, zeros = choice.find, zero_factors(layer, not choice.outputs)
+    form = jax.eval_shape(lambda f, epsilon: alone(find(layer, f, epsilon)), zeros, jnp.zeros(()))
     eye = lambda x: (
         None if x is None else jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
     )
@@ -194,11 +199,12 @@ def _second_and_mean(layer: Layer, A: jax.Array) -> tuple[jax.Array, jax.Array |
 
 
 def _white(
-    diagonal: bool, second: jax.Array, epsilon: jax.Array
+    second: jax.Array, epsilon: jax.Array, solutions: list[Any]
 ) -> tuple[jax.Array | None, jax.Array]:
-    if diagonal:
+    """Basis and scale, of a diagonal where there is no eigenbasis among the solutions."""
+    if not solutions:
         return None, _root(second, epsilon)
-    basis, values = eigenbasis(second)
+    basis, values = solutions[0]
     return basis, _root(values, epsilon)
 
 

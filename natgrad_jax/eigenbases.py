@@ -9,6 +9,7 @@ from natgrad_jax.averages import bias_of, pair
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.eigenbasis import eigenbasis
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
+from natgrad_jax.linalg.stacking import Problem, Solving
 from natgrad_jax.sides import Side
 
 
@@ -26,38 +27,66 @@ class Refresh(NamedTuple):
 
 def eigenbases(
     layer: Layer, factors: Any, old: Any, first: jax.Array, how: Refresh
-) -> tuple[Any, jax.Array]:
+) -> Solving[tuple[Any, jax.Array]]:
     """The bases of A and G, and the eigenvalue products at every packed coordinate.
 
-    ``old`` are the last bases; where any element of the stack has none yet (``first``, ``()``),
-    ``eigh`` is taken.
+    ``old`` are the last bases; elements of the stack that have none yet (``first``, ``(*stack,)``)
+    take ``eigh``. A computation for :func:`~natgrad_jax.linalg.stacking.solve`.
     """
-    Q_A, d_A = _of_side(layer.input_side, factors.A, old.A, first, how)
-    on_rows = layer.input_side.spread(d_A, bias_of(factors))
-    if layer.output_side is None:
-        return pair(Q_A), on_rows[..., None]
-    Q_G, d_G = _of_side(layer.output_side, factors.G, old.G, first, how)
-    on_columns = layer.output_side.spread(d_G, None)
+    sides = [layer.input_side] + ([layer.output_side] if layer.output_side is not None else [])
+    given = list(zip(sides, factors, old, strict=False))
+    solutions = iter(
+        (yield [_problem(*each, first, how) for each in given if not each[0].diagonal])
+    )
+    found = [
+        (jnp.ones_like(factor), factor) if side.diagonal else next(solutions)
+        for side, factor, _ in given
+    ]
     bias = bias_of(factors)
-    bases = pair(Q_A, Q_G, None if bias is None else jnp.ones_like(bias))
+    on_rows = layer.input_side.spread(found[0][1], bias)
+    if layer.output_side is None:
+        return pair(found[0][0]), on_rows[..., None]
+    on_columns = layer.output_side.spread(found[1][1], None)
+    bases = pair(found[0][0], found[1][0], None if bias is None else jnp.ones_like(bias))
     return bases, on_rows[..., :, None] * on_columns[..., None, :]
 
 
-def _of_side(
+def _problem(
     side: Side, factor: jax.Array, old: jax.Array, first: jax.Array, how: Refresh
+) -> Problem:
+    if how == Refresh():
+        return Problem(eigenbasis, (factor,))
+    lead = factor.shape[:-2]
+    first = jnp.broadcast_to(jnp.expand_dims(first, tuple(range(first.ndim, len(lead)))), lead)
+    return Problem(renewed, (factor, old, first), tuple(how._asdict().items()))
+
+
+def renewed(
+    factor: jax.Array, old: jax.Array, first: jax.Array, method: str, tolerance: float | None
 ) -> tuple[jax.Array, jax.Array]:
-    if side.diagonal:
-        return jnp.ones_like(factor), factor
+    """The basis of each factor and what the factor is along it, from the last basis.
 
-    def renew(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if how.method == "eigh":
+    Work is spared where all matrices of the batch allow it.
+    """
+
+    def renew() -> tuple[jax.Array, jax.Array]:
+        if method == "eigh":
             return eigenbasis(factor)
-        return jax.lax.cond(first, eigenbasis, lambda f: refine(f, old), factor)
+        return jax.lax.cond(jnp.any(first), _first_or_refined, refine, factor, old)
 
-    if how.tolerance is None:
-        return renew(factor)
-    keep = ~first & jnp.all(off_diagonal(factor, old) <= how.tolerance)
-    return jax.lax.cond(keep, lambda f: (old, _along(f, old)), renew, factor)
+    def _first_or_refined(factor: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _where(first, eigenbasis(factor), refine(factor, old))
+
+    if tolerance is None:
+        return renew()
+    keep = ~first & (off_diagonal(factor, old) <= tolerance)
+    kept = (old, _along(factor, old))
+    return jax.lax.cond(jnp.all(keep), lambda: kept, lambda: _where(keep, kept, renew()))
+
+
+def _where(choose: jax.Array, yes: Any, no: Any) -> Any:
+    wide = lambda x: jnp.expand_dims(choose, tuple(range(choose.ndim, x.ndim)))
+    return jax.tree.map(lambda a, b: jnp.where(wide(a), a, b), yes, no)
 
 
 def _along(factor: jax.Array, basis: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.linalg.low_rank import LowRank, low_rank_inverse, random_start
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
+from natgrad_jax.linalg.stacking import Problem, Solving
 from natgrad_jax.linalg.woodbury import root, woodbury
 from natgrad_jax.sides import Side
 
@@ -80,39 +81,51 @@ def inverses(
     old: Any = None,
     how: Inversion = CHOLESKY,
     divide: Callable[..., tuple[jax.Array, jax.Array]] = split,
-) -> Any:
+) -> Solving[Any]:
     """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; ``(F + λ I)⁻¹`` of a block with one matrix.
 
     ``divide`` splits λ between the factors by their mean eigenvalues; ``old`` are the last
-    inverses, from which those of low rank start.
+    inverses, from which those of low rank start. A computation for
+    :func:`~natgrad_jax.linalg.stacking.solve`.
     """
     if layer.output_side is None or factors.G is None:
-        lead = factors.A.shape[:-2]
+        on_f = jnp.broadcast_to(damping, factors.A.shape[:-2]).astype(factors.A.dtype)
         exact = pseudo_inverse if how.method == "eigh" else damped_inverse
-        return pair(exact(factors.A, jnp.broadcast_to(damping, lead)))
+        (found,) = yield [Problem(exact, (factors.A, on_f))]
+        return pair(found)
     bias = bias_of(factors)
-    on_a, on_g = divide(
+    dampings = divide(
         layer.input_side.trace(factors.A, bias) / layer.input_side.size,
         layer.output_side.trace(factors.G, None) / layer.output_side.size,
         damping,
     )
-    return pair(
-        _inverse(layer.input_side, factors.A, on_a, None if old is None else old.A, how),
-        _inverse(layer.output_side, factors.G, on_g, None if old is None else old.G, how),
-        None if bias is None else _reciprocal(bias + on_a),
+    sides = (layer.input_side, layer.output_side)
+    starts = (None, None) if old is None else (old.A, old.G)
+    problems = [
+        _problem(*each, how)
+        for each in zip(sides, (factors.A, factors.G), dampings, starts, strict=True)
+        if not each[0].diagonal
+    ]
+    solutions = iter((yield problems))
+    A, G = (
+        _reciprocal(factor + _over_columns(on, factor)) if side.diagonal else next(solutions)
+        for side, factor, on in zip(sides, (factors.A, factors.G), dampings, strict=True)
     )
+    return pair(A, G, None if bias is None else _reciprocal(bias + dampings[0]))
 
 
-def _inverse(side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: Inversion) -> Any:
+def _problem(side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: Inversion) -> Any:
     damping = damping.astype(factor.dtype)
-    if side.diagonal:
-        return _reciprocal(factor + damping[..., None])
     damping = jnp.broadcast_to(damping[..., None] if side.grouped else damping, factor.shape[:-2])
     if how.low_rank(side):
-        return low_rank_inverse(factor, damping, old.V)
+        return Problem(low_rank_inverse, (factor, damping, old.V))
     if how.method == "eigh":
-        return pseudo_inverse(factor, damping, how.cutoff)
-    return damped_inverse(factor, damping)
+        return Problem(pseudo_inverse, (factor, damping), (("cutoff", how.cutoff),))
+    return Problem(damped_inverse, (factor, damping))
+
+
+def _over_columns(damping: jax.Array, factor: jax.Array) -> jax.Array:
+    return damping.astype(factor.dtype)[..., None]
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.kinds.conv import conv, padded
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.paths import Path
 from natgrad_jax.scalars import check_positive
 from natgrad_jax.statistics import Statistics
@@ -54,7 +55,7 @@ def whitening(
     for path, layer in own.items():
         factors, _ = batch_factors(layer, statistics.layers[path], statistics.examples)
         found[path] = charts.white_inputs(layer, factors, jnp.asarray(epsilon, float))
-    return found
+    return solve(found)
 
 
 def whiten(

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -52,11 +52,21 @@ def loss_fn(params: Any, batch: Any) -> ng.Loss:
 
 # EKFAC in groups small enough that no factor has a null space (there a basis is any, and so are its
 # moments), and in float64: the gap between two eigenvalues magnifies what rounding leaves apart
+class Contender(NamedTuple):
+    make: Any
+    dtype: Any
+    divided: bool  # whether the devices divide refreshes among them
+
+
 TRANSFORMATIONS = {
-    "kfac": (ng.kfac, jnp.float32),
-    "ekfac": (
+    "kfac": Contender(ng.kfac, jnp.float32, False),
+    "kfac, thinned, in turn, divided": Contender(
+        partial(ng.kfac, statistics_fraction=0.5, spread=True), jnp.float32, True
+    ),
+    "ekfac, divided": Contender(
         partial(ng.ekfac, convolution="sua", group_size=4, weight_sharing="reduce"),
         jnp.float64,
+        True,
     ),
 }
 TOLERANCES = {jnp.float32: {"rtol": 1e-4, "atol": 1e-5}, jnp.float64: {"rtol": 1e-9, "atol": 1e-9}}
@@ -64,12 +74,14 @@ TOLERANCES = {jnp.float32: {"rtol": 1e-4, "atol": 1e-5}, jnp.float64: {"rtol": 1
 
 @pytest.fixture(scope="module", params=TRANSFORMATIONS)
 def problem(request: Any) -> Any:
-    make, dtype = TRANSFORMATIONS[request.param]
-    with jax.enable_x64(dtype == jnp.float64):
-        yield make_problem(make, dtype)
+    contender = TRANSFORMATIONS[request.param]
+    with jax.enable_x64(contender.dtype == jnp.float64):
+        yield make_problem(contender)
 
 
-def make_problem(make: Any, dtype: Any) -> Any:
+def make_problem(contender: Contender) -> Any:
+    """The layers, from devices to a transformation, parameters and a batch."""
+    dtype = contender.dtype
     random = np.random.default_rng(0)
     x = random.normal(size=(16, 6, 6, 2)).astype(dtype)
     y = random.integers(3, size=16).astype(np.int32)
@@ -80,12 +92,20 @@ def make_problem(make: Any, dtype: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ng.UncoveredWarning)
         layers = ng.find_layers(loss_fn, params, batch)
-    tx = make(0.1, layers, statistics_period=2, refresh_period=2, damping=0.1)
-    return layers, tx, params, batch
+
+    def make(over: Any) -> Any:
+        over = over if contender.divided else None
+        periods = {"statistics_period": 2, "refresh_period": 2}
+        return contender.make(0.1, layers, **periods, refresh_over=over, damping=0.1)
+
+    return layers, make, params, batch
 
 
-def make_step(problem: Any, axis_name: str | None, fisher: str = "mc") -> Callable[..., Any]:
-    layers, tx, *_ = problem
+def make_step(
+    problem: Any, axis_name: str | None, over: Any = None, fisher: str = "mc"
+) -> Callable[..., Any]:
+    layers, make, *_ = problem
+    tx = make(over)
     grad_fn = ng.value_and_grad(loss_fn, layers, axis_name=axis_name, fisher=fisher)
 
     def step(params: Any, opt_state: Any, batch: Any, key: Any) -> Any:
@@ -99,8 +119,8 @@ def make_step(problem: Any, axis_name: str | None, fisher: str = "mc") -> Callab
 def train(
     step: Callable[..., Any], problem: Any, place: Any = lambda params, batch: (params, batch)
 ) -> Any:
-    _, tx, params, batch = problem
-    opt_state = tx.init(params)
+    _, make, params, batch = problem
+    opt_state = make(None).init(params)
     params, batch = place(params, batch)
     losses = []
     for i in range(STEPS):
@@ -122,12 +142,12 @@ def sharded(kind: AxisType, problem: Any) -> Any:
         return params, jax.device_put(batch, NamedSharding(m, P("data")))
 
     with jax.set_mesh(m):
-        return train(jax.jit(make_step(problem, None)), problem, place)
+        return train(jax.jit(make_step(problem, None, (m, "data"))), problem, place)
 
 
 def shard_mapped(check_vma: bool, problem: Any) -> Any:
     step = jax.shard_map(
-        make_step(problem, "data"),
+        make_step(problem, "data", "data"),
         mesh=mesh(AxisType.Auto),
         in_specs=(P(), P(), P("data"), P()),
         out_specs=P(),
@@ -138,7 +158,10 @@ def shard_mapped(check_vma: bool, problem: Any) -> Any:
 
 def pmapped(problem: Any) -> Any:
     step = jax.pmap(
-        make_step(problem, "data"), axis_name="data", in_axes=(None, None, 0, None), out_axes=None
+        make_step(problem, "data", "data"),
+        axis_name="data",
+        in_axes=(None, None, 0, None),
+        out_axes=None,
     )
     split = lambda params, batch: (
         params,

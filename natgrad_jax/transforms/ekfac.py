@@ -8,7 +8,7 @@ import optax
 
 from natgrad_jax.approximations import approximation
 from natgrad_jax.averages import Factors
-from natgrad_jax.clock import Clock, due, start, tick
+from natgrad_jax.clock import Clock, start, tick
 from natgrad_jax.eigenbases import Refresh, from_basis, to_basis
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
@@ -19,6 +19,7 @@ from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates, squares
 from natgrad_jax.transforms.alias import descent, per_squared_rate
+from natgrad_jax.transforms.refreshing import turns
 
 MOMENTS = ("intra_batch", "running_average")
 BASES = ("eigh", "qr")
@@ -57,6 +58,8 @@ def scale_by_ekfac(
     statistics_period: Scalar = 3,
     statistics_fraction: float = 1.0,
     refresh_period: Scalar = 20,
+    spread: bool = False,
+    refresh_over: Any = None,
     moments: str = "intra_batch",
     basis: str = "eigh",
     basis_tolerance: float | None = None,
@@ -91,6 +94,10 @@ def scale_by_ekfac(
       statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
         example of each layer's, k the nearest whole number to its inverse.
       refresh_period: steps from one basis to the next; the first step always finds one.
+      spread: refresh each layer at its own step of the period, by cost, instead of all in one step.
+      refresh_over: the devices that divide a refresh among them: the name of the axis inside
+        shard_map or pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None
+        where each device does all of it.
       moments: ``"intra_batch"``: squares of the examples' gradients in the current bases, each time
         statistics are measured; value_and_grad needs this state as ``opt_state``. (A layer called
         several times in a forward pass takes the square of the summed Fisher gradients instead,
@@ -121,7 +128,7 @@ def scale_by_ekfac(
     """
     check_layers(layers)
     check_positive(damping=damping, trust_radius=1 if trust_radius is None else trust_radius)
-    check_period(statistics_period=statistics_period, refresh_period=refresh_period)
+    check_period(statistics_period=statistics_period)
     check_fraction(decay=decay)
     for name, value, known in (("moments", moments, MOMENTS), ("basis", basis, BASES)):
         if value not in known:
@@ -129,7 +136,7 @@ def scale_by_ekfac(
     chosen = approximation(convolution, group_size, weight_sharing)
     request = Request(chosen, moments == "intra_batch", stride=stride_of(statistics_fraction))
     layers = layers.approximate(chosen)
-    how = Refresh(basis, basis_tolerance)
+    how, when = Refresh(basis, basis_tolerance), turns(refresh_period, spread, refresh_over)
 
     def init_fn(params: optax.Params) -> EKFACState:
         del params  # shapes come from the layers: params may be placeholders
@@ -154,9 +161,8 @@ def scale_by_ekfac(
         if request.moments:
             state = squares.measure(state, statistics, keep)
         # what was measured for the first time has its basis now, not a period later
-        refresh = due(step, at(refresh_period, step))
-        refresh |= estimates.first_seen(before, state.weights)
-        state = squares.refresh(state, layers, keep, refresh, how)
+        first = estimates.first_seen(before, state.weights)
+        state = squares.refresh(state, layers, keep, first, how, when)
         if not request.moments:
             state = squares.average_gradient(updates, state, statistics, layers, keep)
         updates, quadratic = _precondition(updates, state, layers, lam)
@@ -177,6 +183,8 @@ def ekfac(
     statistics_period: Scalar = 3,
     statistics_fraction: float = 1.0,
     refresh_period: Scalar = 20,
+    spread: bool = False,
+    refresh_over: Any = None,
     moments: str = "intra_batch",
     basis: str = "eigh",
     basis_tolerance: float | None = None,
@@ -195,8 +203,9 @@ def ekfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, statistics_fraction, refresh_period, moments, basis,
-        basis_tolerance, convolution, group_size, weight_sharing: as in :func:`scale_by_ekfac`.
+      damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
+        refresh_over, moments, basis, basis_tolerance, convolution, group_size, weight_sharing: as
+        in :func:`scale_by_ekfac`.
       momentum: decay of the heavy-ball trace of preconditioned gradients.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
@@ -221,6 +230,8 @@ def ekfac(
         statistics_period=statistics_period,
         statistics_fraction=statistics_fraction,
         refresh_period=refresh_period,
+        spread=spread,
+        refresh_over=refresh_over,
         moments=moments,
         basis=basis,
         basis_tolerance=basis_tolerance,

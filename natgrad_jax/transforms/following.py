@@ -12,6 +12,8 @@ from natgrad_jax import averages, coordinates as charts
 from natgrad_jax.clock import Clock, due, start
 from natgrad_jax.coordinates import Choice, Coordinates
 from natgrad_jax.layer import Layer
+from natgrad_jax.linalg.divided import Devices
+from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import keep_finite
 from natgrad_jax.paths import Path
 from natgrad_jax.requests import Request, Spelled, spell
@@ -54,6 +56,7 @@ class Rules(NamedTuple):
     refresh_period: Scalar
     samples: Scalar | None
     on_refresh: str
+    over: Devices | None
 
 
 def initial_state(
@@ -106,9 +109,13 @@ def refresh(
 
     def refreshed() -> tuple[dict[Path, Coordinates], jax.Array]:
         bases, rejected = {}, state.rejected
+        found = solve(
+            {path: find(layer, state.factors[path], epsilon) for path, layer in layers.items()},
+            rules.over,
+        )
         for path, layer in layers.items():
-            new = find(layer, state.factors[path], epsilon)
-            bases[path], bad = keep_finite(layer, new, state.bases[path], state.weights[path])
+            new, old = found[path], state.bases[path]
+            bases[path], bad = keep_finite(layer, new, old, state.weights[path])
             rejected += bad
         return bases, rejected
 

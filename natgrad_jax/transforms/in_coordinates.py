@@ -13,6 +13,7 @@ from natgrad_jax.clock import due
 from natgrad_jax.coordinates import CHOICES
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.linalg.divided import devices
 from natgrad_jax.paths import Path
 from natgrad_jax.requests import Request
 from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
@@ -32,6 +33,7 @@ def in_coordinates(
     decay: Scalar = 0.95,
     statistics_period: Scalar | None = None,
     refresh_period: Scalar = 100,
+    refresh_over: Any = None,
     samples: Scalar | None = None,
     on_refresh: str = "transport",
     convolution: str = "sua",
@@ -81,6 +83,7 @@ def in_coordinates(
       refresh_period: T, steps from one set of coordinates to the next; the first step always finds
         them (whitened initialization). To whiten by more than its batch, give the first update the
         sum of several batches' statistics.
+      refresh_over: the devices that divide a refresh, as in :func:`natgrad_jax.scale_by_kfac`.
       samples: Nₛ, instead of ``decay`` and ``statistics_period``: the mean over about the last Nₛ
         examples before a refresh, measured then and only then.
       on_refresh: see above.
@@ -123,7 +126,14 @@ def in_coordinates(
             'coordinates="whitening_plus" measures every batch for its diagonal: leave samples out.'
         )
     rules = following.Rules(
-        choice, epsilon, decay, statistics_period, refresh_period, samples, on_refresh
+        choice,
+        epsilon,
+        decay,
+        statistics_period,
+        refresh_period,
+        samples,
+        on_refresh,
+        devices(refresh_over),
     )
     form = approximation(convolution, None, weight_sharing)._replace(centred=choice.centred)
     request = Request(form, inputs_only=not choice.outputs)

@@ -1,5 +1,7 @@
 """K-FAC: natural gradient with one Kronecker product a layer."""
 
+from typing import Any
+
 import optax
 
 from natgrad_jax.approximations import approximation
@@ -10,6 +12,7 @@ from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.scalars import Scalar, check_positive
 from natgrad_jax.transforms.alias import descent, per_squared_rate
 from natgrad_jax.transforms.kronecker import Rules, kronecker
+from natgrad_jax.transforms.refreshing import turns
 
 
 def scale_by_kfac(
@@ -20,6 +23,8 @@ def scale_by_kfac(
     statistics_period: Scalar = 10,
     statistics_fraction: float = 1.0,
     refresh_period: Scalar = 20,
+    spread: bool = False,
+    refresh_over: Any = None,
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
@@ -48,6 +53,10 @@ def scale_by_kfac(
       statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
         example of each layer's, k the nearest whole number to its inverse.
       refresh_period: steps from one inversion to the next; the first step always inverts.
+      spread: refresh each layer at its own step of the period, by cost, instead of all in one step.
+      refresh_over: the devices that divide a refresh among them: the name of the axis inside
+        shard_map or pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None
+        where each device does all of it.
       convolution: ``"kfc"``, the covariance of whole patches, or ``"sua"``, of channels alone:
         ``A ≈ I ⊗ C``, C averaged over the places of a patch, the bias apart.
       group_size: channels in a group, for factors without correlations across groups (and the bias
@@ -95,7 +104,7 @@ def scale_by_kfac(
         damping,
         decay,
         statistics_period,
-        refresh_period,
+        turns(refresh_period, spread, refresh_over),
         trust_radius,
     )
     return kronecker(layers, rules)
@@ -110,6 +119,8 @@ def kfac(
     statistics_period: Scalar = 10,
     statistics_fraction: float = 1.0,
     refresh_period: Scalar = 20,
+    spread: bool = False,
+    refresh_over: Any = None,
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
@@ -127,8 +138,9 @@ def kfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, statistics_fraction, refresh_period, convolution,
-        group_size, weight_sharing, inverse, rank: as in :func:`scale_by_kfac`.
+      damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
+        refresh_over, convolution, group_size, weight_sharing, inverse, rank: as in
+        :func:`scale_by_kfac`.
       momentum: decay of the heavy-ball trace of preconditioned gradients.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
@@ -153,6 +165,8 @@ def kfac(
         statistics_period=statistics_period,
         statistics_fraction=statistics_fraction,
         refresh_period=refresh_period,
+        spread=spread,
+        refresh_over=refresh_over,
         convolution=convolution,
         group_size=group_size,
         weight_sharing=weight_sharing,

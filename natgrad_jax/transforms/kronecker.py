@@ -9,15 +9,17 @@ import optax
 
 from natgrad_jax import averages
 from natgrad_jax.averages import Factors
-from natgrad_jax.clock import Clock, due, start, tick
+from natgrad_jax.clock import Clock, start, tick
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
+from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import Inversion, followed, identities, inverses, keep_finite, operate
 from natgrad_jax.paths import Path
 from natgrad_jax.requests import Request, Spelled, spell
 from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates
+from natgrad_jax.transforms.refreshing import Turns, in_turn
 
 
 class KFACState(NamedTuple):
@@ -49,7 +51,7 @@ class Rules(NamedTuple):
     damping: Scalar
     decay: Scalar
     statistics_period: Scalar
-    refresh_period: Scalar
+    turns: Turns
     trust_radius: Scalar | None
 
 
@@ -57,7 +59,7 @@ def kronecker(layers: Layers, rules: Rules) -> optax.GradientTransformationExtra
     """Precondition by damped inverses of Kronecker factors: what K-FAC and NGD share."""
     radius = rules.trust_radius
     check_positive(trust_radius=1 if radius is None else radius)
-    check_period(statistics_period=rules.statistics_period, refresh_period=rules.refresh_period)
+    check_period(statistics_period=rules.statistics_period)
     check_fraction(decay=rules.decay)
     layers = layers.approximate(rules.request.approximation)
 
@@ -84,9 +86,8 @@ def kronecker(layers: Layers, rules: Rules) -> optax.GradientTransformationExtra
         if rules.inversion.method == "woodbury":
             state = _follow(state, before, statistics, layers, rules)
         # what was measured for the first time is inverted now, not a period later
-        refresh = due(step, at(rules.refresh_period, step))
-        refresh |= estimates.first_seen(before, state.weights)
-        state = _refresh(state, layers, lam, refresh, rules)
+        first = estimates.first_seen(before, state.weights)
+        state = _refresh(state, layers, lam, first, rules)
         updates, quadratic = _precondition(updates, state, layers, lam)
         if radius is not None:
             updates = blocks.trust_region(updates, layers, quadratic, at(radius, step))
@@ -140,22 +141,25 @@ def _refresh(
     state: KFACState,
     layers: Mapping[Path, Layer],
     lam: jax.Array,
-    is_due: jax.Array,
+    first: jax.Array,
     rules: Rules,
 ) -> KFACState:
     """Inverses of the current factors, where due; the last ones where that fails."""
 
-    def refreshed() -> tuple[dict[Path, Factors], jax.Array]:
-        bases, rejected = {}, state.rejected
-        for path, layer in layers.items():
-            old = state.bases[path]
-            new = inverses(layer, state.factors[path], lam, old, rules.inversion, rules.divide)
-            bases[path], bad = keep_finite(layer, new, old, state.weights[path])
+    def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, Factors], jax.Array]:
+        bases, rejected = {}, jnp.zeros((), jnp.int32)
+        of = lambda path, layer: inverses(
+            layer, state.factors[path], lam, state.bases[path], rules.inversion, rules.divide
+        )
+        found = solve({path: of(path, layer) for path, layer in due.items()}, rules.turns.over)
+        for path, layer in due.items():
+            old, weights = state.bases[path], state.weights[path]
+            bases[path], bad = keep_finite(layer, found[path], old, weights)
             rejected += bad
         return bases, rejected
 
-    bases, rejected = jax.lax.cond(is_due, refreshed, lambda: (state.bases, state.rejected))
-    return state._replace(bases=bases, rejected=rejected)
+    bases, bad = in_turn(layers, rules.turns, state.clock.step, first, state.bases, renew)
+    return state._replace(bases=bases, rejected=state.rejected + bad)
 
 
 def _precondition(

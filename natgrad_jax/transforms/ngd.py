@@ -14,6 +14,7 @@ from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.scalars import Scalar, at, check_not_negative
 from natgrad_jax.transforms.alias import descent, per_squared_rate
 from natgrad_jax.transforms.kronecker import Rules, kronecker
+from natgrad_jax.transforms.refreshing import turns
 
 
 def ngd(
@@ -25,6 +26,7 @@ def ngd(
     statistics_period: Scalar = 1,
     statistics_fraction: float = 1.0,
     refresh_period: Scalar = 1,
+    refresh_over: Any = None,
     inverse: str = "cholesky",
     rank: int | None = None,
     cutoff: float | None = None,
@@ -49,8 +51,8 @@ def ngd(
       learning_rate: α, 1 in the paper's nonlinear networks.
       layers: from :func:`natgrad_jax.find_layers`; L counts those with a Kronecker block.
       damping: λ ≥ 0, in the units of the Fisher; 0 only with ``inverse="eigh"``.
-      decay, statistics_period, statistics_fraction, refresh_period, convolution, group_size,
-        weight_sharing: as in :func:`natgrad_jax.scale_by_kfac`.
+      decay, statistics_period, statistics_fraction, refresh_period, refresh_over, convolution,
+        group_size, weight_sharing: as in :func:`natgrad_jax.scale_by_kfac`.
       inverse: ``"cholesky"``; ``"eigh"``, which gives Moore–Penrose inverses; ``"low_rank"`` and
         ``"woodbury"`` as in :func:`natgrad_jax.scale_by_kfac` (the latter with a decay).
       rank: for the last two.
@@ -91,7 +93,7 @@ def ngd(
         damping,
         decay,
         statistics_period,
-        refresh_period,
+        turns(refresh_period, False, refresh_over),
         per_squared_rate(trust_radius, learning_rate),
     )
     rate = _over(learning_rate, count)

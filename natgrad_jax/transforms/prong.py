@@ -1,5 +1,7 @@
 """PRONG: gradient descent in whitened coordinates (Natural Neural Networks)."""
 
+from typing import Any
+
 import optax
 
 from natgrad_jax.layers import Layers, check_layers
@@ -17,6 +19,7 @@ def prong(
     decay: Scalar = 0.95,
     statistics_period: Scalar | None = None,
     refresh_period: Scalar = 100,
+    refresh_over: Any = None,
     samples: Scalar | None = None,
     convolution: str = "sua",
     weight_sharing: str = "expand",
@@ -37,8 +40,8 @@ def prong(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      epsilon, decay, statistics_period, refresh_period, samples, convolution, weight_sharing,
-        on_refresh: as in :func:`in_coordinates`.
+      epsilon, decay, statistics_period, refresh_period, refresh_over, samples, convolution,
+        weight_sharing, on_refresh: as in :func:`in_coordinates`.
       plus: PRONG+ instead of PRONG.
       momentum: decay of the heavy-ball trace; None for none.
       weight_decay: per step, times the learning rate.
@@ -63,6 +66,7 @@ def prong(
         decay=decay,
         statistics_period=statistics_period,
         refresh_period=refresh_period,
+        refresh_over=refresh_over,
         samples=samples,
         on_refresh=on_refresh,
         convolution=convolution,

@@ -1,5 +1,6 @@
 """EKFAC's second moments S: measured, averaged, and carried from basis to basis."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -8,11 +9,14 @@ import optax
 
 from natgrad_jax import averages
 from natgrad_jax.eigenbases import Refresh, carried, eigenbases, to_basis
+from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
+from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import keep_finite
 from natgrad_jax.paths import Path
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks
+from natgrad_jax.transforms.refreshing import Turns, in_turn
 
 State = TypeVar("State", bound=Any)
 
@@ -78,30 +82,37 @@ def average_gradient(
 
 
 def refresh(
-    state: State, layers: Layers, decay: jax.Array, is_due: jax.Array, how: Refresh
+    state: State, layers: Layers, decay: jax.Array, first: jax.Array, how: Refresh, when: Turns
 ) -> State:
     """Bases of the current factors, where due, with S carried over; the last where that fails."""
 
-    def refreshed() -> tuple[Any, ...]:
-        bases, moments, rejected = {}, {}, state.rejected
-        weights = {}
-        for path, layer in layers.items():
-            old, weight = state.bases[path], state.moment_weights[path]
-            first = jnp.any((weight == 0) & (state.weights[path] > 0))
-            new, products = eigenbases(layer, state.factors[path], old, first, how)
+    def unseen(path: Path) -> jax.Array:
+        return (state.moment_weights[path] == 0) & (state.weights[path] > 0)
+
+    def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, Any], jax.Array]:
+        new, rejected = {}, jnp.zeros((), jnp.int32)
+        of = lambda path, layer: eigenbases(
+            layer, state.factors[path], state.bases[path], unseen(path), how
+        )
+        found = solve({path: of(path, layer) for path, layer in due.items()}, when.over)
+        for path, layer in due.items():
+            (bases, products), (old, S, weight) = found[path], kept[path]
             known = jnp.expand_dims(weight > 0, tuple(range(weight.ndim, products.ndim)))
             turned = products
             if layer.block == "kronecker":
-                turned = jnp.where(known, carried(layer, state.moments[path], old, new), products)
-            both, bad = keep_finite(
-                layer, (new, turned), (old, state.moments[path]), state.weights[path]
-            )
-            bases[path], moments[path] = both
-            started = (weight == 0) & (state.weights[path] > 0) & (bad == 0)
-            weights[path] = jnp.where(started, 1 - decay, weight).astype(weight.dtype)
+                turned = jnp.where(known, carried(layer, S, old, bases), products)
+            pair, bad = keep_finite(layer, (bases, turned), (old, S), state.weights[path])
+            started = unseen(path) & (bad == 0)
+            new[path] = (*pair, jnp.where(started, 1 - decay, weight).astype(weight.dtype))
             rejected += bad
-        return bases, moments, weights, rejected
+        return new, rejected
 
-    kept = lambda: (state.bases, state.moments, state.moment_weights, state.rejected)
-    bases, moments, weights, rejected = jax.lax.cond(is_due, refreshed, kept)
-    return state._replace(bases=bases, moments=moments, moment_weights=weights, rejected=rejected)
+    kept = {
+        path: (state.bases[path], state.moments[path], state.moment_weights[path])
+        for path in layers
+    }
+    found, bad = in_turn(layers, when, state.clock.step, first, kept, renew)
+    bases, moments, weights = ({path: x[i] for path, x in found.items()} for i in range(3))
+    return state._replace(
+        bases=bases, moments=moments, moment_weights=weights, rejected=state.rejected + bad
+    )

@@ -1,0 +1,93 @@
+"""When each layer is refreshed, and by which device."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.clock import due
+from natgrad_jax.layer import Layer
+from natgrad_jax.linalg.divided import Devices, balanced, devices
+from natgrad_jax.paths import Path
+from natgrad_jax.scalars import Scalar, at, check_period
+from natgrad_jax.sides import Side
+
+T = TypeVar("T")
+
+
+class Turns(NamedTuple):
+    """``period``: steps from one refresh of a layer to its next; ``spread``: whether the layers
+    take turns within it instead of all at once; ``over``: the devices that divide the work."""
+
+    period: Scalar
+    spread: bool = False
+    over: Devices | None = None
+
+
+def turns(period: Scalar, spread: bool, over: Any) -> Turns:
+    """The checked choice; raises ValueError."""
+    check_period(refresh_period=period)
+    if spread and not isinstance(period, int | float):
+        raise ValueError(
+            "spread=True gives each layer its own step of the period, which must be known when the "
+            f"transformation is made: refresh_period=20 and not {period!r}. (Under "
+            "optax.inject_hyperparams name it in static_args.)"
+        )
+    return Turns(period, spread, devices(over))
+
+
+def phases(layers: Mapping[Path, Layer], when: Turns) -> list[dict[Path, Layer]]:
+    """The layers of each step of the period, of about equal work; all in the first if together."""
+    if not when.spread:
+        return [dict(layers)]
+    assert isinstance(when.period, int | float)
+    found: list[dict[Path, Layer]] = [{} for _ in range(int(when.period))]
+    turn = balanced([cost(layer) for layer in layers.values()], len(found))
+    for (path, layer), phase in zip(layers.items(), turn, strict=True):
+        found[phase][path] = layer
+    return found
+
+
+def cost(layer: Layer) -> float:
+    """What factorising a layer's matrices takes: the cubes of their sizes."""
+
+    def of(side: Side | None) -> float:
+        if side is None or side.diagonal:
+            return 0
+        return side.width**3 * (side.groups if side.grouped else 1)
+
+    return math.prod((*layer.stack_sizes, *layer.factor_blocks)) * (
+        of(layer.input_side) + of(layer.output_side)
+    )
+
+
+def in_turn(
+    layers: Mapping[Path, Layer],
+    when: Turns,
+    step: jax.Array,
+    first: jax.Array,
+    old: Mapping[Path, T],
+    renew: Callable[[Mapping[Path, Layer]], tuple[dict[Path, T], jax.Array]],
+) -> tuple[dict[Path, T], jax.Array]:
+    """What ``renew`` makes of the layers whose turn it is, ``old`` of the others, and how many
+    failed.
+
+    ``first``: whether something was measured for the first time: then all are due.
+    """
+    found: dict[Path, T] = {}
+    rejected = jnp.zeros((), jnp.int32)
+    period = at(when.period, step).astype(jnp.int32)
+    for phase, members in enumerate(phases(layers, when)):
+        if not members:
+            continue
+        kept = {path: old[path] for path in members}
+        none = jnp.zeros((), jnp.int32)
+        is_due = due(step - phase, period) | first
+        new, bad = jax.lax.cond(
+            is_due, lambda m=members: renew(m), lambda kept=kept, none=none: (kept, none)
+        )
+        found |= new
+        rejected += bad
+    return {path: found[path] for path in layers}, rejected
