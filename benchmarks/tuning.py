@@ -146,7 +146,7 @@ def searched(
 def ngd(problem: Any, initial: float) -> Any:
     def make(layers: ng.Layers) -> Any:
         damped = lambda damping: ng.ngd(1.0, layers, damping=damping)
-        return ng.adaptive_damping(damped, ng.bernacchia(), problem.loss_fn, initial=initial)
+        return ng.adaptive_damping(damped, ng.bernacchia(1.0), problem.loss_fn, initial=initial)
 
     return natural(problem, make)
 
@@ -175,10 +175,9 @@ def experiment(squared: Any, deep: Problem, args: argparse.Namespace, say: Any) 
     for name, alias in (("adam", optax.adam), ("nag", nesterov)):
         found[name] = searched(deep, name, alias, fixed, points)
         say(name, found[name])
-    few = growing._replace(sizes=sizes[:1])
-    for name, make, problem, schedule in (
-        ("kfac", kfac, deep, few), ("ngd", ngd, squared, Schedule((own,), args.steps)),
-    ):  # fmt: skip
+    few = min(256, len(deep.images))
+    for name, make, problem, size in (("kfac", kfac, deep, few), ("ngd", ngd, squared, own)):
+        schedule = Schedule((size,), args.recovery_steps)
         for scale in SCALES:
             pair = make(problem, INITIAL[name] * scale)
             found[f"{name} from {scale:g}"] = train(problem, pair, schedule, points)
@@ -227,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch-size", type=int, default=512, help="K-FAC's first")
     add("--stages", type=int, default=4, help="how often K-FAC's batch doubles, and one")
     add("--steps", type=int, default=60, help="of each stage")
+    add("--recovery-steps", type=int, default=200, help="from wrong initial dampings")
     add("--baseline-steps", type=int, default=1500, help="of Adam and NAG")
     add("--output", type=Path, default=Path("tuning"))
     args = parser.parse_args(argv)

@@ -19,24 +19,32 @@ HISTORY = 1000
 
 class DampingRule(NamedTuple):
     """Every ``period`` steps ``λ ← λ · up`` where ``ρ < low`` and ``λ ← λ · down`` where
-    ``ρ > high``, with ρ = actual / predicted change of the loss."""
+    ``ρ > high``, with ρ = actual / predicted change of the loss.
+
+    ``alpha``: predict by the curvature that the update itself inverts, ``(1 − α/2) ∇ᵀδ`` for
+    ``δ = −α F⁻¹∇``; None to predict by the exact Fisher, whatever made the update."""
 
     period: int
     up: float
     down: float
     low: float = 0.25
     high: float = 0.75
+    alpha: float | None = None
 
 
-def bernacchia() -> DampingRule:
+def bernacchia(alpha: float | None = None) -> DampingRule:
     """``λ ← 3λ/2`` if ρ < 1/4, ``2λ/3`` if ρ > 3/4, every step.
+
+    With the learning rate ``alpha`` of :func:`natgrad_jax.ngd` (without momentum) the prediction is
+    theirs, ``(−α + α²/2) Σ tr(dᵢᵀ∇ᵢ)``, d the natural gradient, for one forward pass a step;
+    without, that of the exact Fisher.
 
     Source: Bernacchia et al. 2018, section 5.
 
     >>> bernacchia().up
     1.5
     """
-    return DampingRule(1, 3 / 2, 2 / 3)
+    return DampingRule(1, 3 / 2, 2 / 3, alpha=alpha)
 
 
 def levenberg_marquardt(period: int = 5, omega: float = 19 / 20) -> DampingRule:
@@ -82,7 +90,7 @@ def adaptive_damping(
         ρ = (h(θ + δ) − h(θ)) / (∇ᵀδ + ½ δᵀFδ)
 
     F the exact Fisher (a forward pass and one through ``value_fn``, on the steps where the rule
-    looks), so that momentum, trust regions and learning rates in ``make`` are allowed for. On those
+    looks; or, with the rule's ``alpha``, the F that the update inverts), so that momentum, trust regions and learning rates in ``make`` are allowed for. On those
     steps an update that would raise the loss, or makes it no finite number, is taken back (zeros),
     and λ rises; what momentum ``make`` has, keeps.
 
@@ -114,6 +122,8 @@ def adaptive_damping(
     low, high = bounds
     check_positive(initial=initial, low=low, high=high, up=rule.up, down=rule.down)
     check_period(period=rule.period)
+    if rule.alpha is not None:
+        check_positive(alpha=rule.alpha)
     if not low <= initial <= high:
         raise ValueError(f"initial={initial!r} must lie within bounds={bounds!r}.")
 
@@ -143,7 +153,7 @@ def adaptive_damping(
 
         def look() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
             actual = value_fn(optax.apply_updates(params, new)) - value
-            predicted = _predicted(inner_state, loss_fn, params, args, grad, new)
+            predicted = _predicted(rule, inner_state, loss_fn, params, args, grad, new)
             return judge(rule, new, state, actual, predicted)
 
         kept = (new, state.level, state.ratio, state.refused)
@@ -182,7 +192,13 @@ def judge(
 
 
 def _predicted(
-    inner: Any, loss_fn: Any, params: Any, args: Any, grad: Any, updates: Any
+    rule: DampingRule,
+    inner: Any,
+    loss_fn: Any,
+    params: Any,
+    args: Any,
+    grad: Any,
+    updates: Any,
 ) -> jax.Array:
     """``∇ᵀδ + ½ δᵀFδ``; as the quadratic model found it where there is one."""
     is_model = lambda x: isinstance(x, QuadraticModelState)
@@ -191,4 +207,6 @@ def _predicted(
         return models[-1].predicted
     slopes = jax.tree.map(lambda g, u: jnp.sum(g.astype(float) * u.astype(float)), grad, updates)
     slope = jax.tree.reduce(jnp.add, slopes, jnp.zeros((), float))
+    if rule.alpha is not None:
+        return (1 - rule.alpha / 2) * slope
     return slope + 0.5 * quadratic_forms(loss_fn, params, *args, vectors=[updates])[0, 0]
