@@ -69,7 +69,8 @@ def test_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "GRIDS", {"sgd": (0.01,), "adam": (1e-3,), "nag": (0.005,)})
     prefix = tmp_path / "tuning"
     tuning.main(["--passes", "2", "--batch-size", "100", "--stages", "2", "--steps", "4",
-                 "--baseline-steps", "4", "--recovery-steps", "4", "--output", str(prefix)])  # fmt: skip
+                 "--baseline-steps", "4", "--recovery-steps", "4",
+                 "--output", str(prefix)])  # fmt: skip
     runs = numbers(prefix)["experiments"]
     assert len(runs) == 11
     for name, run in runs.items():

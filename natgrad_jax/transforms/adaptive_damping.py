@@ -90,9 +90,10 @@ def adaptive_damping(
         ρ = (h(θ + δ) − h(θ)) / (∇ᵀδ + ½ δᵀFδ)
 
     F the exact Fisher (a forward pass and one through ``value_fn``, on the steps where the rule
-    looks; or, with the rule's ``alpha``, the F that the update inverts), so that momentum, trust regions and learning rates in ``make`` are allowed for. On those
-    steps an update that would raise the loss, or makes it no finite number, is taken back (zeros),
-    and λ rises; what momentum ``make`` has, keeps.
+    looks), so that momentum, trust regions and learning rates in ``make`` are allowed for; or, with
+    the rule's ``alpha``, the F that the update inverts. On those steps an update that would raise
+    the loss, or makes it no finite number, is taken back (zeros), and λ rises; what momentum
+    ``make`` has, keeps.
 
     Args:
       make: from λ to a transformation with final updates (learning rate and sign included):
