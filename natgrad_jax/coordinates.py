@@ -2,7 +2,8 @@
 
 Each side is an orthogonal matrix and a scale, ``L = Q diag(s)``, so that the way back needs no
 second matrix; inputs may be centred too. Whitening has ``Q = Ũ``, ``s = (σ + ε)^{-1/2}``: in the
-paper's letters ``U = diag(s) Qᵀ``.
+paper's letters ``U = diag(s) Qᵀ``. With k leading eigenvectors V alone and one scale r for all
+other directions, ``L = V diag(s) Vᵀ + r (I − V Vᵀ)``.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from natgrad_jax.averages import zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.eigenbasis import eigenbasis
+from natgrad_jax.linalg.low_rank import LowRank, random_start, subspace
 from natgrad_jax.linalg.stacking import Problem, Solving, alone
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -25,7 +27,8 @@ class Coordinates(NamedTuple):
 
     ``A``: eigenvectors of the inputs' covariance in its columns, ``(*stack, *blocks, n, n)``: n
     channels, the same at every place of a kernel (n rows of ``K̄``, bias last, in eigenbases of
-    dense layers). ``A_scale``: ``(*stack, *blocks, n)``. ``mean``: c, the same shape. ``G``,
+    dense layers). ``A_scale``: ``(*stack, *blocks, n)``. ``mean``: c, the same shape. With
+    ``A_rest``, the scale of all other directions ``(*stack, *blocks)``, A has k columns. ``G``,
     ``G_scale``: over outputs. The inputs of an embedding are uncorrelated: it has no A.
     """
 
@@ -34,32 +37,45 @@ class Coordinates(NamedTuple):
     mean: jax.Array | None = None
     G: jax.Array | None = None
     G_scale: jax.Array | None = None
+    A_rest: jax.Array | None = None
 
     @property
     def U(self) -> jax.Array:  # noqa: N802 the paper's letter
         """The whitening matrix ``diag(σ + ε)^{-1/2} Ũᵀ``: whitened inputs are ``U (h − c)``."""
         if self.A is None or self.A_scale is None:
             raise ValueError("these coordinates whiten no inputs: there is no U.")
+        if self.A_rest is not None:
+            return LowRank(self.A, self.A_scale - self.A_rest[..., None], self.A_rest).dense()
         return self.A_scale[..., :, None] * self.A.mT
 
 
-def white_inputs(layer: Layer, factors: Any, epsilon: jax.Array) -> Solving[Coordinates]:
+def white_inputs(
+    layer: Layer, factors: Any, epsilon: jax.Array, old: Coordinates | None = None
+) -> Solving[Coordinates]:
     """``c = E[h]``, ``E[(h−c)(h−c)ᵀ] = Ũ diag(σ) Ũᵀ``, ``L_A = Ũ diag(σ + ε)^{-1/2}``.
 
-    A layer without bias cannot take a centre back: there c = 0. A computation for
-    :func:`~natgrad_jax.linalg.stacking.solve`, as the next two.
+    A layer without bias cannot take a centre back: there c = 0. Where the last coordinates have k
+    directions, so many are followed from there, and the others are taken at their mean variance. A
+    computation for :func:`~natgrad_jax.linalg.stacking.solve`, as the next two.
     """
     second, mean = _second_and_mean(layer, factors.A)
+    if old is not None and old.A is not None and old.A_rest is not None:
+        ((basis, values),) = yield [Problem(subspace, (second, old.A))]
+        rest = _root(_others(second, values), epsilon)
+        return Coordinates(basis, _root(values, epsilon), mean, A_rest=rest)
     solutions = yield [] if layer.input_side.diagonal else [Problem(eigenbasis, (second,))]
     return Coordinates(*_white(second, epsilon, solutions), mean)
 
 
-def white_sides(layer: Layer, factors: Any, epsilon: jax.Array) -> Solving[Coordinates]:
+def white_sides(
+    layer: Layer, factors: Any, epsilon: jax.Array, old: Coordinates | None = None
+) -> Solving[Coordinates]:
     """The inputs as in :func:`white_inputs`, and ``L_G`` the same of ``G = E[g gᵀ]``.
 
     ε is divided between the two as K-FAC's λ, so that plain gradient descent in these coordinates
     is K-FAC (with inputs centred before they are damped).
     """
+    del old
     second, mean = _second_and_mean(layer, factors.A)
     diagonal = layer.input_side.diagonal
     mean_of = lambda m: jnp.trace(m, axis1=-2, axis2=-1) / m.shape[-1]
@@ -71,9 +87,11 @@ def white_sides(layer: Layer, factors: Any, epsilon: jax.Array) -> Solving[Coord
     return Coordinates(*_white(second, on_a, of_a), mean, *_white(factors.G, on_g, [of_g]))
 
 
-def eigenbases(layer: Layer, factors: Any, epsilon: jax.Array) -> Solving[Coordinates]:
+def eigenbases(
+    layer: Layer, factors: Any, epsilon: jax.Array, old: Coordinates | None = None
+) -> Solving[Coordinates]:
     """The Kronecker eigenbasis: ``L_A = Q_A``, ``L_G = Q_G``, no scale and no centre."""
-    del epsilon
+    del epsilon, old
     wanted = [factors.G] if layer.input_side.diagonal else [factors.G, factors.A]
     of_g, *of_a = yield [Problem(eigenbasis, (factor,)) for factor in wanted]
     return Coordinates(of_a[0][0] if of_a else None, G=of_g[0])
@@ -83,7 +101,7 @@ class Choice(NamedTuple):
     """What coordinates need: ``find`` them from the factors; whether the factors are ``centred``,
     whether gradients are needed too (``outputs``), and whether every batch is ``rescaled``."""
 
-    find: Callable[[Layer, Any, jax.Array], Solving[Coordinates]] | None
+    find: Callable[..., Solving[Coordinates]] | None
     outputs: bool = False
     centred: bool = True
     rescaled: bool = False
@@ -104,8 +122,11 @@ def applies(layer: Layer) -> bool:
     return layer.block == "kronecker" and layer.uses == 1
 
 
-def start(layer: Layer, choice: Choice) -> Coordinates:
-    """Coordinates in the form of ``choice`` that change nothing."""
+def start(layer: Layer, choice: Choice, rank: int | None = None) -> Coordinates:
+    """Coordinates in the form of ``choice`` that change nothing.
+
+    ``rank``: how many directions of the inputs they have, where that is less than half of them.
+    """
     assert choice.find is not None
     find, zeros = choice.find, zero_factors(layer, not choice.outputs)
     form = jax.eval_shape(lambda f, epsilon: alone(find(layer, f, epsilon)), zeros, jnp.zeros(()))
@@ -114,7 +135,12 @@ def start(layer: Layer, choice: Choice) -> Coordinates:
     )
     ones = lambda x: None if x is None else jnp.ones(x.shape, x.dtype)
     mean = None if form.mean is None else jnp.zeros(form.mean.shape, form.mean.dtype)
-    return Coordinates(eye(form.A), ones(form.A_scale), mean, eye(form.G), ones(form.G_scale))
+    own = Coordinates(eye(form.A), ones(form.A_scale), mean, eye(form.G), ones(form.G_scale))
+    if rank is None or own.A is None or 2 * rank >= own.A.shape[-1]:
+        return own
+    *lead, n, _ = own.A.shape
+    few, one = random_start((*lead, n), rank, own.A.dtype), jnp.ones(lead, own.A.dtype)
+    return own._replace(A=few, A_scale=jnp.ones((*lead, rank), few.dtype), A_rest=one)
 
 
 def rescaled(layer: Layer, own: Coordinates, factors: Any, epsilon: jax.Array) -> Coordinates:
@@ -128,6 +154,8 @@ def rescaled(layer: Layer, own: Coordinates, factors: Any, epsilon: jax.Array) -
     else:
         product = jnp.matmul(second, own.A, precision=_PRECISION)
         variances = jnp.maximum(jnp.sum(own.A * product, axis=-2), 0)
+    if own.A_rest is not None:
+        own = own._replace(A_rest=_root(_others(second, variances), epsilon))
     return own._replace(A_scale=_root(variances, epsilon))
 
 
@@ -136,14 +164,14 @@ def gradient_to(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     main, bias = _parts(layer, own, x)
     if own.mean is not None:
         main = main - own.mean[..., None, :, None] * bias[..., None, :, :]
-    main = _times(own.A_scale, _matmul(own.A, main, transposed=True))
+    main = _into(own, main, 1)
     return _over_columns(own, _joined(main, bias, x), scale=True)
 
 
 def gradient_from(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     """The inverse of :func:`gradient_to`: ``L_A⁻ᵀ ∇̂ L_G⁻¹``."""
     main, bias = _parts(layer, own, _off_columns(own, x, divide=True))
-    main = _matmul(own.A, _over(own.A_scale, main))
+    main = _out_of(own, main, -1)
     if own.mean is not None:
         main = main + own.mean[..., None, :, None] * bias[..., None, :, :]
     return _joined(main, bias, x)
@@ -154,14 +182,14 @@ def to(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     main, bias = _parts(layer, own, x)
     if own.mean is not None:
         bias = bias + jnp.sum(own.mean[..., None, :, None] * main, axis=(-3, -2))[..., None, :]
-    main = _over(own.A_scale, _matmul(own.A, main, transposed=True))
+    main = _into(own, main, -1)
     return _over_columns(own, _joined(main, bias, x), scale=False)
 
 
 def back(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     """``K̄ = L_A K̂ L_Gᵀ``: canonical parameters, ``K = Uᵀ V``, ``b = d − cᵀ K``."""
     main, bias = _parts(layer, own, _off_columns(own, x, divide=False))
-    main = _matmul(own.A, _times(own.A_scale, main))
+    main = _out_of(own, main, 1)
     if own.mean is not None:
         bias = bias - jnp.sum(own.mean[..., None, :, None] * main, axis=(-3, -2))[..., None, :]
     return _joined(main, bias, x)
@@ -179,10 +207,14 @@ def carried_squares(layer: Layer, old: Coordinates, new: Coordinates, S: jax.Arr
     entries were uncorrelated in the old coordinates.
     """
     main, bias = _parts(layer, old, S)
-    main = _squared_turn(old.A, old.A_scale, new.A, new.A_scale, main)
+    if old.A_rest is not None or new.A_rest is not None:
+        turn = _into(new, _out_of(old, jnp.eye(main.shape[-2], dtype=main.dtype)[None], -1), 1)
+        main = jnp.matmul(jnp.square(turn), main, precision=_PRECISION)
+    else:
+        main = _squared_turn(old.A, old.A_scale, new.A, new.A_scale, main)
     if old.mean is not None and new.mean is not None:
-        moved = _matmul(new.A, (old.mean - new.mean)[..., None, :, None], transposed=True)
-        main = main + jnp.square(_times(new.A_scale, moved)) * bias[..., None, :, :]
+        moved = _into(new, (old.mean - new.mean)[..., None, :, None], 1)
+        main = main + jnp.square(moved) * bias[..., None, :, :]
     S = _joined(main, bias, S)
     columns = S.mT[..., None, :, :]
     return _squared_turn(old.G, old.G_scale, new.G, new.G_scale, columns)[..., 0, :, :].mT
@@ -208,14 +240,21 @@ def _white(
     return basis, _root(values, epsilon)
 
 
+def _others(second: jax.Array, values: jax.Array) -> jax.Array:
+    """The mean variance of all directions but those of the variances given."""
+    left = jnp.trace(second, axis1=-2, axis2=-1) - values.sum(-1)
+    return jnp.maximum(left, 0) / (second.shape[-1] - values.shape[-1])
+
+
 def _root(values: jax.Array, epsilon: jax.Array) -> jax.Array:
     epsilon = epsilon.astype(values.dtype)
-    return jax.lax.rsqrt(values + (epsilon[..., None] if epsilon.ndim else epsilon))
+    later = tuple(range(epsilon.ndim, values.ndim)) if epsilon.ndim else ()
+    return jax.lax.rsqrt(values + jnp.expand_dims(epsilon, later))
 
 
 def _parts(layer: Layer, own: Coordinates, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(…, rows, columns)`` as ``(…, places, n, columns)``, and the bias row where it is apart."""
-    n = x.shape[-2] if own.A is None else own.A.shape[-1]
+    n = x.shape[-2] if own.A is None else own.A.shape[-2]
     end = x.shape[-2] - (layer.bias is not None and n != x.shape[-2])
     main = x[..., :end, :].reshape(*x.shape[:-2], end // n, n, x.shape[-1])
     return main, x[..., end:, :]
@@ -231,6 +270,29 @@ def _matmul(matrix: jax.Array | None, x: jax.Array, transposed: bool = False) ->
         return x
     matrix = matrix.mT if transposed else matrix
     return jnp.matmul(matrix[..., None, :, :], x, precision=_PRECISION)
+
+
+def _into(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
+    """``diag(s)^p Qᵀ x`` over ``(…, places, n, columns)``."""
+    if own.A_rest is not None:
+        return _symmetric(own, x, power)
+    x = _matmul(own.A, x, transposed=True)
+    return _times(own.A_scale, x) if power > 0 else _over(own.A_scale, x)
+
+
+def _out_of(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
+    """``Q diag(s)^p x``."""
+    if own.A_rest is not None:
+        return _symmetric(own, x, power)
+    return _matmul(own.A, _times(own.A_scale, x) if power > 0 else _over(own.A_scale, x))
+
+
+def _symmetric(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
+    """``(V diag(s) Vᵀ + r (I − V Vᵀ))^p x``."""
+    assert own.A is not None and own.A_scale is not None and own.A_rest is not None
+    s, r = own.A_scale**power, own.A_rest**power
+    few = LowRank(own.A[..., None, :, :], (s - r[..., None])[..., None, :], r[..., None])
+    return few.apply(x)
 
 
 def _times(scale: jax.Array | None, x: jax.Array) -> jax.Array:

@@ -297,11 +297,16 @@ def test_plus_keeps_unit_variance_on_every_batch(float64: None) -> None:
             assert jnp.all(scaled < 1.001)
 
 
-def test_transported_momentum_is_the_sum_of_canonical_gradients(float64: None) -> None:
+@pytest.mark.parametrize("rank", [None, 2])
+def test_transported_momentum_is_the_sum_of_canonical_gradients(
+    rank: int | None, float64: None
+) -> None:
     """What a trace of gradients stands for does not change at a refresh; squares take squares."""
     own = problem(jnp.float64)
     inner = optax.chain(optax.trace(0.9), optax.scale(-0.01))
-    tx = ng.in_coordinates(inner, own.layers, decay=0.0, refresh_period=2, statistics_period=1)
+    tx = ng.in_coordinates(
+        inner, own.layers, decay=0.0, refresh_period=2, statistics_period=1, rank=rank
+    )
     params, state = own.params, tx.init(own.params)
     trace = jax.tree.map(jnp.zeros_like, params)
     for _ in range(4):
@@ -318,18 +323,47 @@ def test_transported_momentum_is_the_sum_of_canonical_gradients(float64: None) -
         params = optax.apply_updates(params, updates)
 
 
-def test_transported_squares_take_the_squares_of_the_map(float64: None) -> None:
+@pytest.mark.parametrize("name, rank", [("conv", None), ("readout", 2)])
+def test_transported_squares_take_the_squares_of_the_map(
+    name: str, rank: int | None, float64: None
+) -> None:
     from natgrad_jax.coordinates import carried, carried_squares
 
     own = problem(jnp.float64)
-    _, _, statistics = own.grad_fn(own.params, own.batch, rng=jax.random.key(0))
-    path, layer = ("conv",), own.layers["conv",]
-    old, new = (ng.whitening(statistics, own.layers, e)[path] for e in (1e-1, 1e-3))
+    layer = own.layers[name,]
+    old, new = (refreshed(own, 1, epsilon=e, rank=rank)[name,] for e in (1e-1, 1e-3))
     new = new._replace(mean=new.mean + 0.3)
     rows = layer.inputs + 1
     P = carried(layer, old, new, jnp.eye(rows))
     S = jnp.abs(jnp.sin(jnp.arange(rows * 4.0))).reshape(rows, 4)
     np.testing.assert_allclose(carried_squares(layer, old, new, S), P**2 @ S, rtol=1e-10)
+
+
+def refreshed(own: Problem, times: int, **keywords: Any) -> Any:
+    """Coordinates after some refreshes from the same batch at the same parameters."""
+    tx = ng.in_coordinates(optax.sgd(0.1), own.layers, refresh_period=1, **keywords)
+    grads, statistics = own.grad_fn(own.params, own.batch, rng=jax.random.key(0))[1:]
+    update = jax.jit(lambda state: tx.update(grads, state, own.params, statistics=statistics)[1])
+    state = tx.init(own.params)
+    for _ in range(times):
+        state = update(state)
+    return ng.bases(state)
+
+
+@pytest.mark.parametrize("coordinates", ["whitening", "whitening_plus"])
+def test_few_directions_are_the_leading_ones(coordinates: str, float64: None) -> None:
+    """``UᵀU`` is that of the k leading eigenvalues, and of the mean of the others."""
+    own, epsilon, rank = problem(jnp.float64), 1e-2, 2
+    few = refreshed(own, 600, coordinates=coordinates, epsilon=epsilon, rank=rank)
+    whole = refreshed(own, 1, coordinates=coordinates, epsilon=epsilon)
+    for name in ("narrow", "readout"):
+        U = whole[name,].U
+        values, Q = np.linalg.eigh(np.linalg.inv(U.T @ U) - epsilon * np.eye(len(U)))
+        values[:-rank] = values[:-rank].mean()
+        wanted = (Q / (values + epsilon)) @ Q.T
+        np.testing.assert_allclose(few[name,].U.T @ few[name,].U, wanted, rtol=1e-6, atol=1e-6)
+        assert few[name,].A.shape == (len(U), rank)
+    assert few["conv",].A_rest is None  # two channels: nothing to save
 
 
 def test_samples_are_gathered_before_a_refresh_and_only_then() -> None:
@@ -403,6 +437,11 @@ def test_identity_is_the_inner_optimizer() -> None:
         (lambda layers: ng.in_coordinates(optax.sgd(1.0), layers, "white"), "'whitening'"),
         (lambda layers: ng.prong(0.1, layers, on_refresh="move"), "'transport'"),
         (lambda layers: ng.prong(0.1, layers, epsilon=0.0), "epsilon must be positive"),
+        (lambda layers: ng.prong(0.1, layers, rank=0), "counts directions"),
+        (
+            lambda layers: ng.in_coordinates(optax.sgd(1.0), layers, "both_sides", rank=2),
+            "'both_sides'",
+        ),
         (lambda layers: ng.prong(0.1, layers, plus=True, samples=10), "leave samples out"),
     ],
 )

@@ -33,7 +33,7 @@ def devices(over: AxisName | tuple[Mesh, AxisName]) -> Devices | None:
     if over is None:
         return None
     mesh, axis = over if isinstance(over, tuple) and isinstance(over[0], Mesh) else (None, over)
-    names = axis_names(axis)
+    names = axis_names(axis) if isinstance(axis, str | tuple | list) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
             'refresh_over takes the name of an axis inside shard_map or pmap, "data", or a mesh '

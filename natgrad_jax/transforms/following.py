@@ -60,14 +60,14 @@ class Rules(NamedTuple):
 
 
 def initial_state(
-    layers: Mapping[Path, Layer], choice: Choice, request: Request
+    layers: Mapping[Path, Layer], choice: Choice, request: Request, rank: int | None
 ) -> InCoordinatesState:
     zero = jnp.zeros((), float)
     return InCoordinatesState(
         clock=start(),
         factors={path: averages.zero_factors(x, request.inputs_only) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
-        bases={path: charts.start(x, choice) for path, x in layers.items()},
+        bases={path: charts.start(x, choice, rank) for path, x in layers.items()},
         gathered=zero,
         examples=zero,
         rejected=jnp.zeros((), jnp.int32),
@@ -110,7 +110,10 @@ def refresh(
     def refreshed() -> tuple[dict[Path, Coordinates], jax.Array]:
         bases, rejected = {}, state.rejected
         found = solve(
-            {path: find(layer, state.factors[path], epsilon) for path, layer in layers.items()},
+            {
+                path: find(layer, state.factors[path], epsilon, state.bases[path])
+                for path, layer in layers.items()
+            },
             rules.over,
         )
         for path, layer in layers.items():

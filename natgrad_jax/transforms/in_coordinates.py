@@ -38,6 +38,7 @@ def in_coordinates(
     on_refresh: str = "transport",
     convolution: str = "sua",
     weight_sharing: str = "expand",
+    rank: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Run an optax transformation in coordinates of each layer; the model stays as it is.
 
@@ -89,6 +90,9 @@ def in_coordinates(
       on_refresh: see above.
       convolution: ``"sua"``, channels alone, or ``"kfc"``, whole patches.
       weight_sharing: as in :func:`natgrad_jax.scale_by_kfac`.
+      rank: k, for the two whitenings of inputs: the k leading directions of a layer, warm-started,
+        and the others at their mean variance, ``L = V diag(s) Vᵀ + r (I − V Vᵀ)``, where that is
+        cheaper (2 k less than the inputs); None for all directions.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``.
@@ -116,6 +120,12 @@ def in_coordinates(
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
     choice = CHOICES[coordinates]
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if rank is not None and not (whole and choice.find is charts.white_inputs):
+        raise ValueError(
+            'rank= counts directions, a whole number, of coordinates="whitening" or '
+            f'"whitening_plus"; got rank={rank!r} with {coordinates!r}.'
+        )
     if statistics_period is None:
         statistics_period = 1 if choice.rescaled else 10
     check_positive(epsilon=epsilon, samples=1 if samples is None else samples)
@@ -142,7 +152,7 @@ def in_coordinates(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> InCoordinatesState:
-        state = jax.jit(lambda: following.initial_state(own, choice, request))()
+        state = jax.jit(lambda: following.initial_state(own, choice, request, rank))()
         return state._replace(inner=inner.init(params))
 
     def update_fn(

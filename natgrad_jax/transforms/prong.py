@@ -23,6 +23,7 @@ def prong(
     samples: Scalar | None = None,
     convolution: str = "sua",
     weight_sharing: str = "expand",
+    rank: int | None = None,
     momentum: Scalar | None = 0.9,
     weight_decay: Scalar = 0.0,
     on_refresh: str = "transport",
@@ -41,7 +42,7 @@ def prong(
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
       epsilon, decay, statistics_period, refresh_period, refresh_over, samples, convolution,
-        weight_sharing, on_refresh: as in :func:`in_coordinates`.
+        weight_sharing, rank, on_refresh: as in :func:`in_coordinates`.
       plus: PRONG+ instead of PRONG.
       momentum: decay of the heavy-ball trace; None for none.
       weight_decay: per step, times the learning rate.
@@ -71,4 +72,5 @@ def prong(
         on_refresh=on_refresh,
         convolution=convolution,
         weight_sharing=weight_sharing,
+        rank=rank,
     )
