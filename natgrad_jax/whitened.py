@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import coordinates as charts
+from natgrad_jax import coordinates as charts, maps
 from natgrad_jax.approximations import Approximation
 from natgrad_jax.averages import batch_factors
 from natgrad_jax.coordinates import Coordinates
@@ -83,7 +83,7 @@ def whiten(
     {}
     """
     own = _with_coordinates(layers, coordinates)
-    return map_layers(params, own, lambda path, x: charts.to(own[path], coordinates[path], x))
+    return map_layers(params, own, lambda path, x: maps.to(own[path], coordinates[path], x))
 
 
 def unwhiten(
@@ -100,7 +100,7 @@ def unwhiten(
     {}
     """
     own = _with_coordinates(layers, coordinates)
-    return map_layers(params, own, lambda path, x: charts.back(own[path], coordinates[path], x))
+    return map_layers(params, own, lambda path, x: maps.back(own[path], coordinates[path], x))
 
 
 def whitening_variables(coordinates: Mapping[Path, Coordinates]) -> dict[str, Any]:

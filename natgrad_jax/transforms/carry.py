@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from natgrad_jax import coordinates as charts, paths
+from natgrad_jax import maps, paths
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.layer import Layer
 from natgrad_jax.paths import Path
@@ -43,7 +43,7 @@ def carry(
     def move(key_path: tuple[Any, ...], x: Any) -> Any:
         if not is_like(x):
             return x
-        of = charts.carried_squares if _field(key_path) in SQUARES else charts.carried
+        of = maps.carried_squares if _field(key_path) in SQUARES else maps.carried
         return map_layers(x, layers, lambda path, m: of(layers[path], old[path], new[path], m))
 
     return jax.tree_util.tree_map_with_path(move, inner, is_leaf=is_like)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import coordinates as charts, paths
+from natgrad_jax import coordinates as charts, maps, paths
 from natgrad_jax.approximations import approximation
 from natgrad_jax.clock import due
 from natgrad_jax.coordinates import CHOICES
@@ -193,7 +193,7 @@ def _run(
     """The inner transformation in the coordinates of now, and its updates out of them."""
     bases = state.bases
     into = lambda tree: blocks.map_layers(
-        tree, layers, lambda path, x: charts.gradient_to(layers[path], bases[path], x)
+        tree, layers, lambda path, x: maps.gradient_to(layers[path], bases[path], x)
     )
     if "grad" in extra:
         extra = {**extra, "grad": into(extra["grad"])}
