@@ -52,7 +52,9 @@ def parse(spelled: Spelled) -> Request:
 
 
 def stride_of(fraction: Any) -> int:
-    """``statistics_fraction`` as a stride; raises ValueError where it is none."""
+    """``statistics_fraction`` as a stride, 1 for None; raises ValueError where it is none."""
+    if fraction is None:
+        return 1
     known = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if not known or not 0 < fraction <= 1:
         raise ValueError(

@@ -56,7 +56,7 @@ def scale_by_ekfac(
     *,
     decay: Scalar = 0.95,
     statistics_period: Scalar = 3,
-    statistics_fraction: float = 1.0,
+    statistics_fraction: float | None = None,
     refresh_period: Scalar = 20,
     spread: bool = False,
     refresh_over: Any = None,
@@ -92,7 +92,7 @@ def scale_by_ekfac(
       decay: of factors and of S: new = decay · old + (1 − decay) · batch, bias-corrected.
       statistics_period: steps from one measurement to the next; the first step always measures.
       statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
-        example of each layer's, k the nearest whole number to its inverse.
+        example of each layer's, k the nearest whole number to its inverse; None for all.
       refresh_period: steps from one basis to the next; the first step always finds one.
       spread: refresh each layer at its own step of the period, by cost, instead of all in one step.
       refresh_over: the devices that divide a refresh among them: the name of the axis inside
@@ -181,7 +181,7 @@ def ekfac(
     damping: Scalar = 1e-2,
     decay: Scalar = 0.95,
     statistics_period: Scalar = 3,
-    statistics_fraction: float = 1.0,
+    statistics_fraction: float | None = None,
     refresh_period: Scalar = 20,
     spread: bool = False,
     refresh_over: Any = None,

@@ -24,7 +24,7 @@ def ngd(
     damping: Scalar = 1e-3,
     decay: Scalar = 0.0,
     statistics_period: Scalar = 1,
-    statistics_fraction: float = 1.0,
+    statistics_fraction: float | None = None,
     refresh_period: Scalar = 1,
     refresh_over: Any = None,
     inverse: str = "cholesky",
