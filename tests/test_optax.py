@@ -149,13 +149,23 @@ WRAPPED = {
         refresh_period=lambda step: jnp.where(step < 2, 1, 2),
     ),
     "inject_hyperparams of ekfac": lambda layers: optax.inject_hyperparams(
-        ng.ekfac, static_args="group_size"
-    )(learning_rate=0.1, layers=layers, damping=1e-2, group_size=2, moments="running_average"),
+        ng.ekfac, static_args=("group_size", "statistics_fraction", "refresh_period")
+    )(
+        learning_rate=0.1,
+        layers=layers,
+        damping=1e-2,
+        group_size=2,
+        moments="running_average",
+        statistics_fraction=0.5,
+        refresh_period=3,
+        spread=True,
+    ),
     "prong": lambda layers: ng.prong(0.1, layers, samples=20, refresh_period=2),
     "prong plus with schedules": lambda layers: ng.prong(
         decay_from(0.1),
         layers,
         plus=True,
+        rank=2,
         epsilon=decay_from(0.1),
         refresh_period=lambda step: jnp.where(step < 2, 1, 2),
         on_refresh="reset",
@@ -185,7 +195,12 @@ WRAPPED = {
         ng.scale_by_kfac(layers), lambda params: labels_of(params, True, False)
     ),
     "partition": lambda layers: optax.partition(
-        {"kfac": ng.kfac(0.1, layers), "adam": optax.adam(1e-3)},
+        {
+            "kfac": ng.kfac(
+                0.1, layers, inverse="low_rank", rank=2, statistics_fraction=0.5, spread=True
+            ),
+            "adam": optax.adam(1e-3),
+        },
         labels_of(setting().params, "kfac", "adam"),
     ),
     "apply_if_finite": lambda layers: optax.apply_if_finite(ng.kfac(0.1, layers), 3),
