@@ -4,6 +4,7 @@ Shares are balanced by cost. A device runs its own branch of a switch, fills its
 results and leaves zeros elsewhere; the sum over devices is everybody's result.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -59,6 +60,24 @@ def balanced(costs: Sequence[float], shares: int) -> list[int]:
     return found
 
 
+def shares(
+    sizes: Sequence[int], costs: Sequence[float], devices: int
+) -> list[list[tuple[int, int]]]:
+    """For each device, from where to where it solves each batch.
+
+    >>> shares([4, 1], [1.0, 2.0], 2)
+    [[(0, 1), (0, 1)], [(1, 4), (1, 1)]]
+    """
+    each = [cost for cost, size in zip(costs, sizes, strict=True) for _ in range(size)]
+    owners = iter(balanced(each, devices))
+    counts = [[0] * devices for _ in sizes]
+    for batch, size in enumerate(sizes):
+        for _ in range(size):
+            counts[batch][next(owners)] += 1
+    ends = [list(itertools.accumulate(of, initial=0)) for of in counts]
+    return [[(e[device], e[device + 1]) for e in ends] for device in range(devices)]
+
+
 def divided(
     batches: Sequence[tuple[Callable[..., Any], Sequence[jax.Array], float]], over: Devices
 ) -> list[Any]:
@@ -70,28 +89,21 @@ def divided(
 
     def run(arguments: list[list[jax.Array]]) -> list[Any]:
         sizes = [len(arrays[0]) for arrays in arguments]
-        costs = [c for (_, _, c), size in zip(batches, sizes, strict=True) for _ in range(size)]
-        owners = balanced(costs, over.number)
-        shares = []  # of each device: how many elements of each batch, in order
-        for device in range(over.number):
-            every = iter(owners)
-            shares.append([sum(next(every) == device for _ in range(size)) for size in sizes])
-        starts = [[sum(s[b] for s in shares[:d]) for b in range(len(sizes))]
-                  for d in range(over.number)]  # fmt: skip
+        ranges = shares(sizes, [cost for _, _, cost in batches], over.number)
         arguments = vary(arguments, over.axes)
 
         def branch(device: int) -> list[Any]:
             found = []
-            for i, (op, _, _) in enumerate(batches):
-                start, count = starts[device][i], shares[device][i]
-                part = [x[start : start + count] for x in arguments[i]]
-                shapes = jax.eval_shape(op, *arguments[i])
-                empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-                empty = vary(empty, over.axes)
-                if count:
-                    place = lambda x, y, start=start: x.at[start : start + len(y)].set(y)
-                    empty = jax.tree.map(place, empty, op(*part))
-                found.append(empty)
+            for (op, _, _), arrays, (start, end) in zip(
+                batches, arguments, ranges[device], strict=True
+            ):
+                forms = jax.eval_shape(op, *arrays)
+                whole = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), forms)
+                whole = vary(whole, over.axes)
+                if end > start:
+                    place = lambda x, part, start=start, end=end: x.at[start:end].set(part)
+                    whole = jax.tree.map(place, whole, op(*(x[start:end] for x in arrays)))
+                found.append(whole)
             return found
 
         index = jax.lax.axis_index(over.axes)
