@@ -30,8 +30,6 @@ def test_conditioning(tmp_path: Path) -> None:
 
 def test_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENCODERS, "digits", (64, 12, 4))
-    monkeypatch.setattr(prong, "EARLY", 2)
-    monkeypatch.setattr(prong, "PERIOD", 2)
     one_rate = {name: method._replace(rates=(1e-3,)) for name, method in prong.METHODS.items()}
     monkeypatch.setattr(prong, "METHODS", one_rate)
     prefix = tmp_path / "autoencoder"
@@ -40,6 +38,7 @@ def test_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = numbers(prefix)
     assert [run["optimizer"] for run in found["runs"]] == [*prong.METHODS]
     assert all(run["loss"][-1] < run["loss"][0] for run in found["runs"])
+    assert abs(found["reparametrization_share"]) < 1
 
 
 def test_deep_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
