@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from natgrad_jax.linalg.cholesky import damped_inverse
-from natgrad_jax.linalg.low_rank import low_rank_inverse, random_start, subspace
+from natgrad_jax.linalg.low_rank import initial_subspace, low_rank_inverse, subspace
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
 from natgrad_jax.linalg.woodbury import sherman_morrison, woodbury
 
@@ -59,7 +59,7 @@ def ways(n: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], np.ndar
     inverse = np.linalg.inv(F + damping * eye)
     after = lambda u: np.linalg.inv(DECAY * (F + damping * eye) + (1 - DECAY) * u @ u.T)
     f32 = lambda x: jnp.asarray(x, jnp.float32)
-    start = random_start((n,), max(n // SHARE, 1), jnp.float32)
+    start = initial_subspace((n,), max(n // SHARE, 1), jnp.float32)
     for _ in range(10):
         start = subspace(f32(F), start)[0]
     dense = lambda *args: low_rank_inverse(*args).dense()

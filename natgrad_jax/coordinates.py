@@ -16,7 +16,7 @@ from natgrad_jax.averages import zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.eigenbasis import eigenbasis
-from natgrad_jax.linalg.low_rank import LowRank, random_start, subspace
+from natgrad_jax.linalg.low_rank import LowRank, initial_subspace, subspace
 from natgrad_jax.linalg.stacking import Problem, Solving, alone
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -139,7 +139,7 @@ def start(layer: Layer, choice: Choice, rank: int | None = None) -> Coordinates:
     if rank is None or own.A is None or 2 * rank >= own.A.shape[-1]:
         return own
     *lead, n, _ = own.A.shape
-    few, one = random_start((*lead, n), rank, own.A.dtype), jnp.ones(lead, own.A.dtype)
+    few, one = initial_subspace((*lead, n), rank, own.A.dtype), jnp.ones(lead, own.A.dtype)
     return own._replace(A=few, A_scale=jnp.ones((*lead, rank), few.dtype), A_rest=one)
 
 

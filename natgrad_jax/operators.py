@@ -10,8 +10,9 @@ from natgrad_jax.averages import bias_of, pair, zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.cholesky import damped_inverse
-from natgrad_jax.linalg.low_rank import LowRank, low_rank_inverse, random_start
+from natgrad_jax.linalg.low_rank import LowRank, between, initial_subspace, low_rank_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
+from natgrad_jax.linalg.retrying import raised
 from natgrad_jax.linalg.stacking import Problem, Solving
 from natgrad_jax.linalg.woodbury import root, woodbury
 from natgrad_jax.sides import Side
@@ -63,7 +64,7 @@ def identities(layer: Layer, how: Inversion = CHOLESKY) -> Any:
         if x is None or side is None:
             return None
         if how.low_rank(side):
-            V = random_start(x.shape[:-1], how.rank or 1, x.dtype)
+            V = initial_subspace(x.shape[:-1], how.rank or 1, x.dtype)
             return LowRank(V, jnp.zeros(V.shape[:-2] + V.shape[-1:], x.dtype),
                            jnp.ones(V.shape[:-2], x.dtype))  # fmt: skip
         return x + (1 if side.diagonal else jnp.eye(x.shape[-1], dtype=x.dtype))
@@ -81,18 +82,17 @@ def inverses(
     old: Any = None,
     how: Inversion = CHOLESKY,
     divide: Callable[..., tuple[jax.Array, jax.Array]] = split,
-) -> Solving[Any]:
+) -> Solving[tuple[Any, jax.Array]]:
     """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; ``(F + λ I)⁻¹`` of a block with one matrix.
 
     ``divide`` splits λ between the factors by their mean eigenvalues; ``old`` are the last
-    inverses, from which those of low rank start. A computation for
-    :func:`~natgrad_jax.linalg.stacking.solve`.
+    inverses, from which those of low rank start. Also how many factorisations failed and took more
+    damping, int32 ``()``. A computation for :func:`~natgrad_jax.linalg.stacking.solve`.
     """
     if layer.output_side is None or factors.G is None:
         on_f = jnp.broadcast_to(damping, factors.A.shape[:-2]).astype(factors.A.dtype)
-        exact = pseudo_inverse if how.method == "eigh" else damped_inverse
-        (found,) = yield [Problem(exact, (factors.A, on_f))]
-        return pair(found)
+        found, failures = _counted((yield [_exact(factors.A, on_f, how)]))
+        return pair(*found), failures
     bias = bias_of(factors)
     dampings = divide(
         layer.input_side.trace(factors.A, bias) / layer.input_side.size,
@@ -106,22 +106,40 @@ def inverses(
         for each in zip(sides, (factors.A, factors.G), dampings, starts, strict=True)
         if not each[0].diagonal
     ]
-    solutions = iter((yield problems))
+    found, failures = _counted((yield problems))
+    solutions = iter(found)
     A, G = (
         _reciprocal(factor + _over_columns(on, factor)) if side.diagonal else next(solutions)
         for side, factor, on in zip(sides, (factors.A, factors.G), dampings, strict=True)
     )
-    return pair(A, G, None if bias is None else _reciprocal(bias + dampings[0]))
+    return pair(A, G, None if bias is None else _reciprocal(bias + dampings[0])), failures
 
 
 def _problem(side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: Inversion) -> Any:
     damping = damping.astype(factor.dtype)
     damping = jnp.broadcast_to(damping[..., None] if side.grouped else damping, factor.shape[:-2])
     if how.low_rank(side):
-        return Problem(low_rank_inverse, (factor, damping, old.V))
+        size = jnp.full(damping.shape, side.width, damping.dtype)
+        return Problem(low_rank_inverse, (factor, damping, old.V, size), fills=True)
+    return _exact(factor, damping, how)
+
+
+def _exact(factor: jax.Array, damping: jax.Array, how: Inversion) -> Problem:
     if how.method == "eigh":
         return Problem(pseudo_inverse, (factor, damping), (("cutoff", how.cutoff),))
-    return Problem(damped_inverse, (factor, damping))
+    return Problem(raised, (factor, damping), (("op", damped_inverse),), fills=True)
+
+
+def _counted(solutions: list[Any]) -> tuple[list[Any], jax.Array]:
+    """Results without their counts of failures, and the sum of those."""
+    failures = jnp.zeros((), jnp.int32)
+    found = []
+    for solution in solutions:
+        if isinstance(solution, tuple) and not isinstance(solution, LowRank):
+            solution, failed = solution
+            failures += failed.sum(dtype=jnp.int32)
+        found.append(solution)
+    return found, failures
 
 
 def _over_columns(damping: jax.Array, factor: jax.Array) -> jax.Array:
@@ -156,6 +174,9 @@ def followed(layer: Layer, old: Any, batch: Any, rate: jax.Array, rank: int) -> 
 
 def operate(layer: Layer, operator: Any, x: jax.Array) -> jax.Array:
     """``A X G`` of a packed matrix; ``A X`` for a block with one matrix (both are symmetric)."""
+    low_rank = isinstance(operator.A, LowRank) and isinstance(operator.G, LowRank)
+    if low_rank and x.shape[-2] == operator.A.V.shape[-2]:
+        return between(operator.A, x, operator.G)
     x = _times(layer.input_side, operator.A, bias_of(operator), x)
     if layer.output_side is None or operator.G is None:
         return x

@@ -13,8 +13,10 @@ from natgrad_jax.linalg import (
     low_rank,
     orthogonal_iteration,
     pseudo_inverse,
+    retrying,
     woodbury,
 )
+from natgrad_jax.linalg.stacking import Problem, in_stacks
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +121,7 @@ def test_low_rank_inverse(batch: tuple[int, ...]) -> None:
     Q = np.linalg.qr(np.random.default_rng(0).normal(size=(*batch, 20, 20)))[0]
     values = np.concatenate([np.linspace(10, 30, 4), np.full(16, 0.2)])
     F = (Q * values) @ np.swapaxes(Q, -1, -2)
-    V = low_rank.random_start((*batch, 20), 4, jnp.float64)
+    V = low_rank.initial_subspace((*batch, 20), 4, jnp.float64)
     for _ in range(8):
         found = low_rank.low_rank_inverse(jnp.asarray(F), jnp.full(batch, 0.5), V)
         V = found.V
@@ -131,7 +133,67 @@ def test_low_rank_inverse(batch: tuple[int, ...]) -> None:
 
 def test_subspace_finds_leading_eigenpairs() -> None:
     F = spd(50, 60)
-    V = low_rank.random_start((50,), 50, jnp.float64)
+    V = low_rank.initial_subspace((50,), 50, jnp.float64)
     V, values = low_rank.subspace(jnp.asarray(F), V)
     np.testing.assert_allclose(values, np.linalg.eigvalsh(F), atol=1e-9)  # rank n: exact
     np.testing.assert_allclose(V.T @ V, np.eye(50), atol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_failed_factorisation_takes_more_damping(batch: tuple[int, ...]) -> None:
+    """Tenfold until positive definite; the others of a batch are not touched."""
+    factor = np.broadcast_to(np.diag([1.0, -0.5]), (*batch, 2, 2)).copy()
+    factor[..., 1, 1] *= np.arange(1, 1 + np.prod(batch, dtype=int)).reshape(batch) % 3
+    damping = np.full(batch, 0.01)
+    found, failures = retrying.raised(
+        jnp.asarray(factor), jnp.asarray(damping), op=cholesky.damped_inverse
+    )
+    expected = {-0.5: 2, -1.0: 3, 0.0: 0}
+    assert failures.tolist() == np.vectorize(expected.get)(factor[..., 1, 1]).tolist()
+    lam = damping * 10.0**failures
+    inverse = np.linalg.inv(factor + lam[..., None, None] * np.eye(2))
+    np.testing.assert_allclose(found, inverse, rtol=1e-12)
+
+
+def test_a_hopeless_factorisation_ends() -> None:
+    nothing = lambda factor, damping: factor * jnp.nan
+    found, failures = retrying.raised(jnp.eye(2), jnp.array(1.0), op=nothing)
+    assert failures == retrying.ATTEMPTS and np.isnan(found).all()
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_problems_of_nearly_equal_size_are_filled_up(rank: Any) -> None:
+    """With zeros, which changes no result, and so they are one call of one program."""
+    shapes = []
+
+    def inverse(factor: jax.Array, *args: jax.Array) -> jax.Array:
+        shapes.append(factor.shape)
+        if rank is None:
+            return cholesky.damped_inverse(factor, *args)
+        return low_rank.low_rank_inverse(factor, *args).dense()
+
+    def arguments(n: int) -> tuple[jax.Array, ...]:
+        args = jnp.asarray(spd(n, 2 * n)), jnp.array(0.1)
+        start = low_rank.initial_subspace((n,), rank or 1, float)
+        return args if rank is None else (*args, start, jnp.array(n, float))
+
+    given = [arguments(n) for n in (30, 31, 100, 101)]
+    found = in_stacks([Problem(inverse, args, fills=True) for args in given])
+    assert shapes == [(2, 32, 32), (2, 104, 104)]
+    for args, x in zip(given, found, strict=True):
+        np.testing.assert_allclose(x, inverse(*args), atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_low_rank_on_both_sides_at_once(batch: tuple[int, ...]) -> None:
+    left, right = (
+        low_rank.low_rank_inverse(
+            jnp.asarray(spd(n, n, batch=batch)),
+            jnp.full(batch, 0.2),
+            low_rank.initial_subspace((*batch, n), k, float),
+        )
+        for n, k in ((12, 3), (9, 2))
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(*batch, 12, 9)))
+    expected = left.dense() @ x @ right.dense()
+    np.testing.assert_allclose(low_rank.between(left, x, right), expected, atol=1e-12)

@@ -1,5 +1,6 @@
 """Leading eigenpairs by randomized subspace iteration, and inverses of low rank plus identity."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from natgrad_jax.linalg.batching import over_batch
 
 _PRECISION = jax.lax.Precision.HIGHEST
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class LowRank(NamedTuple):
@@ -40,6 +42,22 @@ class LowRank(NamedTuple):
         return outside + self.shift[..., None, None] * x
 
 
+def between(left: LowRank, x: jax.Array, right: LowRank) -> jax.Array:
+    """``L X R`` for ``X (*batch, n, m)``, reading X three times and writing it once.
+
+    With ``P = V_LᵀX`` and ``Y = X V_R``::
+
+        L X R = s_L s_R X + [V_L, s_L Y D_R + V_L D_L P V_R D_R] [s_R D_L P; V_Rᵀ]
+    """
+    times = partial(jnp.matmul, precision=_PRECISION)
+    wide = lambda scalars: scalars[..., None, None]
+    P = left.gains[..., None] * times(left.V.mT, x)
+    Y = wide(left.shift) * times(x, right.V) + times(left.V, times(P, right.V))
+    columns = jnp.concatenate([left.V, Y * right.gains[..., None, :]], axis=-1)
+    rows = jnp.concatenate([wide(right.shift) * P, right.V.mT], axis=-2)
+    return wide(left.shift * right.shift) * x + times(columns, rows)
+
+
 def subspace(factor: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Approximate leading eigenpairs of F: one step of subspace iteration and Rayleigh–Ritz.
 
@@ -66,13 +84,21 @@ def subspace(factor: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]
     return jnp.matmul(Q, W, precision=_PRECISION), jnp.maximum(values, 0)
 
 
-def random_start(shape: tuple[int, ...], rank: int, dtype: Any) -> jax.Array:
-    """A start of :func:`subspace` for ``shape = (*batch, n)``: fixed, with orthonormal columns."""
-    normal = jax.random.normal(jax.random.key(0), (shape[-1], rank), dtype)
-    return jnp.broadcast_to(jnp.linalg.qr(normal)[0], (*shape, rank))
+def initial_subspace(shape: tuple[int, ...], rank: int, dtype: Any) -> jax.Array:
+    """A start of :func:`subspace` for ``shape = (*batch, n)``: fixed, columns of about unit length.
+
+    Cosines of well-spread frequencies: as far from any eigenvector as random numbers are, in one
+    line of the compiled program where a random number generator is many.
+    """
+    n = shape[-1]
+    frequencies = jnp.pi * (jnp.arange(1, rank + 1) * GOLDEN % 1)
+    waves = jnp.cos((jnp.arange(n)[:, None] + 0.5) * frequencies) * (2 / n) ** 0.5
+    return jnp.broadcast_to(waves.astype(dtype), (*shape, rank))
 
 
-def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) -> LowRank:
+def low_rank_inverse(
+    factor: jax.Array, damping: jax.Array, start: jax.Array, size: jax.Array | None = None
+) -> LowRank:
     """``(F + d I)⁻¹`` from k leading eigenpairs, the rest of the spectrum taken at its mean.
 
     With r the mean of the eigenvalues that are left out, ``(tr F − Σ dᵢ) / (n − k)``::
@@ -80,7 +106,8 @@ def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) ->
         V diag(1 / (dᵢ + d) − 1 / (r + d)) Vᵀ + I / (r + d)
 
     Exact where the others are equal; otherwise the error is at most that of taking each of them
-    for r. Arguments and start as in :func:`subspace`; ``damping (*batch,)`` is positive.
+    for r. Arguments as in :func:`subspace`; ``damping (*batch,)`` is positive; ``size``,
+    ``(*batch,)``, is n where the factor is filled up with zeros.
 
     >>> import jax.numpy as jnp
     >>> F = jnp.diag(jnp.array([3.0, 1.0, 1.0]))
@@ -91,6 +118,7 @@ def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) ->
     """
     V, values = subspace(factor, start)
     n, k = V.shape[-2:]
+    others = jnp.maximum((n if size is None else size) - k, 1)
     left = jnp.trace(factor, axis1=-2, axis2=-1) - values.sum(-1)
-    rest = jnp.maximum(left, 0) / max(n - k, 1) + damping
+    rest = jnp.maximum(left, 0) / others + damping
     return LowRank(V, 1 / (values + damping[..., None]) - 1 / rest[..., None], 1 / rest)

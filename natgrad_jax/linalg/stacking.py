@@ -24,11 +24,14 @@ class Problem(NamedTuple):
     """``op(*arguments, **options)`` for symmetric matrices, the first argument ``(*lead, n, n)``.
 
     All arguments and results have the axes ``lead`` in front; ``op`` takes any number of them.
+    ``fills``: whether axes of size n may be filled up with zeros, and results cut to n again: then
+    problems of nearly equal size share one program.
     """
 
     op: Callable[..., Any]
     arguments: tuple[jax.Array, ...]
     options: tuple[tuple[str, Any], ...] = ()
+    fills: bool = False
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -42,9 +45,48 @@ class Problem(NamedTuple):
         return self.op, self.options, kinds
 
     @property
+    def size(self) -> int:
+        """Rows of one matrix."""
+        return self.arguments[0].shape[-1]
+
+    @property
     def cost(self) -> float:
         """Of one matrix: its size cubed."""
-        return float(self.arguments[0].shape[-1]) ** 3
+        return float(self.size) ** 3
+
+    def filled(self) -> "Problem":
+        """The problem with axes of the next size that many share."""
+        if not self.fills:
+            return self
+        axes, size = len(self.lead), rounded_up(self.size)
+
+        def fill(x: jax.Array) -> jax.Array:
+            more = [size - n if i >= axes and n == self.size else 0 for i, n in enumerate(x.shape)]
+            return jnp.pad(x, [(0, n) for n in more]) if any(more) else x
+
+        return self._replace(arguments=tuple(map(fill, self.arguments)))
+
+    def cut(self, found: Any) -> Any:
+        """The result of this problem, in that of its filled form."""
+        if not self.fills:
+            return found
+        axes, size = len(self.lead), rounded_up(self.size)
+
+        def cut(x: jax.Array) -> jax.Array:
+            own = (slice(self.size if n == size else None) for n in x.shape[axes:])
+            return x[(slice(None),) * axes + tuple(own)]
+
+        return jax.tree.map(cut, found)
+
+
+def rounded_up(size: int) -> int:
+    """The next of sixteen sizes an octave, all multiples of eight: 1/16 larger at most, from 128.
+
+    >>> [rounded_up(n) for n in (6, 100, 784, 785, 1001)]
+    [8, 104, 800, 800, 1024]
+    """
+    unit = max(8, 2 ** (size.bit_length() - 5))
+    return -(-size // unit) * unit
 
 
 Solving = Generator[list[Problem], list[Any], R]
@@ -88,6 +130,7 @@ def alone(computation: Solving[R]) -> R:
 
 def in_stacks(problems: Sequence[Problem], over: Devices | None = None) -> list[Any]:
     """The solution of each problem, those of one form solved together."""
+    given, problems = problems, [problem.filled() for problem in problems]
     forms: dict[Any, list[int]] = {}
     for i, problem in enumerate(problems):
         forms.setdefault(problem.form, []).append(i)
@@ -101,7 +144,7 @@ def in_stacks(problems: Sequence[Problem], over: Devices | None = None) -> list[
     solutions: list[Any] = [None] * len(problems)
     for members, parts in zip(forms.values(), found, strict=True):
         for i, part in zip(members, parts, strict=True):
-            solutions[i] = part
+            solutions[i] = given[i].cut(part)
     return solutions
 
 

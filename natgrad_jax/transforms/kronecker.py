@@ -154,8 +154,9 @@ def _refresh(
         found = solve({path: of(path, layer) for path, layer in due.items()}, rules.turns.over)
         for path, layer in due.items():
             old, weights = state.bases[path], state.weights[path]
-            bases[path], bad = keep_finite(layer, found[path], old, weights)
-            rejected += bad
+            new, failures = found[path]
+            bases[path], bad = keep_finite(layer, new, old, weights)
+            rejected += bad + jnp.where(jnp.any(weights > 0), failures, 0)
         return bases, rejected
 
     bases, bad = in_turn(layers, rules.turns, state.clock.step, first, state.bases, renew)
