@@ -13,6 +13,7 @@ from natgrad_jax.quadratic import (
     gauss_newton_vector_product,
     quadratic_forms,
 )
+from natgrad_jax.ranks import rank_for
 from natgrad_jax.readers import bases, damping, factors
 from natgrad_jax.statistics import Statistics, value_and_grad
 from natgrad_jax.tagging import UncoveredWarning, find_layers
@@ -83,6 +84,7 @@ __all__ = [
     "ngd",
     "prong",
     "quadratic_forms",
+    "rank_for",
     "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_quadratic_model",

@@ -42,15 +42,29 @@ def bias_of(factors: Any) -> jax.Array | None:
     return getattr(factors, "bias", None)
 
 
-def zero_factors(layer: Layer, inputs_only: bool = False) -> Any:
-    """Factors before anything was measured."""
+def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> Any:
+    """Factors before anything was measured; ``dtype``: of their storage, the layer's by default."""
     stack, outputs = layer.stack_sizes, None if inputs_only else layer.output_factor_shape
-    zeros = lambda shape: jnp.zeros(stack + shape, layer.factor_dtype)
+    zeros = lambda shape: jnp.zeros(stack + shape, dtype or layer.factor_dtype)
     return pair(
         zeros(layer.input_factor_shape),
         None if outputs is None else zeros(outputs),
         zeros(layer.factor_blocks) if layer.input_side.bias else None,
     )
+
+
+def stored_as(dtype: Any) -> Any:
+    """The checked dtype of stored factors; None for the layers' own."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"factor_dtype is a floating dtype, such as jnp.bfloat16, or None; got {dtype!r}."
+        )
+    return dtype
+
+
+def in_full(layer: Layer, factors: Any) -> Any:
+    """Stored factors in the precision that they are inverted in."""
+    return jax.tree.map(lambda x: x.astype(layer.factor_dtype), factors)
 
 
 def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, jax.Array]:
@@ -144,6 +158,11 @@ def rate(
 
 
 def step(rate: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """``old + rate · (new − old)``; where the rate is 0, ``old``, whatever ``new`` holds."""
-    rate = _wide(rate.astype(old.dtype), old)
-    return jnp.where(rate == 0, old, old + rate * (new.astype(old.dtype) - old))
+    """``old + rate · (new − old)``; where the rate is 0, ``old``, whatever ``new`` holds.
+
+    Computed in the wider of the two dtypes, in the dtype of ``old``.
+    """
+    wide = jnp.promote_types(old.dtype, new.dtype)
+    rate, before = _wide(rate.astype(wide), old), old.astype(wide)
+    after = before + rate * (new.astype(wide) - before)
+    return jnp.where(rate == 0, old, after.astype(old.dtype))

@@ -11,6 +11,7 @@ from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.linalg.low_rank import LowRank, between, initial_subspace, low_rank_inverse
+from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
 from natgrad_jax.linalg.retrying import raised
 from natgrad_jax.linalg.stacking import Problem, Solving
@@ -18,7 +19,7 @@ from natgrad_jax.linalg.woodbury import root, woodbury
 from natgrad_jax.sides import Side
 
 # How factors are inverted; woodbury by Cholesky at a refresh, and by updates between.
-INVERSES = ("cholesky", "eigh", "low_rank", "woodbury")
+INVERSES = ("cholesky", "eigh", "low_rank", "newton_schulz", "woodbury")
 
 
 class Inversion(NamedTuple):
@@ -91,7 +92,8 @@ def inverses(
     """
     if layer.output_side is None or factors.G is None:
         on_f = jnp.broadcast_to(damping, factors.A.shape[:-2]).astype(factors.A.dtype)
-        found, failures = _counted((yield [_exact(factors.A, on_f, how)]))
+        last = None if old is None else old.A
+        found, failures = _counted((yield [_exact(factors.A, on_f, last, how)]))
         return pair(*found), failures
     bias = bias_of(factors)
     dampings = divide(
@@ -121,12 +123,14 @@ def _problem(side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: I
     if how.low_rank(side):
         size = jnp.full(damping.shape, side.width, damping.dtype)
         return Problem(low_rank_inverse, (factor, damping, old.V, size), fills=True)
-    return _exact(factor, damping, how)
+    return _exact(factor, damping, old, how)
 
 
-def _exact(factor: jax.Array, damping: jax.Array, how: Inversion) -> Problem:
+def _exact(factor: jax.Array, damping: jax.Array, old: Any, how: Inversion) -> Problem:
     if how.method == "eigh":
         return Problem(pseudo_inverse, (factor, damping), (("cutoff", how.cutoff),))
+    if how.method == "newton_schulz":
+        return Problem(newton_schulz_inverse, (factor, damping, old), fills=True)
     return Problem(raised, (factor, damping), (("op", damped_inverse),), fills=True)
 
 

@@ -11,6 +11,7 @@ from natgrad_jax.linalg import (
     cholesky,
     eigenbasis,
     low_rank,
+    newton_schulz,
     orthogonal_iteration,
     pseudo_inverse,
     retrying,
@@ -197,3 +198,24 @@ def test_low_rank_on_both_sides_at_once(batch: tuple[int, ...]) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(*batch, 12, 9)))
     expected = left.dense() @ x @ right.dense()
     np.testing.assert_allclose(low_rank.between(left, x, right), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("damping", [1e-6, 0.1])
+def test_newton_schulz(batch: tuple[int, ...], damping: float) -> None:
+    """From nothing, and in few rounds from the inverse of a matrix near by."""
+    factor = spd(20, 10, batch=batch)
+    lam, eye = np.full(batch, damping), np.eye(20)
+    last = np.broadcast_to(eye, factor.shape)
+    found = newton_schulz.newton_schulz_inverse(*map(jnp.asarray, (factor, lam, last)))
+    expected = np.linalg.inv(factor + damping * eye)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    later = newton_schulz.newton_schulz_inverse(jnp.asarray(1.1 * factor), jnp.asarray(lam), found)
+    expected = np.linalg.inv(1.1 * factor + damping * eye)
+    np.testing.assert_allclose(later, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
+def test_newton_schulz_that_does_not_converge_is_nan() -> None:
+    indefinite = jnp.diag(jnp.array([1.0, -2.0]))
+    found = newton_schulz.newton_schulz_inverse(indefinite, jnp.array(0.5), jnp.eye(2))
+    assert np.isnan(found).all()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.approximations import approximation
-from natgrad_jax.averages import Factors
+from natgrad_jax.averages import Factors, stored_as
 from natgrad_jax.clock import Clock, start, tick
 from natgrad_jax.eigenbases import Refresh, from_basis, to_basis
 from natgrad_jax.layer import Layer
@@ -60,6 +60,7 @@ def scale_by_ekfac(
     refresh_period: Scalar = 20,
     spread: bool = False,
     refresh_over: Any = None,
+    factor_dtype: Any = None,
     moments: str = "intra_batch",
     basis: str = "eigh",
     basis_tolerance: float | None = None,
@@ -98,6 +99,8 @@ def scale_by_ekfac(
       refresh_over: the devices that divide a refresh among them: the name of the axis inside
         shard_map or pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None
         where each device does all of it.
+      factor_dtype: of stored factors, which are averaged and inverted in float32 all the same;
+        ``jnp.bfloat16`` halves their memory; None for float32 (float64 with float64 parameters).
       moments: ``"intra_batch"``: squares of the examples' gradients in the current bases, each time
         statistics are measured; value_and_grad needs this state as ``opt_state``. (A layer called
         several times in a forward pass takes the square of the summed Fisher gradients instead,
@@ -137,11 +140,12 @@ def scale_by_ekfac(
     request = Request(chosen, moments == "intra_batch", stride=stride_of(statistics_fraction))
     layers = layers.approximate(chosen)
     how, when = Refresh(basis, basis_tolerance), turns(refresh_period, spread, refresh_over)
+    storage = stored_as(factor_dtype)
 
     def init_fn(params: optax.Params) -> EKFACState:
         del params  # shapes come from the layers: params may be placeholders
         # one compiled program: op by op, every shape would compile on its own
-        return jax.jit(lambda: _initial_state(layers, damping, request))()
+        return jax.jit(lambda: _initial_state(layers, damping, request, storage))()
 
     def update_fn(
         updates: optax.Updates,
@@ -185,6 +189,7 @@ def ekfac(
     refresh_period: Scalar = 20,
     spread: bool = False,
     refresh_over: Any = None,
+    factor_dtype: Any = None,
     moments: str = "intra_batch",
     basis: str = "eigh",
     basis_tolerance: float | None = None,
@@ -204,8 +209,8 @@ def ekfac(
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
       damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
-        refresh_over, moments, basis, basis_tolerance, convolution, group_size, weight_sharing: as
-        in :func:`scale_by_ekfac`.
+        refresh_over, factor_dtype, moments, basis, basis_tolerance, convolution,
+        group_size, weight_sharing: as in :func:`scale_by_ekfac`.
       momentum: decay of the heavy-ball trace of preconditioned gradients.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
@@ -232,6 +237,7 @@ def ekfac(
         refresh_period=refresh_period,
         spread=spread,
         refresh_over=refresh_over,
+        factor_dtype=factor_dtype,
         moments=moments,
         basis=basis,
         basis_tolerance=basis_tolerance,
@@ -243,7 +249,7 @@ def ekfac(
     return descent(preconditioner, learning_rate, momentum, weight_decay)
 
 
-def _initial_state(layers: Layers, damping: Scalar, request: Request) -> EKFACState:
+def _initial_state(layers: Layers, damping: Scalar, request: Request, storage: Any) -> EKFACState:
     def zeros(layer: Layer) -> jax.Array:
         return jnp.zeros(layer.stack_sizes + layer.packed_shape, layer.factor_dtype)
 
@@ -255,7 +261,7 @@ def _initial_state(layers: Layers, damping: Scalar, request: Request) -> EKFACSt
         moment_weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         examples=jnp.ones((), float),
         request=spell(request),
-        **estimates.start(layers)._asdict(),
+        **estimates.start(layers, storage)._asdict(),
     )
 
 

@@ -36,10 +36,10 @@ State = TypeVar("State", bound=Any)
 Rate = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def start(layers: Layers) -> Estimates:
+def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
     """Before anything was measured."""
     return Estimates(
-        factors={path: zero_factors(layer) for path, layer in layers.items()},
+        factors={path: zero_factors(x, dtype=factor_dtype) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         diagonal={
             p.path: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))

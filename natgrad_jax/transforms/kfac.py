@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from natgrad_jax.approximations import approximation
+from natgrad_jax.averages import stored_as
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import inversion
@@ -25,6 +26,7 @@ def scale_by_kfac(
     refresh_period: Scalar = 20,
     spread: bool = False,
     refresh_over: Any = None,
+    factor_dtype: Any = None,
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
@@ -57,6 +59,8 @@ def scale_by_kfac(
       refresh_over: the devices that divide a refresh among them: the name of the axis inside
         shard_map or pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None
         where each device does all of it.
+      factor_dtype: of stored factors, which are averaged and inverted in float32 all the same;
+        ``jnp.bfloat16`` halves their memory; None for float32 (float64 with float64 parameters).
       convolution: ``"kfc"``, the covariance of whole patches, or ``"sua"``, of channels alone:
         ``A ≈ I ⊗ C``, C averaged over the places of a patch, the bias apart.
       group_size: channels in a group, for factors without correlations across groups (and the bias
@@ -66,10 +70,11 @@ def scale_by_kfac(
         then measures the one that is asked for, and no more.
       inverse: ``"cholesky"``; ``"eigh"``; ``"low_rank"``: the ``rank`` leading eigenpairs of each
         factor, warm-started, and the others at their mean (whole where twice the rank is not less
-        than the factor); ``"woodbury"``: by Cholesky at a refresh, and between refreshes each
+        than the factor); ``"newton_schulz"``: by matrix products alone, from the last inverse;
+        ``"woodbury"``: by Cholesky at a refresh, and between refreshes each
         measured batch is absorbed by an update of that ``rank``, under which the damping of the
         refresh fades with the factors' decay.
-      rank: for the last two.
+      rank: for ``low_rank`` and ``woodbury``.
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
         ``ΔᵀFΔ = Δᵀ∇``. Here the learning rate is taken to be 1 (:func:`kfac` includes its own).
 
@@ -106,6 +111,7 @@ def scale_by_kfac(
         statistics_period,
         turns(refresh_period, spread, refresh_over),
         trust_radius,
+        stored_as(factor_dtype),
     )
     return kronecker(layers, rules)
 
@@ -121,6 +127,7 @@ def kfac(
     refresh_period: Scalar = 20,
     spread: bool = False,
     refresh_over: Any = None,
+    factor_dtype: Any = None,
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
@@ -139,7 +146,7 @@ def kfac(
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
       damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
-        refresh_over, convolution, group_size, weight_sharing, inverse, rank: as in
+        refresh_over, factor_dtype, convolution, group_size, weight_sharing, inverse, rank: as in
         :func:`scale_by_kfac`.
       momentum: decay of the heavy-ball trace of preconditioned gradients.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
@@ -167,6 +174,7 @@ def kfac(
         refresh_period=refresh_period,
         spread=spread,
         refresh_over=refresh_over,
+        factor_dtype=factor_dtype,
         convolution=convolution,
         group_size=group_size,
         weight_sharing=weight_sharing,

@@ -53,6 +53,7 @@ class Rules(NamedTuple):
     statistics_period: Scalar
     turns: Turns
     trust_radius: Scalar | None
+    factor_dtype: Any = None
 
 
 def kronecker(layers: Layers, rules: Rules) -> optax.GradientTransformationExtraArgs:
@@ -103,7 +104,7 @@ def _initial_state(layers: Layers, rules: Rules) -> KFACState:
         damping=at(rules.damping, jnp.zeros((), jnp.int32)),
         bases={path: identities(layer, rules.inversion) for path, layer in layers.items()},
         request=spell(rules.request),
-        **estimates.start(layers)._asdict(),
+        **estimates.start(layers, rules.factor_dtype)._asdict(),
     )
 
 
@@ -149,7 +150,12 @@ def _refresh(
     def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, Factors], jax.Array]:
         bases, rejected = {}, jnp.zeros((), jnp.int32)
         of = lambda path, layer: inverses(
-            layer, state.factors[path], lam, state.bases[path], rules.inversion, rules.divide
+            layer,
+            averages.in_full(layer, state.factors[path]),
+            lam,
+            state.bases[path],
+            rules.inversion,
+            rules.divide,
         )
         found = solve({path: of(path, layer) for path, layer in due.items()}, rules.turns.over)
         for path, layer in due.items():

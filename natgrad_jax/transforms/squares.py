@@ -92,7 +92,11 @@ def refresh(
     def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, Any], jax.Array]:
         new, rejected = {}, jnp.zeros((), jnp.int32)
         of = lambda path, layer: eigenbases(
-            layer, state.factors[path], state.bases[path], unseen(path), how
+            layer,
+            averages.in_full(layer, state.factors[path]),
+            state.bases[path],
+            unseen(path),
+            how,
         )
         found = solve({path: of(path, layer) for path, layer in due.items()}, when.over)
         for path, layer in due.items():

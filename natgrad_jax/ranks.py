@@ -1,0 +1,74 @@
+"""Which rank low-rank inverses need, from factors that were measured."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import readers
+from natgrad_jax.averages import bias_of, in_full
+from natgrad_jax.damping_rules import split
+from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.sides import Side
+
+
+def rank_for(
+    opt_state: Any, layers: Layers, *, damping: float = 1e-2, neglected: float = 1.0
+) -> int:
+    """The rank at which what ``inverse="low_rank"`` neglects is small against the damping.
+
+    The smallest k such that, in every factor, all eigenvalues but the k largest are at most
+    ``neglected`` times the damping of that factor, ``π√λ`` for A and ``√λ/π`` for G. A rank is a
+    shape, which a compiled step cannot change: take a few steps, ask, and make the transformation
+    anew with it.
+
+    Args:
+      opt_state: a state with K-FAC's factors, such as that of :func:`natgrad_jax.kfac`.
+      layers: the Layers of that transformation.
+      damping: λ; neglected: a share of it, positive.
+
+    Returns:
+      k, at least 1. Where ``2 k`` is not less than a factor's size that factor is inverted whole.
+
+    Raises:
+      ValueError: no state with factors; nothing measured yet.
+
+    Source: Martens & Grosse 2015, section 6.3, for π.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> model, x = nn.Dense(2), jnp.ones((4, 6))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> loss_fn = lambda params, x: ng.Gaussian(model.apply({"params": params}, x)).nll(x[:, :2])
+    >>> layers = ng.find_layers(loss_fn, params, x)
+    >>> tx, grad_fn = ng.kfac(0.1, layers), ng.value_and_grad(loss_fn, layers, fisher="exact")
+    >>> loss, grads, statistics = grad_fn(params, x)
+    >>> updates, state = tx.update(grads, tx.init(params), params, statistics=statistics)
+    >>> ng.rank_for(state, layers)  # all inputs are one vector, both outputs have variance one
+    2
+    """
+    check_layers(layers)
+    found = readers.factors(opt_state)
+    ranks = [1]
+    for path, layer in layers.items():
+        if layer.output_side is None:
+            continue
+        factors, sides = in_full(layer, found[path]), (layer.input_side, layer.output_side)
+        means = [
+            side.trace(factor, bias_of(factors) if side is layer.input_side else None) / side.size
+            for side, factor in zip(sides, factors[:2], strict=True)
+        ]
+        if not bool(jnp.all(means[0] > 0)):
+            raise ValueError("rank_for needs measured factors: take a few steps first.")
+        on = split(*means, jnp.asarray(damping))
+        ranks += [
+            _above(side, factor, neglected * lam)
+            for side, factor, lam in zip(sides, factors[:2], on, strict=True)
+        ]
+    return max(ranks)
+
+
+def _above(side: Side, factor: jax.Array, threshold: jax.Array) -> int:
+    """The most eigenvalues above the threshold that any one matrix has."""
+    if side.diagonal or side.grouped:
+        return 1  # never of low rank
+    return int(jnp.max(jnp.sum(jnp.linalg.eigvalsh(factor) > threshold[..., None], axis=-1)))
