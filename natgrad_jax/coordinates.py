@@ -58,7 +58,7 @@ def white_inputs(
     directions, so many are followed from there, and the others are taken at their mean variance. A
     computation for :func:`~natgrad_jax.linalg.stacking.solve`, as the next two.
     """
-    second, mean = _second_and_mean(layer, factors.A)
+    second, mean = second_and_mean(layer, factors.A)
     if old is not None and old.A is not None and old.A_rest is not None:
         ((basis, values),) = yield [Problem(subspace, (second, old.A))]
         rest = _root(_others(second, values), epsilon)
@@ -76,7 +76,7 @@ def white_sides(
     is K-FAC (with inputs centred before they are damped).
     """
     del old
-    second, mean = _second_and_mean(layer, factors.A)
+    second, mean = second_and_mean(layer, factors.A)
     diagonal = layer.input_side.diagonal
     mean_of = lambda m: jnp.trace(m, axis1=-2, axis2=-1) / m.shape[-1]
     on_a, on_g = split(
@@ -148,7 +148,7 @@ def rescaled(layer: Layer, own: Coordinates, factors: Any, epsilon: jax.Array) -
 
     ``s_i = (ũ_iᵀ Σ ũ_i + ε)^{-1/2}``: every whitened unit has variance 1 on that batch, up to ε.
     """
-    second, _ = _second_and_mean(layer, factors.A)
+    second, _ = second_and_mean(layer, factors.A)
     if own.A is None:
         variances = second
     else:
@@ -159,7 +159,7 @@ def rescaled(layer: Layer, own: Coordinates, factors: Any, epsilon: jax.Array) -
     return own._replace(A_scale=_root(variances, epsilon))
 
 
-def _second_and_mean(layer: Layer, A: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def second_and_mean(layer: Layer, A: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The covariance of the inputs and their mean; second moments and None without a bias."""
     if layer.input_side.diagonal or layer.bias is None:
         return A, None

@@ -151,12 +151,7 @@ def _block(
 ) -> jax.Array:
     """The Fisher over some of the parameters, in the order of ``own``."""
     size = sum(x.size for x in own.values())
-    if size > MAX_PARAMETERS:
-        raise ValueError(
-            f"an explicit Fisher over {size:,} parameters would take {size**2 * 4 / 1e9:.0f} GB; "
-            f"the limit is {MAX_PARAMETERS:,} parameters. Pass layers= for blocks, or use "
-            "fisher_diagonal or fisher_vector_product."
-        )
+    check_size(size)
     outputs = lambda own: model.naturals(paths.replace(model.tree, own))
     dtype = jnp.result_type(jnp.float32, *own.values())
     flat = lambda j, shape: [j[p].reshape(*shape, -1).astype(dtype) for p in own]
@@ -169,6 +164,16 @@ def _block(
         add = lambda i, F, seed=seed, whose=whose: F + _outer(J, seed(i), *whose)
         F = jax.lax.fori_loop(0, count, add, F)
     return F / positive(model.loss.terms[0].count).astype(dtype)
+
+
+def check_size(size: int) -> None:
+    """Raise for more parameters than an explicit matrix should have."""
+    if size > MAX_PARAMETERS:
+        raise ValueError(
+            f"an explicit Fisher over {size:,} parameters would take {size**2 * 4 / 1e9:.0f} GB; "
+            f"the limit is {MAX_PARAMETERS:,} parameters. Pass layers= for blocks, or use "
+            "fisher_diagonal or fisher_vector_product."
+        )
 
 
 def _outer(J: list[jax.Array], seed: seeds.Seeds, n: int, terms: tuple[int, ...]) -> jax.Array:

@@ -18,12 +18,14 @@ Spelled = dict[str, tuple[()]]
 class Request(NamedTuple):
     """``approximation`` of the factors; ``moments``: whether squares in the current bases too;
     ``inputs_only``: whether input factors alone, for which no Fisher pass is needed; ``stride``: of
-    the examples that are measured."""
+    the examples that are measured. ``split``: how damping is divided between factors, which the
+    backward pass need not know, and diagnostics ask."""
 
     approximation: Approximation = Approximation()
     moments: bool = False
     inputs_only: bool = False
     stride: int = 1
+    split: str = "pi"
 
 
 def spell(request: Request) -> Spelled:
@@ -32,12 +34,10 @@ def spell(request: Request) -> Spelled:
     >>> spell(Request(Approximation(group_size=32), moments=True))
     {'group_size=32': (), 'moments': ()}
     """
-    usual = Approximation()._asdict()
-    chosen = {k: v for k, v in request.approximation._asdict().items() if v != usual[k]}
-    flags = {"moments": request.moments, "inputs_only": request.inputs_only}
-    if request.stride > 1:
-        chosen["stride"] = request.stride
-    return {f"{k}={v}": () for k, v in chosen.items()} | {k: () for k, v in flags.items() if v}
+    own, usual = (r.approximation._asdict() | r._asdict() for r in (request, Request()))
+    named = (*Approximation._fields, "stride", "split")
+    chosen = {f"{k}={own[k]}": () for k in named if own[k] != usual[k]}
+    return chosen | {k: () for k in ("moments", "inputs_only") if own[k]}
 
 
 def parse(spelled: Spelled) -> Request:
@@ -47,8 +47,9 @@ def parse(spelled: Spelled) -> Request:
         values["group_size"] = int(values["group_size"])
     if "centred" in values:
         values["centred"] = values["centred"] == "True"
-    stride = int(values.pop("stride", 1))
-    return Request(Approximation(**values), "moments" in spelled, "inputs_only" in spelled, stride)
+    stride, split = int(values.pop("stride", 1)), values.pop("split", "pi")
+    flags = ("moments" in spelled, "inputs_only" in spelled)
+    return Request(Approximation(**values), *flags, stride, split)
 
 
 def stride_of(fraction: Any) -> int:

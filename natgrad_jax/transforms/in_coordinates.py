@@ -166,7 +166,8 @@ def in_coordinates(
         blocks.check_paths(paths.leaves(updates), layers)
         old = state.bases
         if own:
-            blocks.check_statistics(statistics, own, "in_coordinates", choice.outputs)
+            given = every if choice.outputs else own
+            blocks.check_statistics(statistics, given, "in_coordinates", choice.outputs)
             assert statistics is not None
             before = state.weights
             state = following.average(state, statistics, own, rules)

@@ -87,6 +87,7 @@ def ngd(
         Request(
             approximation(convolution, group_size, weight_sharing),
             stride=stride_of(statistics_fraction),
+            split="equal",
         ),
         inversion(inverse, rank, cutoff),
         equal,

@@ -1,4 +1,4 @@
-"""How good an approximation is: measured against the explicit Fisher, for small models."""
+"""Approximations as explicit matrices, and how good they are: for small models."""
 
 import itertools
 from collections.abc import Callable
@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.approximations import WHOLE, Approximation
+from natgrad_jax.diagnostics.found import found_in
 from natgrad_jax.eigenbases import from_basis, to_basis
-from natgrad_jax.explicit import fisher as explicit_fisher
+from natgrad_jax.explicit import check_size, fisher as explicit_fisher
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import operate
+from natgrad_jax.paths import Path
 from natgrad_jax.statistics import value_and_grad
 from natgrad_jax.tagging import find_layers
 from natgrad_jax.transforms.ekfac import EKFACState, scale_by_ekfac
@@ -75,13 +77,47 @@ def approximation_error(
     for suffix, form in FORMS.items():
         state = _measured(loss_fn, params, args, layers, form, **given)
         own = layers.approximate(form)
-        for name, matrix in (("kfac", _kfac), ("ekfac", _ekfac)):
-            errors = [
-                jnp.sum(jnp.square(F - matrix(own[path], state, path)))
-                for path, F in blocks.items()
-            ]
+        kfac = lambda path, own=own, state=state: _kfac(own[path], state.factors[path])
+        ekfac = lambda path, own=own, state=state: _ekfac(own[path], state, path)
+        for name, matrix in (("kfac", kfac), ("ekfac", ekfac)):
+            errors = [jnp.sum(jnp.square(F - matrix(path))) for path, F in blocks.items()]
             squared[name + suffix] = sum(errors)
     return {name: float(jnp.sqrt(x)) for name, x in squared.items()}
+
+
+def matrices(layers: Layers, opt_state: Any) -> dict[Path, jax.Array]:
+    """The Fisher blocks that an optimizer state stands for, explicitly, without damping.
+
+    ``A ⊗ G``, EKFAC's ``Q diag(S) Qᵀ``, or the one matrix of a block that is no product. Layers of
+    which inputs alone were measured (whitening) are left out.
+
+    Args:
+      layers: from :func:`natgrad_jax.find_layers`, of a small model.
+      opt_state: of any chain with a transformation of this library in it.
+
+    Returns:
+      From layer path to ``(P, P)`` over the layer's parameters in their order, each raveled: as
+      ``ng.fisher(..., layers=layers)`` has them.
+
+    Raises:
+      ValueError: no such state, factors of other layers, a layer too large for a matrix.
+
+    >>> import natgrad_jax as ng
+    >>> layers = ng.Layers({})
+    >>> ng.diagnostics.matrices(layers, ng.kfac(0.1, layers).init({}))
+    {}
+    """
+    found = {}
+    for own in found_in(layers, opt_state):
+        for path in (path for path in layers if path in own.state.factors):
+            layer, factors = own.layers[path], own.factors(path)
+            half = layer.output_side is not None and factors.G is None
+            if half or layer.input_side.constant:  # of inputs, or of channels and their means
+                continue
+            check_size(sum(p.size for p in layer.parameters))
+            kfac = own.kind != "ekfac"
+            found[path] = _kfac(layer, factors) if kfac else _ekfac(layer, own.state, path)
+    return found
 
 
 def _measured(
@@ -99,11 +135,11 @@ def _measured(
     return compiled(compiled(tx.init(None)))
 
 
-def _kfac(layer: Layer, state: EKFACState, path: Any) -> jax.Array:
-    return dense(layer, partial(operate, layer, state.factors[path]))
+def _kfac(layer: Layer, factors: Any) -> jax.Array:
+    return dense(layer, partial(operate, layer, factors))
 
 
-def _ekfac(layer: Layer, state: EKFACState, path: Any) -> jax.Array:
+def _ekfac(layer: Layer, state: EKFACState, path: Path) -> jax.Array:
     bases, S = state.bases[path], state.moments[path]
     return dense(layer, lambda x: from_basis(layer, bases, S * to_basis(layer, bases, x)))
 

@@ -1,0 +1,57 @@
+"""The states of this library in an optimizer state, with the layers that they are of."""
+
+from typing import Any, NamedTuple
+
+from natgrad_jax.averages import in_full
+from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.paths import Path, join
+from natgrad_jax.requests import parse, plain, states
+from natgrad_jax.transforms.ekfac import EKFACState
+from natgrad_jax.transforms.following import InCoordinatesState
+
+
+class Found(NamedTuple):
+    """``kind``: ``"kfac"``, ``"ngd"``, ``"ekfac"`` or ``"in_coordinates"``; ``name``: the same, or
+    ``"kfac_1"`` for the second one; ``layers``: all of them, in the form of the state's factors,
+    which those that keep their own coordinates have not."""
+
+    kind: str
+    name: str
+    state: Any
+    layers: Layers
+
+    def factors(self, path: Path) -> Any:
+        """Of one layer, in full precision."""
+        return in_full(self.layers[path], self.state.factors[path])
+
+
+def found_in(layers: Layers, opt_state: Any) -> list[Found]:
+    """Every state of this library, in order; raises ValueError for none, or for other layers."""
+    check_layers(layers)
+    found: list[Found] = []
+    for state in states(plain(opt_state)):
+        strange = set(state.factors) - set(layers)
+        if strange:
+            raise ValueError(
+                f"opt_state has factors of {', '.join(sorted(map(join, strange)))}, and these "
+                "Layers have no such layers: pass the Layers that it was made with."
+            )
+        request = parse(state.request)
+        kind = _kind(state, request.split)
+        before = sum(x.kind == kind for x in found)
+        name = f"{kind}_{before}" if before else kind
+        found.append(Found(kind, name, state, layers.approximate(request.approximation)))
+    if not found:
+        raise ValueError(
+            "opt_state holds no natgrad_jax state; pass the state of a chain that has "
+            "scale_by_kfac (or another transformation of this library) in it."
+        )
+    return found
+
+
+def _kind(state: Any, split: str) -> str:
+    if isinstance(state, EKFACState):
+        return "ekfac"
+    if isinstance(state, InCoordinatesState):
+        return "in_coordinates"
+    return "kfac" if split == "pi" else "ngd"

@@ -1,0 +1,208 @@
+"""One layer's curvature in a few numbers, ``(*stack,)`` each: products of matrices alone.
+
+A layer's blocks side by side count as one block-diagonal matrix.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.averages import bias_of
+from natgrad_jax.coordinates import Coordinates, second_and_mean
+from natgrad_jax.damping_rules import equal, split as pi_split
+from natgrad_jax.eigenbases import to_basis
+from natgrad_jax.layer import Layer
+from natgrad_jax.linalg.low_rank import LowRank
+from natgrad_jax.operators import operate
+from natgrad_jax.sides import Side
+
+SPLITS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"pi": pi_split, "equal": equal}
+
+Measures = dict[str, jax.Array]
+# The name of a Kronecker factor, its side, the factor, and its entry at a bias apart.
+Part = tuple[str, Side, jax.Array, jax.Array | None]
+
+# Random directions in which the error of a large inverse is measured.
+PROBES = 64
+
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+def parts(layer: Layer, factors: Any) -> Iterator[Part]:
+    """The factors that there are."""
+    yield "A", layer.input_side, factors.A, bias_of(factors)
+    if layer.output_side is not None and factors.G is not None:
+        yield "G", layer.output_side, factors.G, None
+
+
+def of_factors(layer: Layer, factors: Any) -> Measures:
+    """``scale``, the mean eigenvalue ``tr F / n``, and ``rank``, the effective one,
+    ``(tr F)² / ‖F‖²``: n for a multiple of the identity, 1 for a matrix of rank one."""
+    found = {}
+    for name, side, factor, bias in parts(layer, factors):
+        trace = _total(layer, side.trace(factor, bias))
+        found[f"scale_{name}"] = trace / (side.size * _blocks(layer))
+        found[f"rank_{name}"] = _over(trace**2, _total(layer, _squares(side, factor, bias)))
+    return found
+
+
+def dampings(layer: Layer, factors: Any, damping: jax.Array, split: str) -> Measures:
+    """What is added to each factor, ``(*stack, *blocks)``: ``π√λ`` to A and ``√λ/π`` to G (or both
+    ``√λ``), λ itself where there is one matrix."""
+    means = [side.trace(x, bias) / side.size for _, side, x, bias in parts(layer, factors)]
+    if len(means) == 1:
+        return {"A": jnp.broadcast_to(damping, means[0].shape).astype(means[0].dtype)}
+    return dict(zip("AG", SPLITS[split](*means, damping), strict=True))
+
+
+def of_inverses(layer: Layer, factors: Any, inverses: Any, on: Measures) -> Measures:
+    """``damping`` of each factor, and ``drift``, ``‖(F + d I) M − I‖ / √n`` of the inverse M that
+    is held: 0 for the inverse of the current factor, 1 for no inverse at all.
+
+    With ``PROBES`` random columns Z of signs for I where there are more: ``E‖X Z‖² = ‖X‖²``.
+    """
+    found = {}
+    for name, side, factor, bias in parts(layer, factors):
+        d, inverse = on[name].astype(factor.dtype), getattr(inverses, name)
+        at_bias = None
+        if bias is not None:
+            at_bias = jnp.square((bias + d) * inverses.bias - 1)
+        if side.diagonal:
+            squares = jnp.square((factor + d[..., None]) * inverse - 1)
+        else:
+            Z = _probes(side.width, factor.dtype)
+            y = _times(inverse, Z)
+            wide = jnp.expand_dims(d, tuple(range(d.ndim, y.ndim)))
+            squares = jnp.square(_times(factor, y) + wide * y - Z).sum(-1)
+        missed = _total(layer, side.unpack(side.spread(squares, at_bias), -1))
+        found[f"damping_{name}"] = _total(layer, d) / _blocks(layer)
+        found[f"drift_{name}"] = jnp.sqrt(missed / (side.size * _blocks(layer)))
+    return found
+
+
+def of_bases(layer: Layer, factors: Any, bases: Any) -> tuple[Measures, Measures]:
+    """``drift``, ``‖B − diag B‖ / ‖B‖`` with ``B = Qᵀ F Q`` in the basis Q that is held: 0 for an
+    eigenbasis of the current factor; and the diagonals of B, at every packed coordinate."""
+    drifts, diagonals = {}, {}
+    for name, side, factor, bias in parts(layer, factors):
+        if side.diagonal:
+            drifts[f"drift_{name}"] = jnp.zeros(layer.stack_sizes, factor.dtype)
+            diagonals[name] = factor
+            continue
+        values, left, whole = _along(factor, getattr(bases, name))
+        none = None if bias is None else jnp.zeros_like(bias)
+        missed = _total(layer, side.spread(left, none))
+        of = _total(layer, side.spread(whole, None if bias is None else bias**2))
+        drifts[f"drift_{name}"] = jnp.sqrt(_over(missed, of))
+        diagonals[name] = side.spread(values, bias)
+    return drifts, diagonals
+
+
+def of_moments(layer: Layer, S: jax.Array, diagonals: Measures, damping: jax.Array) -> Measures:
+    """``condition`` of ``S + λ``, and ``kfac_error``, ``‖S − b_A b_Gᵀ‖ / ‖S‖`` by the diagonals of
+    K-FAC's factors in the same bases: what K-FAC gets wrong and EKFAC does not."""
+    here = layer.to_matrix(*(jnp.ones(p.shape, bool) for p in layer.parameters))
+    here = layer.pack(here)  # False in what fills up the last group
+    axes = tuple(range(len(layer.stack), S.ndim))
+    largest = jnp.max(S, axes, where=here, initial=0) + damping.astype(S.dtype)
+    least = jnp.min(S, axes, where=here, initial=jnp.inf) + damping.astype(S.dtype)
+    found = {"condition": largest / least}
+    if "G" in diagonals:
+        product = diagonals["A"][..., :, None] * diagonals["G"][..., None, :]
+        missed = _total(layer, jnp.square(S - product))
+        found["kfac_error"] = jnp.sqrt(_over(missed, _total(layer, jnp.square(S))))
+    return found
+
+
+def of_coordinates(layer: Layer, factors: Any, own: Coordinates) -> Measures:
+    """``drift`` as of bases; ``variance``, the largest of a whitened unit, at most 1 in coordinates
+    of the current factors; ``drift_mean``, ``‖E[h] − c‖ / √(tr Σ)``."""
+    second, mean = factors.A, None
+    if own.A_scale is not None:
+        second, mean = second_and_mean(layer, factors.A)
+    found = {}
+    for name, factor, basis, scale in (
+        ("A", second, own.A, own.A_scale),
+        ("G", factors.G, own.G, own.G_scale),
+    ):
+        if factor is None:
+            continue
+        values = factor
+        if basis is not None:
+            values, left, whole = _along(factor, basis)
+            found[f"drift_{name}"] = jnp.sqrt(_over(_total(layer, left), _total(layer, whole)))
+        if scale is not None:
+            white = values * scale**2
+            found[f"variance_{name}"] = white.max(tuple(range(len(layer.stack), white.ndim)))
+    if mean is not None and own.mean is not None:
+        spread = _total(layer, jnp.trace(second, axis1=-2, axis2=-1))
+        found["drift_mean"] = jnp.sqrt(_over(_total(layer, (mean - own.mean) ** 2), spread))
+    return found
+
+
+def kl(layer: Layer, factors: Any, update: jax.Array) -> jax.Array:
+    """``½ Δᵀ (A ⊗ G) Δ`` of a packed update, in nats an example."""
+    return _total(layer, update * operate(layer, factors, update)) / 2
+
+
+def kl_of_moments(layer: Layer, bases: Any, S: jax.Array, update: jax.Array) -> jax.Array:
+    """``½ Σ S (Q_Aᵀ Δ Q_G)²``, in nats an example."""
+    return _total(layer, S * jnp.square(to_basis(layer, bases, update))) / 2
+
+
+def of_update(update: jax.Array | None, gradient: jax.Array | None, stack: int) -> Measures:
+    """Norms, and ``decrease``, ``−∇ᵀΔ``: by how much the loss falls to first order."""
+    total = lambda x: x.sum(tuple(range(stack, x.ndim)))
+    found = {}
+    if update is not None:
+        found["update_norm"] = jnp.sqrt(total(jnp.square(update)))
+    if gradient is not None:
+        found["gradient_norm"] = jnp.sqrt(total(jnp.square(gradient)))
+    if update is not None and gradient is not None:
+        found["decrease"] = -total(update * gradient)
+    return found
+
+
+def _total(layer: Layer, x: jax.Array) -> jax.Array:
+    """Summed over all axes but those of the stack."""
+    return x.sum(tuple(range(len(layer.stack), x.ndim)))
+
+
+def _blocks(layer: Layer) -> int:
+    return math.prod(layer.factor_blocks)
+
+
+def _over(part: jax.Array, whole: jax.Array) -> jax.Array:
+    """The share, 0 of nothing."""
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+
+
+def _squares(side: Side, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """``‖M‖²`` of the structured matrix."""
+    squares = jnp.square(matrix)
+    columns = squares if side.diagonal else squares.sum(-2)
+    return side.spread(columns, None if bias is None else bias**2).sum(-1)
+
+
+def _probes(size: int, dtype: Any) -> jax.Array:
+    """Columns for which ``E[Z Zᵀ] = I``."""
+    if size <= PROBES:
+        return jnp.eye(size, dtype=dtype)
+    return jax.random.rademacher(jax.random.key(0), (size, PROBES), dtype) / math.sqrt(PROBES)
+
+
+def _times(matrix: Any, x: jax.Array) -> jax.Array:
+    if isinstance(matrix, LowRank):
+        return matrix.apply(x)
+    return jnp.matmul(matrix.astype(x.dtype), x, precision=_PRECISION)
+
+
+def _along(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``q_iᵀ F q_i`` of the columns of Q; ``‖F q_i − q_i (q_iᵀ F q_i)‖²``, and ``‖F q_i‖²``."""
+    product = jnp.matmul(factor, basis, precision=_PRECISION)
+    values = jnp.sum(basis * product, axis=-2)
+    left = product - basis * values[..., None, :]
+    return values, jnp.square(left).sum(-2), jnp.square(product).sum(-2)

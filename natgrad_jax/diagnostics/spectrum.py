@@ -1,0 +1,139 @@
+"""Eigenvalues and condition numbers: of factors in an optimizer state, of the explicit Fisher."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import explicit
+from natgrad_jax.averages import bias_of
+from natgrad_jax.coordinates import second_and_mean
+from natgrad_jax.diagnostics.found import Found, found_in
+from natgrad_jax.layer import Layer
+from natgrad_jax.layers import Layers
+from natgrad_jax.paths import Path
+from natgrad_jax.sides import Side
+
+
+class Spectra(NamedTuple):
+    """Eigenvalues of one layer, ascending; blocks side by side are one block-diagonal matrix.
+
+    ``A``: of the factor over inputs, ``(*stack, inputs + bias)``; ``G``: over outputs,
+    ``(*stack, outputs)``; ``block``: of both together, ``A ⊗ G`` or EKFAC's S,
+    ``(*stack, parameters)``. A block that is no Kronecker product has A alone, and so have whitened
+    coordinates: there A is the covariance of the inputs.
+    """
+
+    A: jax.Array
+    G: jax.Array | None = None
+    block: jax.Array | None = None
+
+
+def spectra(layers: Layers, opt_state: Any) -> dict[Path, Spectra]:
+    """Eigenvalues of every factor in an optimizer state, by layer path.
+
+    Of the averages as they are, without damping; by ``eigh``, so not for every step.
+
+    Args:
+      layers: from :func:`natgrad_jax.find_layers`.
+      opt_state: of any chain with a transformation of this library in it.
+
+    Raises:
+      ValueError: no such state, or factors of other layers.
+
+    >>> import natgrad_jax as ng
+    >>> layers = ng.Layers({})
+    >>> ng.diagnostics.spectra(layers, ng.kfac(0.1, layers).init({}))
+    {}
+    """
+    return {
+        path: of_layer(found, path)
+        for found in found_in(layers, opt_state)
+        for path in layers
+        if path in found.state.factors
+    }
+
+
+def of_layer(found: Found, path: Path) -> Spectra:
+    """The spectra of one layer."""
+    layer, factors = found.layers[path], found.factors(path)
+    if found.kind == "in_coordinates" and found.state.bases[path].A_scale is not None:
+        second, _ = second_and_mean(layer, factors.A)
+        values = second if layer.input_side.diagonal else jnp.linalg.eigvalsh(second)
+        return Spectra(_ascending(layer, values))
+    A = _eigenvalues(layer.input_side, factors.A, bias_of(factors))
+    if layer.output_side is None or factors.G is None:
+        return Spectra(_ascending(layer, A))
+    G = _eigenvalues(layer.output_side, factors.G, None)
+    block = A[..., :, None] * G[..., None, :]
+    if found.kind == "ekfac":
+        block = layer.unpack(found.state.moments[path])
+    return Spectra(*(_ascending(layer, x) for x in (A, G, block)))
+
+
+def fisher_spectra(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    layers: Layers | None = None,
+    fisher: str = "exact",
+    rng: Any = None,
+) -> Any:
+    """Eigenvalues of the explicit Fisher of a small model, ascending.
+
+    Args:
+      As for :func:`natgrad_jax.fisher`.
+
+    Returns:
+      ``(P,)``; with ``layers`` a dict from layer path (and leftover parameter's path) to those of
+      that block.
+
+    Raises:
+      ValueError: as :func:`natgrad_jax.fisher`.
+
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.eye(4), jnp.zeros(4, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
+    >>> ng.diagnostics.fisher_spectra(loss_fn, params, x, y).shape
+    (12,)
+    """
+    F = explicit.fisher(loss_fn, params, *args, fisher=fisher, rng=rng, layers=layers)
+    return jax.tree.map(jnp.linalg.eigvalsh, F)
+
+
+def condition_number(values: jax.Array, damping: Any = 0.0) -> jax.Array:
+    """The largest eigenvalue over the least, ``(f_max + λ) / (f_min + λ)``.
+
+    Without damping over the least that is not zero: above n ε times the largest.
+
+    Args:
+      values: eigenvalues ``(*batch, n)`` of a positive semidefinite matrix; damping: λ, ``()`` or
+        ``(*batch,)``.
+
+    Returns:
+      ``(*batch,)``, at least 1.
+
+    >>> import jax.numpy as jnp
+    >>> condition_number(jnp.array([0.0, 1.0, 4.0]))
+    Array(4., dtype=float32)
+    >>> condition_number(jnp.array([0.0, 1.0, 4.0]), damping=0.5)
+    Array(9., dtype=float32)
+    """
+    values = jnp.asarray(values)
+    damping = jnp.asarray(damping, values.dtype)
+    largest = values.max(-1)
+    zero = values.shape[-1] * jnp.finfo(values.dtype).eps * largest
+    kept = (values > zero[..., None]) | (damping[..., None] > 0)
+    least = jnp.min(jnp.maximum(values, 0), axis=-1, where=kept, initial=jnp.inf)
+    return (largest + damping) / (jnp.minimum(least, largest) + damping)
+
+
+def _eigenvalues(side: Side, factor: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Ascending, ``(*stack, *blocks, size)``; what fills up the last group has but zeros."""
+    values = factor if side.diagonal else jnp.linalg.eigvalsh(factor)
+    return jnp.sort(side.spread(values, bias), axis=-1)[..., side.packed - side.size :]
+
+
+def _ascending(layer: Layer, values: jax.Array) -> jax.Array:
+    return jnp.sort(values.reshape(*layer.stack_sizes, -1), axis=-1)
