@@ -109,7 +109,7 @@ def make_table(rows: Sequence[Summary], title: str, steps: int, seconds: float, 
     for row in rows:
         table.add_row(
             row.optimizer,
-            f"{row.learning_rate:g}",
+            "adaptive" if math.isnan(row.learning_rate) else f"{row.learning_rate:g}",
             f"{row.milliseconds:.3g}",
             "diverged" if row.loss_after_steps is None else f"{row.loss_after_steps:.3f}",
             "diverged" if row.loss_after_seconds is None else f"{row.loss_after_seconds:.3f}",
