@@ -45,9 +45,7 @@ class Coordinates(NamedTuple):
         if self.A is None or self.A_scale is None:
             raise ValueError("these coordinates whiten no inputs: there is no U.")
         if self.A_rest is not None:
-            return LowRank(
-                self.A, self.A_scale - self.A_rest[..., None], self.A_rest[..., None]
-            ).dense()
+            return LowRank(self.A, self.A_scale - self.A_rest[..., None], self.A_rest).dense()
         return self.A_scale[..., :, None] * self.A.mT
 
 

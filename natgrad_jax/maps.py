@@ -110,7 +110,7 @@ def _symmetric(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
     """``(V diag(s) Vᵀ + r (I − V Vᵀ))^p x``."""
     assert own.A is not None and own.A_scale is not None and own.A_rest is not None
     s, r = own.A_scale**power, own.A_rest**power
-    few = LowRank(own.A[..., None, :, :], (s - r[..., None])[..., None, :], r[..., None, None])
+    few = LowRank(own.A[..., None, :, :], (s - r[..., None])[..., None, :], r[..., None])
     return few.apply(x)
 
 

@@ -10,7 +10,7 @@ from natgrad_jax.averages import bias_of, pair, zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.cholesky import damped_inverse
-from natgrad_jax.linalg.low_rank import LowRank, between, initial, low_rank_inverse
+from natgrad_jax.linalg.low_rank import LowRank, between, initial_subspace, low_rank_inverse
 from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
 from natgrad_jax.linalg.retrying import raised
@@ -65,7 +65,9 @@ def identities(layer: Layer, how: Inversion = CHOLESKY) -> Any:
         if x is None or side is None:
             return None
         if how.low_rank(side):
-            return initial(x.shape[:-1], how.rank or 1, x.dtype)
+            V = initial_subspace(x.shape[:-1], how.rank or 1, x.dtype)
+            return LowRank(V, jnp.zeros(V.shape[:-2] + V.shape[-1:], x.dtype),
+                           jnp.ones(V.shape[:-2], x.dtype))  # fmt: skip
         return x + (1 if side.diagonal else jnp.eye(x.shape[-1], dtype=x.dtype))
 
     A = one(layer.input_side, zeros.A)
@@ -119,12 +121,9 @@ def _problem(side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: I
     damping = damping.astype(factor.dtype)
     damping = jnp.broadcast_to(damping[..., None] if side.grouped else damping, factor.shape[:-2])
     if how.low_rank(side):
-        return Problem(_low_rank, (factor, damping, *old), fills=True)
+        size = jnp.full(damping.shape, side.width, damping.dtype)
+        return Problem(low_rank_inverse, (factor, damping, old.V, size), fills=True)
     return _exact(factor, damping, old, how)
-
-
-def _low_rank(factor: jax.Array, damping: jax.Array, *last: jax.Array) -> LowRank:
-    return low_rank_inverse(factor, damping, LowRank(*last))
 
 
 def _exact(factor: jax.Array, damping: jax.Array, old: Any, how: Inversion) -> Problem:
@@ -198,7 +197,7 @@ def _times(side: Side, factor: Any, bias: jax.Array | None, x: jax.Array) -> jax
     end = x.shape[-2] - side.bias
     parts = x[..., :end, :].reshape(*x.shape[:-2], -1, side.width, x.shape[-1])
     at_places = LowRank(
-        factor.V[..., None, :, :], factor.gains[..., None, :], factor.shift[..., None, :]
+        factor.V[..., None, :, :], factor.gains[..., None, :], factor.shift[..., None]
     )
     out = at_places.apply(parts).reshape(*x.shape[:-2], end, x.shape[-1])
     if not side.bias:
