@@ -1,6 +1,7 @@
 """Natural-gradient training for Flax models, as pure functions behind optax transformations."""
 
 from natgrad_jax import diagnostics
+from natgrad_jax.accumulation import accumulate
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.explicit import fisher, fisher_diagonal
@@ -62,6 +63,7 @@ __all__ = [
     "UncoveredWarning",
     "WhitenedConv",
     "WhitenedDense",
+    "accumulate",
     "adaptive_damping",
     "adaptive_kfac",
     "bases",
