@@ -2,6 +2,7 @@
 
 from natgrad_jax import diagnostics
 from natgrad_jax.accumulation import accumulate
+from natgrad_jax.checkpoints import check_state
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.explicit import fisher, fisher_diagonal
@@ -68,6 +69,7 @@ __all__ = [
     "adaptive_kfac",
     "bases",
     "bernacchia",
+    "check_state",
     "clip_by_trust_radius",
     "damping",
     "diagnostics",
