@@ -3,9 +3,10 @@
     python benchmarks/inverses.py
 
 A covariance F of n inputs with eigenvalues that fall like 1/i, damped by a hundredth of their mean.
-``low rank`` keeps k = n/16 directions, warm-started; ``woodbury`` absorbs a batch of 32 examples
-into a known inverse, ``sherman-morrison`` one example. Errors are relative (Frobenius), against
-float64; times are medians over repetitions in turn, float32, as ratios to Cholesky.
+``low rank`` keeps k = n/16 directions, warm-started; ``newton-schulz`` starts from the inverse of
+1.02 F; ``woodbury`` absorbs a batch of 32 examples into a known inverse, ``sherman-morrison`` one
+example. Errors are relative (Frobenius), against float64; times are medians over repetitions in
+turn, float32, as ratios to Cholesky.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.linalg.low_rank import initial_subspace, low_rank_inverse, subspace
+from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
 from natgrad_jax.linalg.woodbury import sherman_morrison, woodbury
 
@@ -64,8 +66,10 @@ def ways(n: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], np.ndar
         start = subspace(f32(F), start)[0]
     dense = lambda *args: low_rank_inverse(*args).dense()
     lam, decay = f32(damping), f32(DECAY)
+    last = f32(np.linalg.inv(1.02 * F + damping * eye))
     return {
         "cholesky": (damped_inverse, (f32(F), lam), inverse),
+        "newton-schulz": (newton_schulz_inverse, (f32(F), lam, last), inverse),
         "eigh": (pseudo_inverse, (f32(F), lam), inverse),
         "low rank": (low_rank_inverse, (f32(F), lam, start), inverse),
         "low rank, dense": (dense, (f32(F), lam, start), inverse),

@@ -5,6 +5,7 @@ on), and gives a :class:`Contender`: how to start, and one step.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +61,9 @@ def natural(alias: Callable, fisher: str = "mc") -> Callable[..., Contender]:
 
 OPTIMIZERS = {
     "kfac": natural(lambda learning_rate, layers: ng.kfac(learning_rate, layers)),
+    "kfac-spread": natural(partial(ng.kfac, spread=True)),
+    "kfac-exact": natural(partial(ng.kfac, inverse="cholesky")),
+    "kfac-full": natural(partial(ng.kfac, inverse="cholesky", statistics_period=1)),
     "ekfac": natural(lambda learning_rate, layers: ng.ekfac(learning_rate, layers)),
     "sgd": first_order(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9)),
     "adam": first_order(optax.adam),
@@ -70,9 +74,13 @@ OPTIMIZERS = {
 #   mnist    sgd 0.001 0.003 [0.005] 0.01          adam 5e-4 [1e-3] 2e-3 3e-3
 #   cifar10  sgd [3e-4] 1e-3                       adam 1e-4 [3e-4] 1e-3
 # fashion has mnist's shapes and takes its rates. SGD's next larger rate is unstable in each.
+FIRST_ORDER = {
+    "digits": {"sgd": 0.03, "adam": 5e-3},
+    "mnist": {"sgd": 5e-3, "adam": 1e-3},
+    "fashion": {"sgd": 5e-3, "adam": 1e-3},
+    "cifar10": {"sgd": 3e-4, "adam": 3e-4},
+}
+# Natural gradients are not tuned.
 LEARNING_RATES = {
-    "digits": {"kfac": 0.1, "ekfac": 0.1, "sgd": 0.03, "adam": 5e-3},
-    "mnist": {"kfac": 0.1, "ekfac": 0.1, "sgd": 5e-3, "adam": 1e-3},
-    "fashion": {"kfac": 0.1, "ekfac": 0.1, "sgd": 5e-3, "adam": 1e-3},
-    "cifar10": {"kfac": 0.1, "ekfac": 0.1, "sgd": 3e-4, "adam": 3e-4},
+    name: {key: rates.get(key, 0.1) for key in OPTIMIZERS} for name, rates in FIRST_ORDER.items()
 }

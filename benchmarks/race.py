@@ -13,7 +13,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 EVALUATIONS = 100  # points on a curve
 EVALUATED_IMAGES = 2000
+
+Curve = tuple[list[int], list[float], list[float]]  # steps, seconds, loss
 
 
 class Scale(NamedTuple):
@@ -97,15 +99,18 @@ def evaluated_images(problem: Problem) -> np.ndarray:
 
 
 def compile_step(
-    problem: Problem, images: jax.Array, make: Callable[..., Any], rate: float, size: int
+    problem: Any, images: Any, make: Callable[..., Any], rate: float, size: int
 ) -> Compiled:
-    """Compiles, and takes one step that is thrown away: what only a first call costs is paid."""
+    """Compiles, and takes one step that is thrown away: what only a first call costs is paid.
+
+    ``images``, or what else there is to learn from: a pytree of arrays.
+    """
     start = time.perf_counter()
     params = problem.init(0)
-    contender = make(rate, problem.loss_fn, params, images[:size])
+    contender = make(rate, problem.loss_fn, params, rows(images, slice(size)))
 
     def step(params, opt_state, images, indices, i, key):
-        return contender.step(params, opt_state, images[indices], jax.random.fold_in(key, i))
+        return contender.step(params, opt_state, rows(images, indices), jax.random.fold_in(key, i))
 
     opt_state, key = contender.init(params), jax.random.key(0)
     inputs = (params, opt_state, images, jnp.arange(size, dtype=jnp.int32), jnp.int32(0), key)
@@ -116,20 +121,33 @@ def compile_step(
     return Compiled(contender.init, compiled, time.perf_counter() - start)
 
 
-def train(
+def rows(tree: Any, which: Any) -> Any:
+    """Some examples of a pytree of arrays."""
+    return jax.tree.map(lambda x: x[which], tree)
+
+
+def train(*args: Any, **kwargs: Any) -> Curve:
+    """The curve of a whole run: the arguments are those of :func:`training`."""
+    *_, curve = training(*args, **kwargs)
+    return curve
+
+
+def training(
     compiled: Compiled,
     params: Any,
-    images: jax.Array,
+    images: Any,
     order: np.ndarray,
     seed: int,
     evaluate: Callable[[Any], jax.Array],
-    show: Callable[[int, float, float], None],
-) -> tuple[list[int], list[float], list[float]]:
-    """The curve: steps, seconds, loss. Stops early where the loss is no longer finite."""
+    show: Callable[[int, float, float], None] = lambda *_: None,
+    evaluations: int = EVALUATIONS,
+) -> Iterator[Curve]:
+    """The curve so far, at every evaluation. Stops early where the loss is no longer finite."""
     opt_state = compiled.init(params)
     key = jax.random.key(seed + 1)
     steps, seconds, losses = [0], [0.0], [float(evaluate(params))]
-    every = max(1, len(order) // EVALUATIONS)
+    every = max(1, len(order) // evaluations)
+    yield steps, seconds, losses
     while steps[-1] < len(order) and np.isfinite(losses[-1]):
         show(steps[-1], seconds[-1], losses[-1])
         chunk = range(steps[-1], min(steps[-1] + every, len(order)))
@@ -143,8 +161,8 @@ def train(
         seconds.append(seconds[-1] + time.perf_counter() - start)
         steps.append(chunk.stop)
         losses.append(float(evaluate(params)))
+        yield steps, seconds, losses
     show(steps[-1], seconds[-1], losses[-1])
-    return steps, seconds, losses
 
 
 def minibatches(count: int, batch_size: int, steps: int, seed: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 PACKAGES = ("natgrad_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+LABELS = {"steps": "steps", "seconds": "training time (seconds)"}
 # Told apart without colour: a line style and a marker each.
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"))
 
@@ -109,18 +110,18 @@ def make_table(rows: Sequence[Summary], title: str, steps: int, seconds: float, 
     for row in rows:
         table.add_row(
             row.optimizer,
-            f"{row.learning_rate:g}",
+            "adaptive" if math.isnan(row.learning_rate) else f"{row.learning_rate:g}",
             f"{row.milliseconds:.3g}",
             "diverged" if row.loss_after_steps is None else f"{row.loss_after_steps:.3f}",
             "diverged" if row.loss_after_seconds is None else f"{row.loss_after_seconds:.3f}",
-            _share(row.steps_to_target, base.steps_to_target, ".0f"),
-            _share(row.seconds_to_target, base.seconds_to_target, ".1f"),
+            share(row.steps_to_target, base.steps_to_target, ".0f"),
+            share(row.seconds_to_target, base.seconds_to_target, ".1f"),
             f"{row.setup_seconds:.1f}",
         )
     return table
 
 
-def _share(value: float | None, base: float | None, digits: str) -> str:
+def share(value: float | None, base: float | None, digits: str) -> str:
     """A number and its share of the reference's."""
     if value is None:
         return "never"
@@ -137,21 +138,8 @@ def plot(runs: Sequence[Run], title: str, entropy: float, reference: str, path: 
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    styles = dict(zip(dict.fromkeys(run.optimizer for run in runs), STYLES * 9, strict=False))
-    names = list(styles)
-    for run in runs:
-        line, marker = styles[run.optimizer]
-        place = names.index(run.optimizer)
-        every = max(1, len(run.steps) // 8)
-        marks = (place * every // len(names), every)  # beside one another
-        excess = np.asarray(run.loss) - entropy
-        label = run.optimizer if run.seed == runs[0].seed else None  # once for all seeds
-        look = {"linestyle": line, "marker": marker, "markevery": marks, "markersize": 4}
-        for axes, x in ((left, run.steps), (right, run.seconds)):
-            axes.plot(x, excess, color=f"C{place}", label=label, **look)
-    target = next(run.loss[-1] for run in runs if run.optimizer == reference) - entropy
-    for axes, label in ((left, "steps"), (right, "training time (seconds)")):
-        axes.axhline(target, color="0.6", linewidth=0.8, label=f"{reference}'s final loss")
+    for axes, (along, label) in zip((left, right), LABELS.items(), strict=True):
+        draw(axes, runs, along, entropy, reference)
         axes.set(xlabel=label, xlim=(0, None), yscale="log")
         axes.grid(which="both", color="0.9")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -161,6 +149,22 @@ def plot(runs: Sequence[Run], title: str, entropy: float, reference: str, path: 
     right.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def draw(axes: Any, runs: Sequence[Run], along: str, floor: float, reference: str) -> None:
+    """Losses above the floor along ``steps`` or ``seconds``, and where the reference ends."""
+    names = list(dict.fromkeys(run.optimizer for run in runs))
+    for run in runs:
+        place = names.index(run.optimizer)
+        line, marker = STYLES[place % len(STYLES)]
+        every = max(1, len(run.steps) // 8)
+        marks = (place * every // len(names), every)  # beside one another
+        label = run.optimizer if run.seed == runs[0].seed else None  # once for all seeds
+        look = {"linestyle": line, "marker": marker, "markevery": marks, "markersize": 4}
+        excess = np.asarray(run.loss) - floor
+        axes.plot(getattr(run, along), excess, color=f"C{place}", label=label, **look)
+    target = next(run.loss[-1] for run in runs if run.optimizer == reference) - floor
+    axes.axhline(target, color="0.6", linewidth=0.8, label=f"{reference}'s final loss")
 
 
 def write_json(path: Path, settings: dict[str, Any], runs: Sequence[Run], rows: Any) -> None:

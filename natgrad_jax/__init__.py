@@ -1,6 +1,8 @@
 """Natural-gradient training for Flax models, as pure functions behind optax transformations."""
 
 from natgrad_jax import diagnostics
+from natgrad_jax.accumulation import accumulate
+from natgrad_jax.checkpoints import check_state
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.explicit import fisher, fisher_diagonal
@@ -62,10 +64,12 @@ __all__ = [
     "UncoveredWarning",
     "WhitenedConv",
     "WhitenedDense",
+    "accumulate",
     "adaptive_damping",
     "adaptive_kfac",
     "bases",
     "bernacchia",
+    "check_state",
     "clip_by_trust_radius",
     "damping",
     "diagnostics",

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,25 @@ import numpy as np
 from natgrad_jax.parallel import psum, vary
 
 
+class Part(NamedTuple):
+    """Which part of a batch a micro-batch is: its ``number``, from 0; ``examples``: how many there
+    are in all of them, weighted."""
+
+    number: jax.Array
+    examples: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Term:
-    """One negative log-likelihood inside a loss: ``scale · Σ w (−log p) / Σ w``."""
+    """One negative log-likelihood inside a loss: ``scale · Σ w (−log p) / Σ w``; of a micro-batch
+    (``part``), its share of that: the lower sum is over the whole batch."""
 
     distribution: Any
     targets: jax.Array
     weight: jax.Array | None
     scale: jax.Array
+    part: Part | None = None
 
     @property
     def count(self) -> jax.Array:
@@ -66,10 +76,19 @@ class Loss:
         parts = []
         for term in self.terms:
             total = term.total
-            parts.append(total / positive(global_count(term, axes)).astype(total.dtype))
+            parts.append(total / positive(whole_count(term, axes)).astype(total.dtype))
         if self.scalar is not None:
             parts.append(self.scalar / math.prod(jax.lax.axis_size(a) for a in axes))
         return functools.reduce(jnp.add, parts)
+
+    def as_part(self, number: jax.Array, of: int, examples: Sequence[jax.Array]) -> "Loss":
+        """What micro-batch ``number``, one ``of`` so many, adds to the loss of the whole batch,
+        whose terms have so many ``examples``."""
+        terms = tuple(
+            replace(term, part=Part(number, total))
+            for term, total in zip(self.terms, examples, strict=True)
+        )
+        return Loss(terms, None if self.scalar is None else self.scalar / of)
 
     def __add__(self, other: Any) -> "Loss":
         if not isinstance(other, Loss):
@@ -128,6 +147,13 @@ def _scalar(value: Any, doing: str) -> jax.Array:
 def global_count(term: Term, axes: Sequence[str]) -> jax.Array:
     """The term's example count over all devices of the named axes."""
     return psum(vary(term.count, axes), axes)
+
+
+def whole_count(term: Term, axes: Sequence[str]) -> jax.Array:
+    """The same over the whole batch that the term is a micro-batch of."""
+    if term.part is None:
+        return global_count(term, axes)
+    return psum(vary(term.part.examples, axes), axes)
 
 
 def positive(count: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from natgrad_jax.sides import Side
 
 # How factors are inverted; woodbury by Cholesky at a refresh, and by updates between.
 INVERSES = ("cholesky", "eigh", "low_rank", "newton_schulz", "woodbury")
+RANK = 64  # of low-rank inverses where none is given
 
 
 class Inversion(NamedTuple):
@@ -45,6 +46,8 @@ def inversion(method: str, rank: Any, cutoff: Any = None) -> Inversion:
     """The checked choice; raises ValueError with what there is."""
     if method not in INVERSES:
         raise ValueError(f"inverse must be {' or '.join(map(repr, INVERSES))}; got {method!r}.")
+    if method == "low_rank" and rank is None:
+        rank = RANK
     needs_rank = method in ("low_rank", "woodbury")
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     if needs_rank and not whole:

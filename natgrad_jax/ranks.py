@@ -59,7 +59,7 @@ def rank_for(
         ]
         if not bool(jnp.all(means[0] > 0)):
             raise ValueError("rank_for needs measured factors: take a few steps first.")
-        on = split(*means, jnp.asarray(damping))
+        on = split(means[0], means[1], jnp.asarray(damping))
         ranks += [
             _above(side, factor, neglected * lam)
             for side, factor, lam in zip(sides, factors[:2], on, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.losses import Loss, Term, global_count, positive
+from natgrad_jax.losses import Loss, Part, Term, positive, whole_count
 from natgrad_jax.parallel import sharded_like
 
 Seeds = tuple[jax.Array, ...]
@@ -28,7 +28,9 @@ def sampled(loss: Loss, axes: Sequence[str], key: jax.Array, samples: int) -> Se
 def observed(loss: Loss, axes: Sequence[str], key: jax.Array) -> Seeds:
     """``∇ −log p(y)`` at the true labels, each example with a random sign: mode "empirical"."""
     seeds = _gradients(loss, axes, [t.targets for t in loss.terms], 1.0)
-    return tuple(_random_signs(seed, key, axes) for seed in seeds)
+    return tuple(
+        _random_signs(seed, key, axes, t.part) for seed, t in zip(seeds, loss.terms, strict=True)
+    )
 
 
 def exact_columns(
@@ -50,7 +52,7 @@ def exact_columns(
             root = term.distribution.root_column(index % columns)
             at = jax.nn.one_hot(index // columns, positions, dtype=root.dtype)
             root = root * at.reshape(*examples[1:], 1)
-            root = _random_signs(root, jax.random.fold_in(key, index), axes)
+            root = _random_signs(root, jax.random.fold_in(key, index), axes, term.part)
             seeds = [jnp.zeros_like(t.distribution.natural) for t in loss.terms]
             seeds[i] = _weigh(root, term, loss, axes, 1.0)
             return tuple(seeds)
@@ -63,27 +65,35 @@ def exact_columns(
 def sample_targets(term: Term, axes: Sequence[str], key: jax.Array) -> jax.Array:
     """Labels from the model's own distribution, each from a key of its own global example index.
 
-    The draw is the same on one device and on many, however the batch is divided.
+    The draw is the same on one device and on many, in one batch and in micro-batches, however the
+    batch is divided.
     """
-    distribution = term.distribution
+    distribution, part = term.distribution, term.part
     if not distribution.examples:
-        return distribution.sample(key)
+        return distribution.sample(key if part is None else jax.random.fold_in(key, part.number))
 
     def draw(natural: jax.Array, key: jax.Array) -> jax.Array:
         return distribution.with_natural(natural).sample(key)
 
-    return jax.vmap(draw)(distribution.natural, _example_keys(key, distribution.natural, axes))
+    keys = _example_keys(key, distribution.natural, axes, part)
+    return jax.vmap(draw)(distribution.natural, keys)
 
 
-def _example_keys(key: jax.Array, natural: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """A key for each element of the leading axis, by its index over all devices."""
+def _example_keys(
+    key: jax.Array, natural: jax.Array, axes: Sequence[str], part: Part | None
+) -> jax.Array:
+    """A key for each element of the leading axis, by its index over devices and micro-batches."""
     index = jnp.arange(len(natural))
     if axes:
         index = index + len(natural) * jax.lax.axis_index(tuple(axes))
+    if part is not None:
+        index = index + len(natural) * math.prod(map(jax.lax.axis_size, axes)) * part.number
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(sharded_like(index, natural))
 
 
-def _random_signs(seed: jax.Array, key: jax.Array, axes: Sequence[str]) -> jax.Array:
+def _random_signs(
+    seed: jax.Array, key: jax.Array, axes: Sequence[str], part: Part | None
+) -> jax.Array:
     """A sign for each element of the leading axis.
 
     Outer products stay as they are, and the squared sum over examples (the diagonal blocks)
@@ -91,7 +101,7 @@ def _random_signs(seed: jax.Array, key: jax.Array, axes: Sequence[str]) -> jax.A
     """
     if seed.ndim == 1:
         return seed
-    keys = _example_keys(key, seed, axes)
+    keys = _example_keys(key, seed, axes, part)
     signs = jax.vmap(lambda k: jax.random.rademacher(k, (), seed.dtype))(keys)
     return seed * signs.reshape(-1, *[1] * (seed.ndim - 1))
 
@@ -113,7 +123,7 @@ def _weigh(seed: jax.Array, term: Term, loss: Loss, axes: Sequence[str], share: 
     Terms with other example counts than the first one's are brought to its count, which is the
     one that the sums are divided by.
     """
-    ratio = positive(global_count(loss.terms[0], axes)) / positive(global_count(term, axes))
+    ratio = positive(whole_count(loss.terms[0], axes)) / positive(whole_count(term, axes))
     factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0)).astype(seed.dtype)
     if term.weight is not None:
         weight = jnp.sqrt(term.weight)[..., None].astype(seed.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from natgrad_jax import compat, measuring, paths, seeds
 from natgrad_jax.clock import statistics_due
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.losses import Loss
+from natgrad_jax.losses import Loss, global_count, whole_count
 from natgrad_jax.measuring import Measured, Plan
 from natgrad_jax.parallel import AxisName, axis_names, psum, vary
 from natgrad_jax.paths import Path
@@ -198,7 +198,7 @@ def _measure_in_training_pass(
     grads, readings = pullback(cotangent)
     term = loss.terms[0]
     # training rows are scale/N · ∇, the Fisher's are √scale · ∇
-    factor = seeds.global_count(term, axes) ** 2 / jnp.where(term.scale > 0, term.scale, jnp.inf)
+    factor = whole_count(term, axes) ** 2 / jnp.where(term.scale > 0, term.scale, jnp.inf)
     found = measuring.measured(plan, axes, grads, readings)
     taps = measuring.scale_gradients(plan, found.taps, factor)
     return grads, _statistics(loss, plan, found._replace(taps=taps), axes)
@@ -211,7 +211,7 @@ def _statistics(
     taps, squares = psum(found.taps, axes), found.squares
     moments = {path: r.moments for path, r in taps.items() if r.moments is not None}
     return Statistics(
-        examples=seeds.global_count(loss.terms[0], axes),
+        examples=global_count(loss.terms[0], axes),
         layers={path: r.sums for path, r in taps.items() if r.sums is not None} | squares.blocks,
         leftover=None if inputs_only else squares.diagonals,
         reduced={path: r.reduced for path, r in taps.items() if r.reduced is not None},

@@ -83,16 +83,28 @@ def run(tx, steps=3):
     return history
 
 
-def training_step(tx, grad_fn):
-    """The step that users write."""
+def training_step(tx, grad_fn, donate=()):
+    """The step that users write; arguments 0 and 1 are the parameters and the state."""
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=donate)
     def step(params, opt_state, x, y, key):
         loss, grads, statistics = grad_fn(params, x, y, rng=key, opt_state=opt_state)
-        updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
+        given = {"statistics": statistics, **extra((x, y), loss, grads)}
+        updates, opt_state = tx.update(grads, opt_state, params, **given)
         return optax.apply_updates(params, updates), opt_state, loss
 
     return step
+
+
+def extra(args, value, grads):
+    """What transformations that look at the loss itself read besides."""
+    value_fn = lambda params: loss_fn(params, *args).value
+    return {"value": value, "grad": grads, "args": args, "value_fn": value_fn}
+
+
+def fresh(params):
+    """A copy that may be donated."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def batch_factors(path, statistics):
@@ -160,6 +172,8 @@ WRAPPED = {
         refresh_period=3,
         spread=True,
     ),
+    "ngd": lambda layers: ng.ngd(0.1, layers, inverse="eigh", refresh_period=2),
+    "adaptive_kfac": lambda layers: ng.adaptive_kfac(layers, loss_fn),
     "prong": lambda layers: ng.prong(0.1, layers, samples=20, refresh_period=2),
     "prong plus with schedules": lambda layers: ng.prong(
         decay_from(0.1),
@@ -225,7 +239,8 @@ def test_state_keeps_its_structure_and_dtypes(make):
     state = jax.eval_shape(tx.init, params)
 
     def update(grads, state, params, statistics):
-        return tx.update(grads, state, params, statistics=statistics)
+        given = extra(batch(), jnp.ones(()), grads)
+        return tx.update(grads, state, params, statistics=statistics, **given)
 
     updates, later = jax.eval_shape(update, grads, state, params, statistics)
     assert signature(later) == signature(state)
@@ -235,12 +250,16 @@ def test_state_keeps_its_structure_and_dtypes(make):
 @each_wrapped
 def test_training_compiles_once_and_the_state_can_be_read(make):
     params, layers, _ = setting()
-    tx = make(layers)
+    tx, params = make(layers), fresh(params)
     state, grad_fn = tx.init(params), ng.value_and_grad(loss_fn, layers)
-    step = training_step(tx, grad_fn)
+    step = training_step(tx, grad_fn, donate=(0, 1))
     assert not any(np.any(f) for f in jax.tree.leaves(ng.factors(state)))
+    assert_no_shared_buffers((params, state))
     for i in range(3):
+        given = jax.tree.leaves((params, state))
         params, state, loss = step(params, state, *batch(i), jax.random.key(i))
+        assert all(x.is_deleted() for x in given)
+    assert_written_in_place(step, params, state)
     assert step._cache_size() == 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, loss, ng.bases(state))))
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, setting().params)
@@ -254,6 +273,19 @@ def test_training_compiles_once_and_the_state_can_be_read(make):
     assert layers[HIDDEN].input_factor_shape == (5, 5)
     if any(hasattr(own, "damping") for own in states(state)):
         assert 0 < ng.damping(state) <= 0.1
+
+
+def assert_no_shared_buffers(tree):
+    """Two leaves in one buffer cannot be donated."""
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) if x.size]
+    assert len(set(buffers)) == len(buffers)
+
+
+def assert_written_in_place(step, params, state):
+    """The new parameters and state take no memory beside the old ones."""
+    compiled = step.lower(params, state, *batch(), jax.random.key(0)).compile()
+    donated = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    assert compiled.memory_analysis().alias_size_in_bytes >= donated
 
 
 @pytest.mark.parametrize("name", ["scale_by_kfac", "kfac"])
@@ -275,21 +307,6 @@ def test_map_params_maps_momentum_and_leaves_factors(name):
     sevens = [x for x in jax.tree.leaves(mapped) if np.shape(x) and np.all(np.asarray(x) == 7)]
     momentum = {"partition": 4 + 2 * 2}.get(name, 6)  # K-FAC's trace, and Adam's two moments
     assert len(sevens) == momentum
-
-
-def test_the_state_can_be_donated():
-    params, layers, _ = setting()
-    tx = ng.kfac(0.1, layers, statistics_period=2)
-
-    def update(grads, state, statistics):
-        return tx.update(grads, state, params, statistics=statistics)
-
-    update, state = jax.jit(update, donate_argnums=1), tx.init(params)
-    for i in range(3):
-        given = jax.tree.leaves((ng.factors(state), ng.bases(state)))
-        updates, state = update(measured(i)[0], state, measured(i)[1])
-        assert all(x.is_deleted() for x in given)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, ng.bases(state))))
 
 
 def test_a_whole_run_scans():
@@ -707,13 +724,13 @@ def test_nnx_optimizer_takes_the_steps_that_linen_takes():
 
     params = setting().params
     model = NetNNX(nnx.Rngs(0))
-    nnx.update(model, params)
+    nnx.update(model, fresh(params))
     layers = find_layers(nnx_loss, model, *batch())
     make = lambda layers: ng.kfac(0.1, layers, statistics_period=2, refresh_period=2)
     optimizer = nnx.Optimizer(model, make(layers), wrt=nnx.Param)
     grad_fn = ng.value_and_grad(nnx_loss, layers)
 
-    @nnx.jit
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
     def step(model, optimizer, x, y, key):
         loss, grads, statistics = grad_fn(model, x, y, rng=key, opt_state=optimizer.opt_state)
         optimizer.update(model, grads, statistics=statistics)

@@ -375,9 +375,9 @@ def test_missing_arguments_show_the_call() -> None:
     [
         (lambda x: ng.ngd(1.0, x, damping=0.0), 'inverse="eigh"'),
         (lambda x: ng.ngd(1.0, x, inverse="woodbury", rank=3), "give a decay"),
-        (lambda x: ng.kfac(1.0, x, inverse="low_rank"), "needs rank="),
+        (lambda x: ng.kfac(1.0, x, inverse="woodbury"), "needs rank="),
         (lambda x: ng.kfac(1.0, x, inverse="svd"), "'low_rank'"),
-        (lambda x: ng.kfac(1.0, x, rank=3), 'inverse="low_rank"'),
+        (lambda x: ng.kfac(1.0, x, inverse="eigh", rank=3), 'inverse="low_rank"'),
         (lambda x: ng.kfac(1.0, x, statistics_fraction=0.0), r"in \(0, 1\]"),
         (lambda x: ng.ekfac(1.0, x, statistics_fraction=jnp.ones(())), "static_args"),
         (lambda x: ng.ekfac(1.0, x, spread=True, refresh_period=lambda step: 20), "must be known"),

@@ -93,6 +93,11 @@ def split(params: Any) -> tuple[Any, Any]:
     return params, None
 
 
+def merge(params: Any, rest: Any) -> Any:
+    """The inverse of :func:`split`."""
+    return params
+
+
 def instrument(
     loss_fn: Any, params: Any, rest: Any, slots: Mapping[Path, Slot], args: Any
 ) -> tuple[Any, Any]:

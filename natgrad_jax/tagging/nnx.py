@@ -70,12 +70,16 @@ def split(model: nnx.Module) -> tuple[Any, Any]:
     return params, (graph, rest)
 
 
+def merge(params: Any, rest: Any) -> nnx.Module:
+    """The inverse of :func:`split`: a model of its own."""
+    return nnx.merge(rest[0], params, rest[1], copy=True)
+
+
 def instrument(
     loss_fn: Any, params: Any, rest: Any, slots: Mapping[Path, Slot], args: Any
 ) -> tuple[Any, Any]:
     """``loss_fn(model, *args)`` with each layer's slot in place, and the model's new state."""
-    graph, state = rest
-    model = nnx.merge(graph, params, state, copy=True)
+    model = merge(params, rest)
     for path, module in modules(model):
         own = {}
         for layer, names in _layers_of(module, path):

@@ -30,7 +30,7 @@ def scale_by_kfac(
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
-    inverse: str = "cholesky",
+    inverse: str = "low_rank",
     rank: int | None = None,
     trust_radius: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -41,7 +41,8 @@ def scale_by_kfac(
         Δ = (A + π√λ I)⁻¹ ∇K̄ (G + (√λ/π) I)⁻¹,   π² = (tr A / dim A) / (tr G / dim G)
 
     A block with one matrix F (normalizations, small free parameters) has ``Δ = (F + λ I)⁻¹ ∇``.
-    Leftover parameters are divided by the diagonal of their Fisher plus λ. Before
+    By default a factor of more than 128 rows is inverted from its 64 leading eigenpairs alone
+    (``inverse``). Leftover parameters are divided by the diagonal of their Fisher plus λ. Before
     anything was measured, gradients pass unchanged. Statistics, inverses or gradients that are not
     finite never enter the factors or the inverses: the last good ones stay, and
     ``state.rejected`` counts the events.
@@ -68,13 +69,14 @@ def scale_by_kfac(
       weight_sharing: ``"expand"`` treats positions and calls as examples; ``"reduce"`` averages
         activations and sums gradients over them first. Give value_and_grad the ``opt_state``: it
         then measures the one that is asked for, and no more.
-      inverse: ``"cholesky"``; ``"eigh"``; ``"low_rank"``: the ``rank`` leading eigenpairs of each
-        factor, warm-started, and the others at their mean (whole where twice the rank is not less
-        than the factor); ``"newton_schulz"``: by matrix products alone, from the last inverse;
-        ``"woodbury"``: by Cholesky at a refresh, and between refreshes each
-        measured batch is absorbed by an update of that ``rank``, under which the damping of the
-        refresh fades with the factors' decay.
-      rank: for ``low_rank`` and ``woodbury``.
+      inverse: ``"low_rank"``: the ``rank`` leading eigenpairs of each factor, warm-started, and the
+        others at their mean; whole, by Cholesky, where twice the rank is not less than the factor.
+        Exact: ``"cholesky"``; ``"eigh"``; ``"newton_schulz"``, by matrix products alone from the
+        last inverse. ``"woodbury"``: by Cholesky at a refresh, and between refreshes each measured
+        batch is absorbed by an update of that ``rank``, under which the damping of the refresh
+        fades with the factors' decay.
+      rank: for ``low_rank`` (None: 64; :func:`natgrad_jax.rank_for` tells what is needed) and
+        ``woodbury``.
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
         ``ΔᵀFΔ = Δᵀ∇``. Here the learning rate is taken to be 1 (:func:`kfac` includes its own).
 
@@ -131,7 +133,7 @@ def kfac(
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
-    inverse: str = "cholesky",
+    inverse: str = "low_rank",
     rank: int | None = None,
     momentum: Scalar | None = 0.9,
     weight_decay: Scalar = 0.0,

@@ -1,0 +1,121 @@
+"""Micro-batches: a large batch's loss, gradients and statistics in the memory of a small one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.layers import Layers
+from natgrad_jax.parallel import AxisName
+from natgrad_jax.statistics import value_and_grad
+from natgrad_jax.tagging import as_loss, frontend_of
+
+
+def accumulate(
+    loss_fn: Callable[..., Any],
+    layers: Layers,
+    *,
+    fisher: str = "mc",
+    samples: int = 1,
+    has_aux: bool = False,
+    axis_name: AxisName = None,
+) -> Callable[..., Any]:
+    """:func:`value_and_grad` of a large batch, one micro-batch after another.
+
+    With k micro-batches, and term t of the loss over ``N_ti`` examples of micro-batch i (weighted:
+    masks may leave each another number)::
+
+        loss = Σᵢ Σₜ (N_ti / Σⱼ N_tj) loss_ti,    statistics = Σᵢ statisticsᵢ
+
+    A ``lax.scan`` over the leading axis of every array in ``args`` adds gradients (in at least
+    float32) and statistics. What comes out is what :func:`value_and_grad` gives for the k
+    micro-batches laid end to end, up to rounding: labels are sampled by the example's index in
+    the large batch. But for what mixes examples: batch normalization, and the squared sums that
+    leftover diagonals, free parameters and the moments of layers called several times come from;
+    those are estimates of the same thing, and here have k samples of it in place of one.
+    ``statistics_fraction`` takes every k-th example of each micro-batch.
+
+    Arguments, results and errors are those of :func:`value_and_grad`, but for these.
+
+    Returns:
+      ``grad_fn(params, *args, rng=None, opt_state=None)``. Every array in ``args`` is
+      ``(k, *its shape in a micro-batch)``; split a key for dropout into k. ``aux`` is that of each
+      micro-batch, stacked. The state of an NNX model passes from one micro-batch to the next. Of
+      a batch sharded under jit the second axis should be: ``PartitionSpec(None, "data")``.
+
+    Raises:
+      ValueError: arrays in ``args`` of different leading axes, or without.
+
+    Source: Ba et al. 2016 (sums over workers; here one after another).
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> model, x, y = nn.Dense(3), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> loss_fn = lambda p, x, y: ng.Categorical(model.apply({"params": p}, x)).nll(y)
+    >>> layers = ng.find_layers(loss_fn, params, x, y)
+    >>> grad_fn = ng.accumulate(loss_fn, layers)
+    >>> micro_batches = x.reshape(4, 2, 4), y.reshape(4, 2)
+    >>> loss, grads, statistics = grad_fn(params, *micro_batches, rng=jax.random.key(1))
+    >>> float(statistics.examples)
+    8.0
+    """
+    options: dict[str, Any] = {"fisher": fisher, "samples": samples}
+    options |= {"has_aux": has_aux, "axis_name": axis_name}
+    value_and_grad(loss_fn, layers, **options)  # checks them
+
+    def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:
+        number = _number(args)
+        frontend = frontend_of(params)
+        tree, rest = frontend.split(params)
+
+        def count(args: Any) -> list[jax.Array]:
+            out, _ = frontend.instrument(loss_fn, tree, rest, {}, args)
+            return [term.count for term in as_loss(out, has_aux).terms]
+
+        # the sums of the masks alone: the compiler drops the model, of which nothing is used
+        examples = [counts.sum(0) for counts in jax.lax.map(count, args)]
+
+        def one(rest: Any, index: jax.Array, args: Any) -> Any:
+            def part(params: Any, *args: Any) -> Any:
+                out = loss_fn(params, *args)
+                loss = as_loss(out, has_aux).as_part(index, number, examples)
+                return (loss, out[1]) if has_aux else loss
+
+            model = frontend.merge(tree, rest)
+            grad_fn = value_and_grad(part, layers, **options)
+            loss, grads, statistics = grad_fn(model, *args, rng=rng, opt_state=opt_state)
+            value, aux = loss if has_aux else (loss, None)
+            return frontend.split(model)[1], (value, grads, statistics), aux
+
+        def body(carry: Any, micro_batch: Any) -> Any:
+            rest, total = carry
+            rest, found, aux = one(rest, *micro_batch)
+            return (rest, jax.tree.map(jnp.add, total, found)), aux
+
+        micro_batches = (jnp.arange(number), args)
+        shapes = jax.eval_shape(one, rest, *jax.tree.map(lambda x: x[0], micro_batches))[1]
+        (rest, total), aux = jax.lax.scan(body, (rest, _zeros(shapes)), micro_batches)
+        frontend.propagate(params, None if rest is None else rest[1])
+        value, grads, statistics = jax.tree.map(lambda x, s: x.astype(s.dtype), total, shapes)
+        return ((value, aux) if has_aux else value), grads, statistics
+
+    return grad_fn
+
+
+def _zeros(shapes: Any) -> Any:
+    """Of at least float32: sums of many micro-batches."""
+    wide = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))
+    return jax.tree.map(wide, shapes)
+
+
+def _number(args: Any) -> int:
+    """The number of micro-batches."""
+    shapes = [jnp.shape(x) if hasattr(x, "shape") else () for x in jax.tree.leaves(args)]
+    if not shapes or len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+        raise ValueError(
+            "accumulate scans over the leading axis, the micro-batches, of every array that "
+            f"grad_fn gets after params; got shapes {shapes}. Write x.reshape(k, -1, *x.shape[1:]) "
+            "for k micro-batches, and put into loss_fn itself what is the same for all of them."
+        )
+    return shapes[0][0]
