@@ -132,7 +132,8 @@ def adaptive_damping(
         level = jnp.asarray(initial, float)
         zero, history = jnp.zeros((), jnp.int32), jnp.full(HISTORY, jnp.nan)
         inner = make(level).init(params)
-        return AdaptiveDampingState(zero, level, jnp.ones((), float), history, zero, inner)
+        state = AdaptiveDampingState(zero, level, jnp.ones((), float), history, zero, inner)
+        return jax.tree.map(jnp.copy, state)  # λ stands in several places: no two share a buffer
 
     def update_fn(
         updates: optax.Updates,

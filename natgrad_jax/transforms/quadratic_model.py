@@ -75,9 +75,9 @@ def scale_by_quadratic_model(
     check_not_negative(damping=damping, l2=l2)
 
     def init_fn(params: optax.Params) -> QuadraticModelState:
-        zero = jnp.zeros((), float)
         last = jax.tree.map(jnp.zeros_like, params)
-        return QuadraticModelState(jnp.zeros((), jnp.int32), last, zero, zero, zero)
+        numbers = (jnp.zeros((), float) for _ in range(3))  # of their own: states are donated
+        return QuadraticModelState(jnp.zeros((), jnp.int32), last, *numbers)
 
     def update_fn(
         updates: optax.Updates,
