@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import resumable
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from test_optax import HIDDEN, WRAPPED, setting, training_step
 
 import natgrad_jax as ng
@@ -68,7 +68,8 @@ def test_a_state_of_four_devices_goes_on_on_one_and_on_two(tmp_path: Path) -> No
     step = training_step(tx, grad_fn)
 
     def placed(devices: int, tree: Any, *spec: str) -> Any:
-        mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        own = jax.devices()[:devices]
+        mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=own)
         return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
 
     def go_on(state: Any, devices: int) -> Any:
