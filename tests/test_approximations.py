@@ -11,6 +11,8 @@ import vgg
 from approximations_report import Measured
 from rich.console import Console
 
+pytestmark = pytest.mark.script
+
 METHODS = ["kfac-kfc", "kfac-sua-groups", "ekfac-sua"]
 TINY = ["--batch", "4", "--image-size", "4", "--channels", "8", "--group-size", "4", "--quiet"]
 

@@ -9,6 +9,8 @@ import pytest
 import race
 from batch_scaling import Reached
 
+pytestmark = pytest.mark.script
+
 
 def test_batch_scaling_writes_every_number(tmp_path, monkeypatch):
     monkeypatch.setitem(batch_scaling.ENCODERS, "digits", (64, 16, 4))

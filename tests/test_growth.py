@@ -9,6 +9,8 @@ import growth_report
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.script
+
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:

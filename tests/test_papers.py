@@ -12,6 +12,8 @@ import pytest
 import tuning
 from autoencoder import ENCODERS
 
+pytestmark = pytest.mark.script
+
 
 def numbers(prefix: Path) -> Any:
     assert prefix.with_name(prefix.name + ".png").read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,8 @@ from peer_optimizers import OURS, Problem, Setting
 
 import natgrad_jax as ng
 
+pytestmark = pytest.mark.script
+
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import race
 import report
 from autoencoder import ENCODERS, entropy
 
+pytestmark = pytest.mark.script
+
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import step_time
 
+pytestmark = pytest.mark.script
+
 
 def test_step_time_writes_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_time, "STEPS_A_ROUND", 2)
