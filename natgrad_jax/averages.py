@@ -124,7 +124,7 @@ def _form(side: Side, factor: jax.Array, lead: tuple[int, ...]) -> jax.Array:
 
 
 def _over(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    return x / _wide(divisor, x)
+    return x / _wide(divisor.astype(x.dtype), x)  # float64 counts do not widen float32 sums
 
 
 def _wide(x: jax.Array, like: jax.Array) -> jax.Array:

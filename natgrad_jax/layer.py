@@ -79,6 +79,13 @@ class Layer:
     ``"full"`` (one matrix over all its parameters) or ``"unit"`` (one for each of ``blocks``).
     ``calls``: how often one forward pass calls it, 0 where that cannot be told; ``positions``: how
     many of one call share the kernel. ``uses``: 2 for an embedding that is also attended to.
+
+    >>> import flax.linen as nn, jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, jnp.ones((8, 4))
+    >>> loss_fn = lambda p, x: ng.Gaussian(nn.Dense(3).apply({"params": p}, x)).nll(x[:, :3])
+    >>> layer = ng.find_layers(loss_fn, params, x)[()]
+    >>> layer.kind, layer.input_factor_shape, layer.output_factor_shape
+    ('dense', (5, 5), (3, 3))
     """
 
     path: Path
@@ -153,7 +160,8 @@ class Layer:
         if self.kind.startswith("conv"):
             channels = layout.split[layout.inputs[-1]]
         bias = self.bias is not None
-        places, shared = self.inputs // channels, own.convolution == "sua"
+        places = self.inputs // channels if channels else 1
+        shared = own.convolution == "sua"
         return input_side(places, channels, bias, own.group_size, shared, own.centred)
 
     @functools.cached_property

@@ -32,7 +32,15 @@ _WRAPPERS = (flax_linen.WeightNorm, flax_linen.SpectralNorm, *nnx_frontend.NORMA
 
 
 class UncoveredWarning(UserWarning):
-    """Some parameters have no block of their own and fall to the diagonal of the Fisher."""
+    """Some parameters have no block of their own and fall to the diagonal of the Fisher.
+
+    Silence it for parameters that are meant to, by ``blocks={"embedding": "diagonal"}`` in
+    :func:`find_layers`, which chooses that block.
+
+    >>> import natgrad_jax as ng
+    >>> issubclass(ng.UncoveredWarning, UserWarning)
+    True
+    """
 
 
 def find_layers(
@@ -83,10 +91,15 @@ def find_layers(
     }
     seen = _trace(frontend, loss_fn, params, args, probes)
     found = _resolve(frontend, loss_fn, params, args, probes, seen, parameters)
+    found = {path: layer for path, layer in found.items() if layer.size}
     covered = {p.path for layer in found.values() for p in layer.parameters}
     rest = [p for p in parameters.values() if p.path not in covered]
     free = {p.path: free_layer(p) for p in rest if _is_free(p, seen)}
-    leftover = [Leftover(p, _reason(p, seen)) for p in rest if p.path not in free]
+    leftover = [
+        Leftover(p, _reason(p, seen)) if p.size else Leftover(p, "it is empty", "gradient", True)
+        for p in rest
+        if p.path not in free
+    ]
     layers = Layers(found | free, tuple(leftover))
     for where, block in (blocks or {}).items():
         layers = layers.replace(where, block)
@@ -263,7 +276,7 @@ def _is_free(parameter: Parameter, seen: Sightings) -> bool:
     path = parameter.path
     owner = seen.owners.get(path[:-1], object)
     known = issubclass(owner, (*KINDS, *_WRAPPERS)) or path in seen.refused
-    return not known and path[:-1] not in seen.refused and parameter.size <= MAX_FREE
+    return not known and path[:-1] not in seen.refused and 0 < parameter.size <= MAX_FREE
 
 
 def _reason(parameter: Parameter, seen: Sightings) -> str:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.clock import due
+from natgrad_jax.losses import is_concrete
 from natgrad_jax.quadratic import quadratic_forms
 from natgrad_jax.scalars import check_fraction, check_period, check_positive
+from natgrad_jax.transforms.blocks import only_finite
 from natgrad_jax.transforms.extra import needed
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 
@@ -18,11 +20,16 @@ HISTORY = 1000
 
 
 class DampingRule(NamedTuple):
-    """Every ``period`` steps ``λ ← λ · up`` where ``ρ < low`` and ``λ ← λ · down`` where
-    ``ρ > high``, with ρ = actual / predicted change of the loss.
+    """How λ follows ρ, the actual change of the loss over the predicted one.
 
+    Every ``period`` steps ``λ ← λ · up`` where ``ρ < low`` and ``λ ← λ · down`` where ``ρ > high``.
     ``alpha``: predict by the curvature that the update itself inverts, ``(1 − α/2) ∇ᵀδ`` for
-    ``δ = −α F⁻¹∇``; None to predict by the exact Fisher, whatever made the update."""
+    ``δ = −α F⁻¹∇``; None to predict by the exact Fisher, whatever made the update.
+
+    >>> import natgrad_jax as ng
+    >>> ng.DampingRule(period=1, up=2.0, down=0.5).low
+    0.25
+    """
 
     period: int
     up: float
@@ -35,9 +42,10 @@ class DampingRule(NamedTuple):
 def bernacchia(alpha: float | None = None) -> DampingRule:
     """``λ ← 3λ/2`` if ρ < 1/4, ``2λ/3`` if ρ > 3/4, every step.
 
-    With the learning rate ``alpha`` of :func:`natgrad_jax.ngd` (without momentum) the prediction is
-    theirs, ``(−α + α²/2) Σ tr(dᵢᵀ∇ᵢ)``, d the natural gradient, for one forward pass a step;
-    without, that of the exact Fisher.
+    Args:
+      alpha: the learning rate of :func:`natgrad_jax.ngd` (without momentum): then the prediction is
+        theirs, ``(−α + α²/2) Σ tr(dᵢᵀ∇ᵢ)``, d the natural gradient, for one forward pass a step;
+        None for that of the exact Fisher.
 
     Source: Bernacchia et al. 2018, section 5.
 
@@ -49,6 +57,12 @@ def bernacchia(alpha: float | None = None) -> DampingRule:
 
 def levenberg_marquardt(period: int = 5, omega: float = 19 / 20) -> DampingRule:
     """``λ ← λ ω^{−T₁}`` if ρ < 1/4, ``λ ω^{T₁}`` if ρ > 3/4, every T₁ = ``period`` steps.
+
+    Args:
+      period: T₁, steps from one look to the next; omega: ω in (0, 1), the factor of one step.
+
+    Raises:
+      ValueError: a period that is no whole number, ω out of range.
 
     Source: Martens & Grosse 2015, section 6.5.
 
@@ -62,10 +76,19 @@ def levenberg_marquardt(period: int = 5, omega: float = 19 / 20) -> DampingRule:
 
 
 class AdaptiveDampingState(NamedTuple):
-    """``step``: int32 ``()``. ``level``: λ of the next step, ``()``. ``ratio``: the last ρ, ``()``.
+    """State of :func:`adaptive_damping`.
+
+    ``step``: int32 ``()``. ``level``: λ of the next step, ``()``. ``ratio``: the last ρ, ``()``.
     ``history``: the λ that were used, ``(HISTORY,)``: step t at t modulo its length, NaN before.
     ``refused``: how many steps were taken back, int32 ``()``. ``inner``: the state of what ``make``
-    made."""
+    made.
+
+    >>> import natgrad_jax as ng
+    >>> make = lambda damping: ng.kfac(0.1, ng.Layers({}), damping=damping)
+    >>> tx = ng.adaptive_damping(make, ng.bernacchia(), lambda params, batch: None, initial=2.0)
+    >>> float(tx.init({}).level)
+    2.0
+    """
 
     step: jax.Array
     level: jax.Array
@@ -92,8 +115,8 @@ def adaptive_damping(
     F the exact Fisher (a forward pass and one through ``value_fn``, on the steps where the rule
     looks), so that momentum, trust regions and learning rates in ``make`` are allowed for; or, with
     the rule's ``alpha``, the F that the update inverts. On those steps an update that would raise
-    the loss, or makes it no finite number, is taken back (zeros), and λ rises; what momentum
-    ``make`` has, keeps.
+    the loss, or makes it no finite number, or comes of gradients that are not, is taken back
+    (zeros), and λ rises; what momentum ``make`` has, keeps.
 
     Args:
       make: from λ to a transformation with final updates (learning rate and sign included):
@@ -112,7 +135,7 @@ def adaptive_damping(
 
     Raises:
       ValueError: a missing ``params``, ``value``, ``value_fn`` or ``args``, with the call to write;
-        numbers out of range.
+        parameters masked out; numbers out of range.
 
     Source: Martens & Grosse 2015, section 6.5; Bernacchia et al. 2018, section 5.
 
@@ -125,12 +148,12 @@ def adaptive_damping(
     check_period(period=rule.period)
     if rule.alpha is not None:
         check_positive(alpha=rule.alpha)
-    if not low <= initial <= high:
+    if is_concrete(initial) and not low <= initial <= high:
         raise ValueError(f"initial={initial!r} must lie within bounds={bounds!r}.")
 
     def init_fn(params: optax.Params) -> AdaptiveDampingState:
         level = jnp.asarray(initial, float)
-        zero, history = jnp.zeros((), jnp.int32), jnp.full(HISTORY, jnp.nan)
+        zero, history = jnp.zeros((), jnp.int32), jnp.full(HISTORY, jnp.nan, float)
         inner = make(level).init(params)
         state = AdaptiveDampingState(zero, level, jnp.ones((), float), history, zero, inner)
         return jax.tree.map(jnp.copy, state)  # λ stands in several places: no two share a buffer
@@ -155,6 +178,7 @@ def adaptive_damping(
 
         def look() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
             actual = value_fn(optax.apply_updates(params, new)) - value
+            actual = jnp.where(only_finite(grad)[1], jnp.nan, actual)  # a zero step proves nothing
             predicted = _predicted(rule, inner_state, loss_fn, params, args, grad, new)
             return judge(rule, new, state, actual, predicted)
 

@@ -24,9 +24,19 @@ def adaptive_kfac(
     initial: float = 1.0,
     bounds: tuple[float, float] = (1e-8, 1e8),
     l2: Scalar = 0.0,
+    decay: Scalar = 0.95,
     statistics_period: Scalar = 1,
+    statistics_fraction: float | None = None,
     refresh_period: Scalar = 5,
-    **kwargs: Any,
+    spread: bool = False,
+    refresh_over: Any = None,
+    factor_dtype: Any = None,
+    convolution: str = "kfc",
+    group_size: int | None = None,
+    weight_sharing: str = "expand",
+    inverse: str = "low_rank",
+    rank: int | None = None,
+    trust_radius: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC without a learning rate: the whole method of Martens & Grosse.
 
@@ -40,8 +50,9 @@ def adaptive_kfac(
       rule: how λ follows, :func:`levenberg_marquardt` by default.
       initial, bounds: of λ.
       l2: coefficient of ``½ l2 ‖θ‖²`` in the objective.
-      statistics_period, refresh_period: as in :func:`scale_by_kfac`.
-      **kwargs: the others of :func:`scale_by_kfac`.
+      decay, statistics_period, statistics_fraction, refresh_period, spread, refresh_over,
+        factor_dtype, convolution, group_size, weight_sharing, inverse, rank, trust_radius: as in
+        :func:`scale_by_kfac`.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics, value, value_fn, args)``,
@@ -62,9 +73,19 @@ def adaptive_kfac(
             scale_by_kfac(
                 layers,
                 damping,
+                decay=decay,
                 statistics_period=statistics_period,
+                statistics_fraction=statistics_fraction,
                 refresh_period=refresh_period,
-                **kwargs,
+                spread=spread,
+                refresh_over=refresh_over,
+                factor_dtype=factor_dtype,
+                convolution=convolution,
+                group_size=group_size,
+                weight_sharing=weight_sharing,
+                inverse=inverse,
+                rank=rank,
+                trust_radius=trust_radius,
             ),
             scale_by_quadratic_model(loss_fn, damping=damping, l2=l2),
         )

@@ -1,12 +1,17 @@
 """What every alias chains after its own preconditioner."""
 
+from typing import Any
+
 import optax
 
+from natgrad_jax import paths
+from natgrad_jax.layers import Layers
 from natgrad_jax.scalars import Scalar, at, check_positive
 
 
 def descent(
     preconditioner: optax.GradientTransformation,
+    layers: Layers,
     learning_rate: Scalar,
     momentum: Scalar | None,
     weight_decay: Scalar,
@@ -15,16 +20,16 @@ def descent(
     return optax.chain(
         preconditioner,
         _momentum(momentum),
-        _weight_decay(weight_decay),
+        _weight_decay(weight_decay, layers),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
 def plain(
-    learning_rate: Scalar, momentum: Scalar | None, weight_decay: Scalar
+    layers: Layers, learning_rate: Scalar, momentum: Scalar | None, weight_decay: Scalar
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, decoupled weight decay and the learning rate, of gradients as they come."""
-    return descent(optax.identity(), learning_rate, momentum, weight_decay)
+    return descent(optax.identity(), layers, learning_rate, momentum, weight_decay)
 
 
 def _momentum(decay: Scalar | None) -> optax.GradientTransformation:
@@ -38,10 +43,16 @@ def _momentum(decay: Scalar | None) -> optax.GradientTransformation:
     )
 
 
-def _weight_decay(rate: Scalar) -> optax.GradientTransformation:
+def _weight_decay(rate: Scalar, layers: Layers) -> optax.GradientTransformation:
     # without decay the update needs no params
-    none = isinstance(rate, int | float) and rate == 0
-    return optax.identity() if none else optax.add_decayed_weights(rate)
+    if isinstance(rate, int | float) and rate == 0:
+        return optax.identity()
+    frozen = {x.path for x in layers.leftover if x.block == "frozen"}
+
+    def decays(params: Any) -> Any:
+        return paths.replace(params, {path: path not in frozen for path in paths.leaves(params)})
+
+    return optax.add_decayed_weights(rate, mask=decays if frozen else None)
 
 
 def per_squared_rate(trust_radius: Scalar | None, learning_rate: Scalar) -> Scalar | None:

@@ -24,7 +24,8 @@ def map_blocks(
     """Map each layer's packed ``K̄`` and each diagonal parameter; also ``Σ new · old`` over them.
 
     Layers whose parameters are all masked out (``optax.masked``, ``optax.partition``) are skipped.
-    Results keep the dtypes of ``updates``; the mathematics runs in the factors' dtype.
+    Results keep the dtypes of ``updates``; the mathematics runs in the factors' dtype. Where a
+    result is not finite all of them are zero, so that no momentum sees it, and the sum is NaN.
     """
     given = paths.leaves(updates)
     check_paths(given, layers)
@@ -49,7 +50,17 @@ def map_blocks(
             mapped = of_diagonal(path, old)
             inner += jnp.sum(mapped * old).astype(inner.dtype)
             new[path] = mapped.astype(given[path].dtype)
-    return paths.replace(updates, new), inner
+    updates, bad = only_finite(paths.replace(updates, new))
+    return updates, jnp.where(bad > 0, jnp.nan, inner)
+
+
+def only_finite(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
+    """The updates and 0; zeros and 1 where any number in them is not finite."""
+    finite = jnp.ones((), bool)
+    for x in jax.tree.leaves(updates):
+        finite &= jnp.all(jnp.isfinite(x))
+    kept = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
+    return kept, 1 - finite.astype(jnp.int32)
 
 
 def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> Any:
@@ -80,7 +91,9 @@ def packed(updates: optax.Updates, layers: Layers) -> dict[Path, jax.Array]:
 def trust_region(
     updates: optax.Updates, layers: Layers, quadratic: jax.Array, radius: jax.Array
 ) -> optax.Updates:
-    """Scale by ``min(1, √(κ / ΔᵀFΔ))``; plain gradients, of unknown F, stay as they are."""
+    """Scale by ``min(1, √(κ / ΔᵀFΔ))``; plain gradients, of unknown F, stay as they are.
+
+    A quadratic form that is NaN belongs to updates that are zero."""
     positive = jnp.where(quadratic > 0, quadratic, 1)
     scale = jnp.where(quadratic > 0, jnp.minimum(1, jnp.sqrt(radius / positive)), 1)
     plain = {x.path for x in layers.leftover if x.block == "gradient"}

@@ -34,6 +34,11 @@ class EKFACState(NamedTuple):
     ``examples``: of the last measured batch, ``()``. ``request``: what it asks of the backward
     pass, without arrays. The other fields are those of
     :class:`~natgrad_jax.transforms.estimates.Estimates`.
+
+    >>> import natgrad_jax as ng
+    >>> state = ng.scale_by_ekfac(ng.Layers({})).init({})
+    >>> isinstance(state, ng.EKFACState), int(state.clock.step), int(state.rejected)
+    (True, 0, 0)
     """
 
     clock: Clock
@@ -173,7 +178,8 @@ def scale_by_ekfac(
         if trust_radius is not None:
             updates = blocks.trust_region(updates, layers, quadratic, at(trust_radius, step))
         clock = tick(state.clock, at(statistics_period, step + 1))
-        return updates, state._replace(clock=clock, damping=lam)
+        rejected = state.rejected + jnp.isnan(quadratic)
+        return updates, state._replace(clock=clock, damping=lam, rejected=rejected)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -246,7 +252,7 @@ def ekfac(
         weight_sharing=weight_sharing,
         trust_radius=per_squared_rate(trust_radius, learning_rate),
     )
-    return descent(preconditioner, learning_rate, momentum, weight_decay)
+    return descent(preconditioner, layers, learning_rate, momentum, weight_decay)
 
 
 def _initial_state(layers: Layers, damping: Scalar, request: Request, storage: Any) -> EKFACState:

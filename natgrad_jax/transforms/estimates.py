@@ -21,8 +21,8 @@ class Estimates(NamedTuple):
 
     ``factors``: bias-corrected averages. ``weights``: how much each has seen, ``(*stack,)``, 0
     before the first measurement. ``diagonal``: averaged squared gradients of leftover parameters,
-    in their shapes; ``diagonal_weights``: ``()`` each. ``rejected``: how many measurements, bases
-    and inverses were not finite and were dropped, int32 ``()``.
+    in their shapes; ``diagonal_weights``: ``()`` each. ``rejected``: how many measurements, bases,
+    inverses and updates were not finite and were dropped, int32 ``()``.
     """
 
     factors: dict[Path, Factors]
@@ -115,10 +115,12 @@ def _diagonals(
 
 
 def over_diagonal(state: Any, lam: jax.Array) -> Any:
-    """``(path, gradient) → gradient / (diagonal + λ)``; unchanged before the first measurement."""
+    """``(path, gradient) → gradient / (diagonal + λ)``, 0 where that divides by 0; unchanged before
+    the first measurement."""
 
     def scale(path: Path, gradient: jax.Array) -> jax.Array:
-        scaled = gradient / (state.diagonal[path] + lam.astype(gradient.dtype))
+        curvature = state.diagonal[path] + lam.astype(gradient.dtype)
+        scaled = jnp.where(curvature > 0, gradient / jnp.where(curvature > 0, curvature, 1), 0)
         return jnp.where(state.diagonal_weights[path] > 0, scaled, gradient)
 
     return scale

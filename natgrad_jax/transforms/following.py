@@ -30,9 +30,15 @@ class InCoordinatesState(NamedTuple):
     ``factors``: averages of what the coordinates are made of; ``weights``: how much each has seen,
     ``(*stack,)``. ``bases``: the :class:`~natgrad_jax.Coordinates` of now. ``gathered``: examples
     averaged since the last refresh, ``examples``: of the last measured batch, both ``()``.
-    ``rejected``: measurements and coordinates that were not finite and were dropped, int32 ``()``.
-    ``inner``: the inner transformation's state, in the coordinates. ``request``: what is asked of
-    the backward pass, without arrays.
+    ``rejected``: measurements, coordinates and gradients that were not finite and were dropped,
+    int32 ``()``.
+    ``clock``: steps so far. ``inner``: the inner transformation's state, in the coordinates.
+    ``request``: what is asked of the backward pass, without arrays.
+
+    >>> import optax, natgrad_jax as ng
+    >>> state = ng.in_coordinates(optax.sgd(0.1), ng.Layers({})).init({})
+    >>> isinstance(state, ng.InCoordinatesState), int(state.clock.step), int(state.rejected)
+    (True, 0, 0)
     """
 
     clock: Clock
@@ -133,17 +139,20 @@ def rescaled(
     """The variances of this batch in the bases that there are."""
     epsilon = at(rules.epsilon, state.clock.step)
 
-    def measured() -> dict[Path, Coordinates]:
-        bases = {}
+    def measured() -> tuple[dict[Path, Coordinates], jax.Array]:
+        bases, rejected = {}, state.rejected
         for path, layer in layers.items():
             sums = estimates.sums_for(layer, statistics)
             factors, good = averages.batch_factors(layer, sums, statistics.examples)
             new = charts.rescaled(layer, state.bases[path], factors, epsilon)
-            bases[path], _ = keep_finite(layer, new, state.bases[path], good.astype(float))
-        return bases
+            bases[path], bad = keep_finite(layer, new, state.bases[path], good.astype(float))
+            rejected += bad
+        return bases, rejected
 
-    bases = jax.lax.cond(statistics.examples > 0, measured, lambda: state.bases)
-    return state._replace(bases=bases)
+    bases, rejected = jax.lax.cond(
+        statistics.examples > 0, measured, lambda: (state.bases, state.rejected)
+    )
+    return state._replace(bases=bases, rejected=rejected)
 
 
 def carried(

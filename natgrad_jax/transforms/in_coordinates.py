@@ -50,7 +50,8 @@ def in_coordinates(
     structure and shapes: weight decay acts on ``K̂``, masks by path work. ``value_fn`` and ``grad``
     among the extra arguments (line searches) are taken into the coordinates too. Layers without
     them (normalizations, free parameters, embeddings that are attended to) and leftover parameters
-    stay canonical.
+    stay canonical. What is not finite never enters the state: of a gradient that is not, the inner
+    transformation sees zeros. ``state.rejected`` counts the events.
 
     ``coordinates``:
 
@@ -205,9 +206,13 @@ def _run(
         )
         extra = {**extra, "value_fn": in_them}
     hat = None if params is None else whiten(params, layers, bases)
-    found, inner_state = inner.update(into(updates), state.inner, hat, **extra)
+    # the inner state must not see what is not finite, nor the parameters
+    seen, bad_gradient = blocks.only_finite(into(updates))
+    found, inner_state = inner.update(seen, state.inner, hat, **extra)
     # an update is a difference of parameters, and the way back is linear
-    return unwhiten(found, layers, bases), state._replace(inner=inner_state)
+    found, bad_update = blocks.only_finite(unwhiten(found, layers, bases))
+    rejected = state.rejected + bad_gradient + bad_update
+    return found, state._replace(inner=inner_state, rejected=rejected)
 
 
 def _frozen(updates: optax.Updates, layers: Layers) -> optax.Updates:

@@ -184,4 +184,4 @@ def kfac(
         rank=rank,
         trust_radius=per_squared_rate(trust_radius, learning_rate),
     )
-    return descent(preconditioner, learning_rate, momentum, weight_decay)
+    return descent(preconditioner, layers, learning_rate, momentum, weight_decay)

@@ -98,7 +98,7 @@ def ngd(
         per_squared_rate(trust_radius, learning_rate),
     )
     rate = _over(learning_rate, count)
-    return descent(kronecker(layers, rules), rate, momentum, weight_decay)
+    return descent(kronecker(layers, rules), layers, rate, momentum, weight_decay)
 
 
 def _over(value: Scalar, divisor: int) -> Scalar:

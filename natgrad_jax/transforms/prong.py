@@ -60,7 +60,7 @@ def prong(
     """
     check_layers(layers)
     return in_coordinates(
-        plain(learning_rate, momentum, weight_decay),
+        plain(layers, learning_rate, momentum, weight_decay),
         layers,
         "whitening_plus" if plus else "whitening",
         epsilon=epsilon,

@@ -9,19 +9,29 @@ import optax
 
 from natgrad_jax.quadratic import quadratic_forms
 from natgrad_jax.scalars import Scalar, at, check_not_negative
+from natgrad_jax.transforms.blocks import only_finite
 from natgrad_jax.transforms.extra import needed
 
 
 class QuadraticModelState(NamedTuple):
-    """``step``: int32 ``()``. ``last``: δ₀, the last update. ``learning_rate``, ``momentum``: the α
+    """State of :func:`scale_by_quadratic_model`.
+
+    ``step``: int32 ``()``. ``last``: δ₀, the last update. ``learning_rate``, ``momentum``: the α
     and μ that made it. ``predicted``: ``M(δ)``, what the model expected of it, without damping:
-    negative for a decrease. All ``()`` but ``last``."""
+    negative for a decrease. ``rejected``: how many steps were not finite and were not taken, int32.
+    All ``()`` but ``last``.
+
+    >>> import natgrad_jax as ng
+    >>> ng.scale_by_quadratic_model(lambda params, batch: None).init({}).last
+    {}
+    """
 
     step: jax.Array
     last: optax.Updates
     learning_rate: jax.Array
     momentum: jax.Array
     predicted: jax.Array
+    rejected: jax.Array
 
 
 def scale_by_quadratic_model(
@@ -63,7 +73,8 @@ def scale_by_quadratic_model(
       ``(batch,)``.
 
     Raises:
-      ValueError: a missing ``params``, ``grad`` or ``args``; numbers out of range.
+      ValueError: a missing ``params``, ``grad`` or ``args``; parameters masked out; numbers out of
+        range.
 
     Source: Martens & Grosse 2015, sections 6.4 and 7.
 
@@ -76,8 +87,9 @@ def scale_by_quadratic_model(
 
     def init_fn(params: optax.Params) -> QuadraticModelState:
         last = jax.tree.map(jnp.zeros_like, params)
-        numbers = (jnp.zeros((), float) for _ in range(3))  # of their own: states are donated
-        return QuadraticModelState(jnp.zeros((), jnp.int32), last, *numbers)
+        zero = lambda dtype: jnp.zeros((), dtype)  # each of its own: states are donated
+        numbers = zero(float), zero(float), zero(float)
+        return QuadraticModelState(zero(jnp.int32), last, *numbers, zero(jnp.int32))
 
     def update_fn(
         updates: optax.Updates,
@@ -98,13 +110,15 @@ def scale_by_quadratic_model(
         B = F + at(l2, step) * dots
         fixed = [None if x is None else at(x, step) for x in (learning_rate, momentum)]
         chosen = _minimise(B + at(damping, step) * dots, slopes, fixed)
-        # nothing but finite steps
-        chosen = jnp.where(jnp.all(jnp.isfinite(chosen)), chosen, 0)
+        predicted = slopes @ chosen + 0.5 * chosen @ B @ chosen
         new = jax.tree.map(
             lambda d, last: (chosen[0] * d + chosen[1] * last).astype(last.dtype), *vectors
         )
-        predicted = slopes @ chosen + 0.5 * chosen @ B @ chosen
-        return new, QuadraticModelState(step + 1, new, chosen[0], chosen[1], predicted)
+        # no step that is not finite, nor one of which nobody knows what to expect
+        (new, chosen, predicted), bad = only_finite((new, chosen, predicted))
+        rejected = state.rejected + bad
+        alpha, mu = chosen
+        return new, QuadraticModelState(step + 1, new, alpha, mu, predicted, rejected)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -9,6 +9,7 @@ import optax
 
 from natgrad_jax.quadratic import quadratic_forms
 from natgrad_jax.scalars import Scalar, at, check_positive
+from natgrad_jax.transforms.blocks import only_finite
 from natgrad_jax.transforms.extra import needed
 
 
@@ -20,15 +21,19 @@ def clip_by_trust_radius(
     ``½ ΔᵀFΔ`` is how far the predictive distribution moves, in nats (KL divergence, to second
     order). Put it where updates have their final size, after momentum and the learning rate: it
     takes any of them. (The ``trust_radius`` of :func:`natgrad_jax.kfac` has K-FAC's F, at no cost;
-    this one costs a forward pass.)
+    this one costs a forward pass.) An update that is not finite, or whose length is not, is no step
+    at all (zeros).
 
     Args:
       trust_radius: κ > 0; a float, an array or a schedule.
       loss_fn: as for :func:`natgrad_jax.find_layers`; with the batch from the extra argument
         ``args``: ``tx.update(grads, state, params, args=(batch,))``.
 
+    Returns:
+      A transformation with ``update(updates, state, params, *, args)``.
+
     Raises:
-      ValueError: κ not positive; no ``params`` or ``args``.
+      ValueError: κ not positive; no ``params`` or ``args``; parameters masked out.
 
     Source: Ba et al. 2016, section 5; Martens & Grosse 2015, section 6.4 (exact products).
 
@@ -54,8 +59,8 @@ def clip_by_trust_radius(
         form = quadratic_forms(loss_fn, params, *args, vectors=[updates])[0, 0]
         positive = jnp.where(form > 0, form, 1)
         bound = jnp.sqrt(at(trust_radius, state.count) / positive)
-        scale = jnp.where(form > 0, jnp.minimum(1, bound), 1)
-        updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
+        scale = jnp.where(form > 0, jnp.minimum(1, bound), jnp.where(jnp.isnan(form), jnp.nan, 1))
+        updates, _ = only_finite(jax.tree.map(lambda u: u * scale.astype(u.dtype), updates))
         return updates, optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

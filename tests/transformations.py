@@ -1,0 +1,292 @@
+"""The table of transformations: one row each, on one small net.
+
+A row grows the conformance suite and the table of faults; it is never copied. ``given`` are the
+keyword arguments of the public function on a :class:`Setting`.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import natgrad_jax as ng
+
+EXAMPLES, INPUTS, CLASSES = 8, 4, 3
+
+
+class OwnNorm(nn.LayerNorm):
+    """Of no type that the library knows: its parameters are left over."""
+
+
+class Net(nn.Module):
+    """A leftover parameter and ``depth`` dense layers."""
+
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(self.depth - 1):
+            x = nn.tanh(nn.Dense(5, name=f"hidden_{i}")(x))
+        x = OwnNorm(use_bias=False, name="norm")(x)
+        return nn.Dense(CLASSES, name="head")(x)
+
+
+class Batch(NamedTuple):
+    """``y``: probabilities of the classes; ``where``: which examples count."""
+
+    x: jax.Array
+    y: jax.Array
+    where: jax.Array
+
+
+def batch(seed: int = 0, n: int = EXAMPLES) -> Batch:
+    random = np.random.default_rng(seed)
+    x = jnp.asarray(random.normal(size=(n, INPUTS)), jnp.float32)
+    y = jnp.asarray(np.eye(CLASSES)[random.integers(CLASSES, size=n)], jnp.float32)
+    return Batch(x, y, jnp.ones(n, bool))
+
+
+class Setting(NamedTuple):
+    params: Any
+    layers: ng.Layers
+    loss_fn: Any
+
+
+def setting(dtype: Any = jnp.float32, depth: int = 1) -> Setting:
+    net = Net(depth)
+
+    def loss_fn(params: Any, batch: Batch) -> ng.Loss:
+        x = batch.x.astype(params["norm"]["scale"].dtype)  # half precision throughout
+        logits = net.apply({"params": params}, x)
+        return ng.Categorical(logits).nll(batch.y, where=batch.where)
+
+    shapes = jax.eval_shape(net.init, jax.random.key(0), batch().x)["params"]
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(random.normal(size=s.shape) / 2, dtype), shapes)
+    return Setting(params, find_layers(loss_fn, params, batch()), loss_fn)
+
+
+def find_layers(*args: Any) -> ng.Layers:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ng.UncoveredWarning)  # the norm
+        return ng.find_layers(*args)
+
+
+class Row(NamedTuple):
+    """``static``: arguments that are no hyperparameters. ``whole``: it calls ``loss_fn``, so that
+    it needs all of the parameters. ``base``: its program is run in every circumstance; the others
+    differ from a base row by an option."""
+
+    factory: Callable[..., optax.GradientTransformation]
+    given: Callable[[Setting], dict[str, Any]]
+    static: tuple[str, ...] = ()
+    whole: bool = False
+    base: bool = True
+
+    def make(self, s: Setting) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(self.factory(**self.given(s)))
+
+
+def _layers(factory: Any, base: bool = False, static: tuple[str, ...] = (), **kwargs: Any) -> Row:
+    return Row(factory, lambda s: {"layers": s.layers, **kwargs}, static, base=base)
+
+
+def _damped(s: Setting, alias: Any, rate: float) -> Any:
+    return lambda damping: alias(rate, s.layers, damping=damping)
+
+
+def falling(value: float) -> Callable[[Any], Any]:
+    return lambda step: value * 0.5**step
+
+
+def changing(step: Any) -> Any:
+    """A period that is a schedule."""
+    return jnp.where(step < 2, 1, 2)
+
+
+TABLE = {
+    "scale_by_kfac": _layers(ng.scale_by_kfac, base=True),
+    "kfac": _layers(ng.kfac, base=True, learning_rate=0.1),
+    "kfac, weight decay, reduce, groups": _layers(
+        ng.kfac, learning_rate=0.1, weight_decay=1e-3, group_size=2, weight_sharing="reduce",
+        static=("group_size",),
+    ),
+    "kfac, schedules": _layers(
+        ng.kfac, learning_rate=falling(0.1), damping=falling(0.1), decay=falling(0.9),
+        statistics_period=changing, refresh_period=changing, trust_radius=falling(1e-2),
+    ),
+    "kfac, eigh": _layers(ng.kfac, learning_rate=0.1, inverse="eigh"),
+    "kfac, Newton-Schulz, bfloat16 factors": _layers(
+        ng.kfac, learning_rate=0.1, inverse="newton_schulz", factor_dtype=jnp.bfloat16
+    ),
+    "kfac, low rank, spread, a half": _layers(
+        ng.kfac, learning_rate=0.1, inverse="low_rank", rank=1, statistics_fraction=0.5,
+        spread=True, refresh_period=2, static=("rank", "statistics_fraction", "refresh_period"),
+    ),
+    "kfac, woodbury": _layers(
+        ng.kfac, learning_rate=0.1, inverse="woodbury", rank=2, statistics_period=1,
+        static=("rank",),
+    ),
+    "scale_by_ekfac": _layers(ng.scale_by_ekfac, base=True),
+    "ekfac": _layers(ng.ekfac, base=True, learning_rate=0.1),
+    "ekfac, running average, qr, schedules": _layers(
+        ng.ekfac, learning_rate=falling(0.1), damping=falling(0.1), decay=falling(0.9), basis="qr",
+        group_size=3, moments="running_average", refresh_period=changing, static=("group_size",),
+    ),
+    "ekfac, tolerance, a half": _layers(
+        ng.ekfac, learning_rate=0.1, basis_tolerance=0.1, statistics_fraction=0.5, refresh_period=1,
+        static=("basis_tolerance", "statistics_fraction"),
+    ),
+    "ngd": _layers(ng.ngd, base=True, learning_rate=0.5),
+    "ngd, Moore-Penrose": _layers(ng.ngd, learning_rate=0.5, inverse="eigh", damping=0.0),
+    "prong": _layers(ng.prong, base=True, learning_rate=0.1),
+    "prong, samples": _layers(ng.prong, learning_rate=0.1, samples=20, refresh_period=2),
+    "prong, plus": _layers(ng.prong, base=True, learning_rate=0.1, plus=True),
+    "prong, plus, rank, reset, schedules": _layers(
+        ng.prong, learning_rate=falling(0.1), plus=True, rank=1, epsilon=falling(0.1),
+        refresh_period=changing, on_refresh="reset", static=("rank",),
+    ),
+    **{
+        f"in_coordinates, {coordinates}": _layers(
+            # an eps that float16 holds, and that a vanishing gradient does not outgrow
+            ng.in_coordinates, base=coordinates != "whitening", inner=optax.adam(0.1, eps=1e-3),
+            coordinates=coordinates, refresh_period=2,
+        )
+        for coordinates in ("whitening", "whitening_plus", "both_sides", "eigenbasis", "identity")
+    },
+    "adaptive_kfac": Row(
+        ng.adaptive_kfac, lambda s: {"layers": s.layers, "loss_fn": s.loss_fn}, ("loss_fn",), True
+    ),
+    "adaptive_damping": Row(
+        ng.adaptive_damping,
+        lambda s: {"make": _damped(s, ng.ekfac, 0.1), "rule": ng.levenberg_marquardt(period=2),
+                   "loss_fn": s.loss_fn},
+        ("make", "loss_fn"), True,
+    ),
+    "adaptive_damping, Bernacchia": Row(
+        ng.adaptive_damping,
+        lambda s: {"make": _damped(s, ng.ngd, 1.0), "rule": ng.bernacchia(1.0),
+                   "loss_fn": s.loss_fn},
+        ("make", "loss_fn"), True, base=False,
+    ),
+    "scale_by_quadratic_model": Row(
+        ng.scale_by_quadratic_model, lambda s: {"loss_fn": s.loss_fn}, ("loss_fn",), True
+    ),
+    "clip_by_trust_radius": Row(
+        ng.clip_by_trust_radius, lambda s: {"trust_radius": 1e-2, "loss_fn": s.loss_fn},
+        ("loss_fn",), True,
+    ),
+}  # fmt: skip
+
+BASE = {name: row for name, row in TABLE.items() if row.base}
+
+
+class Poison(NamedTuple):
+    """What a step adds to one number of the gradients, and of each kind of statistics."""
+
+    grads: Any = 0.0
+    A: Any = 0.0
+    G: Any = 0.0
+    leftover: Any = 0.0
+    moments: Any = 0.0
+
+    def into(self, grads: Any, statistics: ng.Statistics) -> tuple[Any, ng.Statistics]:
+        def add(x: Any, y: Any) -> Any:
+            if x is None or not x.size:
+                return x
+            return x.at[(0,) * x.ndim].add(jnp.asarray(y, x.dtype))
+
+        sums = {path: s._replace(A=add(s.A, self.A), G=add(s.G, self.G))
+                for path, s in statistics.layers.items()}  # fmt: skip
+        every = lambda tree, y: None if tree is None else {k: add(x, y) for k, x in tree.items()}
+        return jax.tree.map(lambda g: add(g, self.grads), grads), statistics._replace(
+            layers=sums,
+            leftover=every(statistics.leftover, self.leftover),
+            moments=every(statistics.moments, self.moments),
+        )
+
+
+def fresh(tree: Any) -> Any:
+    """A copy that may be donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def stepper(tx: Any, s: Setting) -> Callable[..., Any]:
+    """The step that users write, with every extra argument; and a poison, that of nothing."""
+    grad_fn = ng.value_and_grad(s.loss_fn, s.layers)
+
+    def step(params: Any, state: Any, batch: Batch, key: Any, poison: Poison) -> Any:
+        loss, grads, statistics = grad_fn(params, batch, rng=key, opt_state=asks(state))
+        grads, statistics = poison.into(grads, statistics)
+        updates, state = tx.update(
+            grads, state, params, statistics=statistics, value=loss, grad=grads, args=(batch,),
+            value_fn=lambda params: s.loss_fn(params, batch).value,
+        )  # fmt: skip
+        return optax.apply_updates(params, updates), state, updates, loss
+
+    return step
+
+
+def asks(state: Any) -> Any:
+    """The state, where it says what to measure: what needs no statistics has no clock."""
+    from natgrad_jax.clock import clocks
+
+    return state if clocks(state) else None
+
+
+@functools.cache
+def compiled(name: str, depth: int = 1) -> tuple[Any, Any, Any]:
+    """The setting, the state before the first step and the compiled step of a row."""
+    s = setting(depth=depth)
+    tx = TABLE[name].make(s)
+    return s, tx.init(s.params), jax.jit(stepper(tx, s))
+
+
+def finite(tree: Any) -> bool:
+    """Whether every number is; the damping's history is NaN where it has not come to yet."""
+    return all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(_without_history(tree)))
+
+
+def _without_history(tree: Any) -> Any:
+    is_damped = lambda x: isinstance(x, ng.AdaptiveDampingState)
+    drop = lambda x: (
+        x._replace(history=jnp.nan_to_num(x.history, posinf=jnp.inf)) if is_damped(x) else x
+    )
+    return jax.tree.map(drop, tree, is_leaf=is_damped)
+
+
+def signature(tree: Any) -> Any:
+    return jax.tree.structure(tree), [
+        (x.shape, x.dtype, getattr(x, "weak_type", False)) for x in jax.tree.leaves(tree)
+    ]
+
+
+def assert_types_stay(tx: Any, s: Setting, own: Batch | None = None) -> Any:
+    """After a step the state is of the types of before, and updates of the parameters'.
+
+    Returns the types of the state."""
+    own = batch() if own is None else own
+    state = jax.eval_shape(tx.init, s.params)
+    params, later, updates, _ = jax.eval_shape(
+        stepper(tx, s), s.params, state, own, jax.random.key(0), Poison()
+    )
+    assert signature(later) == signature(state)
+    assert signature(updates) == signature(params) == signature(s.params)
+    return later
+
+
+def run_steps(tx: Any, s: Setting, batches: list[Batch]) -> Any:
+    """Parameters, state and updates after a step on each, in one compiled program."""
+    params, state, updates = s.params, tx.init(s.params), None
+    step = jax.jit(stepper(tx, s))
+    for i, own in enumerate(batches):
+        params, state, updates, _ = step(params, state, own, jax.random.key(i), Poison())
+        assert finite((params, state, updates))
+    assert step._cache_size() == 1
+    return params, state, updates
