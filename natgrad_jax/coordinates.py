@@ -30,6 +30,13 @@ class Coordinates(NamedTuple):
     dense layers). ``A_scale``: ``(*stack, *blocks, n)``. ``mean``: c, the same shape. With
     ``A_rest``, the scale of all other directions ``(*stack, *blocks)``, A has k columns. ``G``,
     ``G_scale``: over outputs. The inputs of an embedding are uncorrelated: it has no A.
+
+    Source: Desjardins et al. 2015, section 3.
+
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> ng.Coordinates(A=jnp.eye(2), A_scale=jnp.array([1.0, 2.0])).U
+    Array([[1., 0.],
+           [0., 2.]], dtype=float32)
     """
 
     A: jax.Array | None = None
@@ -41,7 +48,10 @@ class Coordinates(NamedTuple):
 
     @property
     def U(self) -> jax.Array:  # noqa: N802 the paper's letter
-        """The whitening matrix ``diag(σ + ε)^{-1/2} Ũᵀ``: whitened inputs are ``U (h − c)``."""
+        """The whitening matrix ``diag(σ + ε)^{-1/2} Ũᵀ``: whitened inputs are ``U (h − c)``.
+
+        Raises ValueError where these coordinates whiten no inputs.
+        """
         if self.A is None or self.A_scale is None:
             raise ValueError("these coordinates whiten no inputs: there is no U.")
         if self.A_rest is not None:

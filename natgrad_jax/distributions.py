@@ -27,6 +27,7 @@ class Distribution:
 
     @property
     def natural(self) -> jax.Array:
+        """The natural output of the network, ``(*examples, D)``."""
         return getattr(self, self.natural_name)
 
     def with_natural(self, natural: jax.Array) -> "Distribution":
@@ -35,6 +36,7 @@ class Distribution:
 
     @property
     def examples(self) -> tuple[int, ...]:
+        """The shape of the examples: all axes but the last."""
         return self.natural.shape[:-1]
 
     @property

@@ -43,6 +43,11 @@ class Layers(Mapping[Path, Layer]):
 
     Immutable and hashable. ``print(layers)`` shows every parameter once: the kind of block that
     covers it with its factor sizes, or why none does.
+
+    >>> import natgrad_jax as ng
+    >>> layers = ng.Layers({})
+    >>> len(layers), layers.uncovered
+    (0, ())
     """
 
     def __init__(self, layers: Mapping[Path, Layer], leftover: tuple[Leftover, ...] = ()):

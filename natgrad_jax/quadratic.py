@@ -85,6 +85,9 @@ def quadratic_forms(
       vectors: k trees like the parameters.
       curvature: ``"fisher"``, or ``"gauss_newton"`` with the true labels.
 
+    Returns:
+      ``(k, k)``, symmetric, in the units of the loss.
+
     Raises:
       ValueError: an unknown curvature.
 

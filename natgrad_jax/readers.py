@@ -10,7 +10,21 @@ from natgrad_jax.requests import plain, states
 def factors(opt_state: Any) -> dict[Any, Any]:
     """The Kronecker factors by layer path: ``factors(s)[path].A`` and ``.G``, bias-corrected.
 
-    Zero before the first measurement. Raises ValueError where no state of this library is found.
+    Zero before the first measurement.
+
+    Args:
+      opt_state: of any chain, wrapper or NNX optimizer that has a state of this library in it.
+
+    Returns:
+      From path to ``A (*stack, *blocks, inputs + bias, inputs + bias)`` and
+      ``G (*stack, *blocks, outputs, outputs)``; in another form where the approximation says so.
+
+    Raises:
+      ValueError: there is no state of this library that has factors.
+
+    >>> import natgrad_jax as ng
+    >>> ng.factors(ng.kfac(0.1, ng.Layers({})).init({}))
+    {}
     """
     return _merged(opt_state, "factors")
 
@@ -18,7 +32,19 @@ def factors(opt_state: Any) -> dict[Any, Any]:
 def bases(opt_state: Any) -> dict[Any, Any]:
     """The coordinates by layer path as of the last refresh; for K-FAC the damped inverses A⁻¹, G⁻¹.
 
-    Raises ValueError where no state of this library is found.
+    Args:
+      opt_state: as for :func:`factors`.
+
+    Returns:
+      From path to the inverses (K-FAC, NGD), the eigenvectors (EKFAC), each in the shapes of the
+      factors, or the :class:`Coordinates` (:func:`in_coordinates`).
+
+    Raises:
+      ValueError: there is no state of this library that has bases.
+
+    >>> import natgrad_jax as ng
+    >>> ng.bases(ng.prong(0.1, ng.Layers({})).init({}))
+    {}
     """
     return _merged(opt_state, "bases")
 
@@ -26,7 +52,15 @@ def bases(opt_state: Any) -> dict[Any, Any]:
 def damping(opt_state: Any) -> jax.Array:
     """λ of the last step (before any: of the first), ``()``.
 
-    Raises ValueError where no state of this library is found, or several are.
+    Args:
+      opt_state: as for :func:`factors`.
+
+    Raises:
+      ValueError: there is no state of this library that has a damping, or there are several.
+
+    >>> import natgrad_jax as ng
+    >>> round(float(ng.damping(ng.kfac(0.1, ng.Layers({}), damping=0.5).init({}))), 2)
+    0.5
     """
     found = _states(opt_state, "damping")
     if len(found) > 1:

@@ -29,6 +29,11 @@ class Statistics(NamedTuple):
     ``reduced``: sums of the layers with positions, those summed first; they are measured where
     a transformation asks for them, or without ``opt_state``. ``moments``: for each layer
     ``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²`` in the bases of ``opt_state``, where its transformation asks.
+
+    >>> import jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> half = ng.Statistics(jnp.asarray(4.0), {}, {}, {}, None)
+    >>> float(jax.tree.map(jnp.add, half, half).examples)
+    8.0
     """
 
     examples: jax.Array

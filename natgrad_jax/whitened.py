@@ -37,6 +37,9 @@ def whitening(
       layers: from :func:`natgrad_jax.find_layers`.
       epsilon: ε > 0, in the units of the inputs' variances.
 
+    Returns:
+      From path to :class:`Coordinates`.
+
     Raises:
       ValueError: statistics of other layers; ε not positive.
 
@@ -91,7 +94,7 @@ def unwhiten(
 ) -> Any:
     """The inverse of :func:`whiten`: ``K = Uᵀ V``, ``b = d − cᵀ K``.
 
-    Args, Raises: as :func:`whiten`.
+    Args, Returns, Raises: as :func:`whiten`.
 
     Source: Desjardins et al. 2015, equation 4.
 
@@ -108,6 +111,15 @@ def whitening_variables(coordinates: Mapping[Path, Coordinates]) -> dict[str, An
 
     ``model.apply({"params": ng.whiten(params, layers, coordinates), "whitening":
     ng.whitening_variables(coordinates)}, x)``.
+
+    Args:
+      coordinates: from :func:`whitening`.
+
+    Returns:
+      Nested dicts like the parameters: ``U (n, n)`` and ``c (n,)`` where a layer's kernel is.
+
+    Raises:
+      ValueError: coordinates that whiten no inputs.
 
     >>> import natgrad_jax as ng
     >>> eye = ng.Coordinates(jnp.eye(2), jnp.ones(2), jnp.zeros(2))

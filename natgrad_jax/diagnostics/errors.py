@@ -145,7 +145,24 @@ def _ekfac(layer: Layer, state: EKFACState, path: Path) -> jax.Array:
 
 
 def dense(layer: Layer, apply: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """A linear map of a layer's packed ``K̄`` as a matrix over its parameters, raveled in order."""
+    """A linear map of a layer's packed ``K̄`` as a matrix over its parameters, raveled in order.
+
+    Args:
+      layer: one of :class:`~natgrad_jax.Layers`, with the approximation of the map.
+      apply: from ``K̄`` in the coordinates of its factors, ``(*factor_blocks, rows, columns)``, to
+        the same.
+
+    Returns:
+      ``(P, P)`` for P parameters.
+
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> params = {"scale": jnp.ones(2)}
+    >>> loss_fn = lambda p, x: ng.Gaussian(x * p["scale"]).nll(x)
+    >>> layer = ng.find_layers(loss_fn, params, jnp.ones((3, 2)))[("scale",)]
+    >>> ng.diagnostics.dense(layer, lambda x: 2 * x)
+    Array([[2., 0.],
+           [0., 2.]], dtype=float32)
+    """
     ends = list(itertools.accumulate(p.size for p in layer.parameters))
 
     def of(vector: jax.Array) -> jax.Array:

@@ -36,6 +36,10 @@ class Report:
     ``totals``: by transformation, ``"kfac"``. ``rows``: by transformation and layer,
     ``"kfac/encoder.Dense_0"``; each a dict of numbers, ``(*stack,)`` where layers are stacked by
     ``scan`` or ``vmap``. ``order``: of the rows, static.
+
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> ng.diagnostics.Report({"kfac": {"damping": jnp.asarray(0.5)}}, {}, ()).scalars()
+    {'kfac/damping': 0.5}
     """
 
     totals: dict[str, Measures]

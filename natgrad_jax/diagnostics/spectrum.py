@@ -23,6 +23,10 @@ class Spectra(NamedTuple):
     ``(*stack, outputs)``; ``block``: of both together, ``A ⊗ G`` or EKFAC's S,
     ``(*stack, parameters)``. A block that is no Kronecker product has A alone, and so have whitened
     coordinates: there A is the covariance of the inputs.
+
+    >>> import jax.numpy as jnp, natgrad_jax as ng
+    >>> ng.diagnostics.Spectra(jnp.array([0.5, 2.0])).A.max() / 0.5
+    Array(4., dtype=float32)
     """
 
     A: jax.Array
