@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import soak
 
+pytestmark = pytest.mark.script
+
 
 def test_soak_writes_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "SLOWER", 1e9)
