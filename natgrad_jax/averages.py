@@ -55,9 +55,11 @@ def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> 
 
 def stored_as(dtype: Any) -> Any:
     """The checked dtype of stored factors; None for the layers' own."""
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    is_array = isinstance(dtype, jax.Array)
+    if dtype is not None and (is_array or not jnp.issubdtype(dtype, jnp.floating)):
         raise ValueError(
-            f"factor_dtype is a floating dtype, such as jnp.bfloat16, or None; got {dtype!r}."
+            f"factor_dtype is a floating dtype, such as jnp.bfloat16, or None; got {dtype!r}. "
+            "(Under optax.inject_hyperparams name it in static_args.)"
         )
     return dtype
 

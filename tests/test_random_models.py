@@ -123,7 +123,7 @@ def test_steps_are_finite_and_what_is_frozen_or_masked_stays(
 
 def measured(s: Setting, own: Batch) -> Any:
     grad_fn = ng.value_and_grad(s.loss_fn, s.layers, fisher="exact")
-    return jax.jit(grad_fn)(s.params, own)
+    return jax.device_get(jax.jit(grad_fn)(s.params, own))
 
 
 def assert_near(a: Any, b: Any) -> None:

@@ -123,7 +123,8 @@ TABLE = {
     ),
     "kfac, eigh": _layers(ng.kfac, learning_rate=0.1, inverse="eigh"),
     "kfac, Newton-Schulz, bfloat16 factors": _layers(
-        ng.kfac, learning_rate=0.1, inverse="newton_schulz", factor_dtype=jnp.bfloat16
+        ng.kfac, learning_rate=0.1, inverse="newton_schulz", factor_dtype=jnp.bfloat16,
+        static=("factor_dtype",),
     ),
     "kfac, low rank, spread, a half": _layers(
         ng.kfac, learning_rate=0.1, inverse="low_rank", rank=1, statistics_fraction=0.5,

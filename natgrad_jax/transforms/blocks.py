@@ -29,7 +29,7 @@ def map_blocks(
     """
     given = paths.leaves(updates)
     check_paths(given, layers)
-    inner = jnp.zeros((), float)
+    inner, finite = jnp.zeros((), float), jnp.ones((), bool)
 
     def noted(path: Path, x: jax.Array) -> jax.Array:
         nonlocal inner
@@ -50,8 +50,10 @@ def map_blocks(
             mapped = of_diagonal(path, old)
             inner += jnp.sum(mapped * old).astype(inner.dtype)
             new[path] = mapped.astype(given[path].dtype)
-    updates, bad = only_finite(paths.replace(updates, new))
-    return updates, jnp.where(bad > 0, jnp.nan, inner)
+        else:
+            finite &= jnp.all(jnp.isfinite(given[path]))
+    finite &= jnp.isfinite(inner)  # what is not finite makes its product with the old so
+    return zeros_unless(finite, paths.replace(updates, new)), jnp.where(finite, inner, jnp.nan)
 
 
 def only_finite(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
@@ -59,8 +61,12 @@ def only_finite(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
     finite = jnp.ones((), bool)
     for x in jax.tree.leaves(updates):
         finite &= jnp.all(jnp.isfinite(x))
-    kept = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
-    return kept, 1 - finite.astype(jnp.int32)
+    return zeros_unless(finite, updates), 1 - finite.astype(jnp.int32)
+
+
+def zeros_unless(finite: jax.Array, updates: optax.Updates) -> optax.Updates:
+    """The updates, or zeros."""
+    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
 
 
 def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> Any:

@@ -93,7 +93,8 @@ def kronecker(layers: Layers, rules: Rules) -> optax.GradientTransformationExtra
         if radius is not None:
             updates = blocks.trust_region(updates, layers, quadratic, at(radius, step))
         clock = tick(state.clock, at(rules.statistics_period, step + 1))
-        return updates, state._replace(clock=clock, damping=lam)
+        rejected = state.rejected + jnp.isnan(quadratic)
+        return updates, state._replace(clock=clock, damping=lam, rejected=rejected)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
