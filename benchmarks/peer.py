@@ -16,7 +16,8 @@ of them; a process that waits computes nothing. Seconds are those of training al
 Steps, as ratios to SGD with momentum: ``kfac-jax`` is the peer at fixed learning rate, momentum,
 damping and norm constraint, with statistics every step and inverses every 5, by its default (LU) or
 by Cholesky's; ``kfac-jax-adaptive`` as in its own example of this autoencoder. ``kfac-as-peer`` is
-ours at the same fixed setting, with full inverses by Cholesky; ``kfac`` is ours at its defaults.
+ours at the same fixed setting, with full inverses by Cholesky; ``-low-rank`` with our default's;
+``kfac`` is ours at its defaults.
 ``sgd-there`` is SGD in the peer's interpreter. Peak memory is that of a process of its own.
 
 Race: the target is Adam's loss after --target steps, at the tuned rate of ``optimizers.py``. Writes
@@ -53,6 +54,7 @@ RACERS = ("kfac", "adam", "kfac-jax", "kfac-jax-adaptive")
 STEP_RATIOS = (
     ("kfac-as-peer", "kfac-jax"),
     ("kfac-as-peer", "kfac-jax-cholesky"),
+    ("kfac-as-peer-low-rank", "kfac-jax"),
     ("kfac", "kfac-jax"),
     ("sgd-there", "sgd"),
 )

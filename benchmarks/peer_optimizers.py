@@ -71,7 +71,10 @@ class Optimizer(NamedTuple):
 
 
 def ours(name: str, problem: Problem) -> Optimizer:
-    """An optimizer of ``optimizers.py``, or K-FAC at the peer's setting, on the Flax model."""
+    """An optimizer of ``optimizers.py``, or K-FAC at the peer's setting, on the Flax model.
+
+    At the peer's setting with full inverses, as the peer has them, or with those of our default.
+    """
     import autoencoder
     from optimizers import OPTIMIZERS, natural
 
@@ -87,7 +90,7 @@ def ours(name: str, problem: Problem) -> Optimizer:
         statistics_fraction=None,
         refresh_period=setting.refresh_period,
         spread=False,
-        inverse="cholesky",
+        inverse="low_rank" if name == "kfac-as-peer-low-rank" else "cholesky",
         momentum=setting.momentum,
         trust_radius=setting.trust_radius,
     )
@@ -98,7 +101,7 @@ def ours(name: str, problem: Problem) -> Optimizer:
         f"Dense_{i}": {"kernel": jnp.array(kernel), "bias": jnp.array(bias)}
         for i, (kernel, bias) in enumerate(problem.layers)
     }
-    make = natural(as_peer) if name == "kfac-as-peer" else OPTIMIZERS[name]
+    make = natural(as_peer) if name in AS_PEER else OPTIMIZERS[name]
     rate = problem.rates.get(name, setting.learning_rate)
     contender = make(rate, loss_fn, params, problem.batch(0))
     step = jax.jit(contender.step, donate_argnums=(0, 1))
@@ -190,7 +193,8 @@ def kfac_jax(problem: Problem, cholesky: bool = False, adaptive: bool = False) -
     )
 
 
-OURS = {name: partial(ours, name) for name in ("sgd", "adam", "kfac", "kfac-as-peer")}
+AS_PEER = ("kfac-as-peer", "kfac-as-peer-low-rank")
+OURS = {name: partial(ours, name) for name in ("sgd", "adam", "kfac", *AS_PEER)}
 THEIRS = {
     "sgd-there": sgd_there,
     "kfac-jax": kfac_jax,

@@ -39,8 +39,10 @@ def test_damped_inverse(n: int, batch: tuple[int, ...]) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_an_indefinite_matrix_gives_nan() -> None:
-    found = cholesky.damped_inverse(jnp.diag(jnp.array([1.0, -2.0])), jnp.array(1.0))
+@pytest.mark.parametrize("n", [2, 301])
+@pytest.mark.parametrize("at", [0, -1])
+def test_an_indefinite_matrix_gives_nan(n: int, at: int) -> None:
+    found = cholesky.damped_inverse(jnp.eye(n).at[at, at].set(-2.0), jnp.array(1.0))
     assert np.isnan(np.trace(found))
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.linalg.batching import over_batch
 
-# Below this size LAPACK's triangular solve is as fast as anything.
+# Up to this size LAPACK is as fast as anything.
 LEAF = 128
 
 
@@ -29,24 +29,27 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
 
 def _damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    half = triangular_inverse(jnp.linalg.cholesky(factor + damping[..., None, None] * eye))
+    half = inverse_root(factor + damping[..., None, None] * eye)
     return _matmul(half.mT, half)
 
 
-def triangular_inverse(L: jax.Array) -> jax.Array:
-    """``L⁻¹`` for lower triangular L ``(*batch, n, n)``, by halves.
+def inverse_root(M: jax.Array) -> jax.Array:
+    """``C⁻¹`` of the Cholesky factor of ``M = C Cᵀ``, ``(*batch, n, n)``, by halves.
 
-    ``[[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [−R⁻¹ Q P⁻¹, R⁻¹]]``: matrix products on the nonzero blocks,
-    a third of the arithmetic of solving against the identity, and on faster paths.
+    ``M = [[A, B], [Bᵀ, D]]`` has ``C⁻¹ = [[P, 0], [−R Yᵀ P, R]]`` with ``P = C_A⁻¹``, ``Y = P B``
+    and R that of ``D − YᵀY``. All but the smallest blocks is matrix products, which run on every
+    core where LAPACK's factorisation runs on one, and are as exact.
     """
-    n = L.shape[-1]
+    n = M.shape[-1]
     if n <= LEAF:
-        eye = jnp.broadcast_to(jnp.eye(n, dtype=L.dtype), L.shape)
-        return jax.scipy.linalg.solve_triangular(L, eye, lower=True)
+        eye = jnp.broadcast_to(jnp.eye(n, dtype=M.dtype), M.shape)
+        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(M), eye, lower=True)
     m = n // 2
-    P, R = triangular_inverse(L[..., :m, :m]), triangular_inverse(L[..., m:, m:])
-    Q = -_matmul(_matmul(R, L[..., m:, :m]), P)
-    zeros = jnp.zeros((*L.shape[:-2], m, n - m), L.dtype)
+    P = inverse_root(M[..., :m, :m])
+    Y = _matmul(P, M[..., :m, m:])
+    R = inverse_root(M[..., m:, m:] - _matmul(Y.mT, Y))
+    Q = -_matmul(_matmul(R, Y.mT), P)
+    zeros = jnp.zeros((*M.shape[:-2], m, n - m), M.dtype)
     top, bottom = (jnp.concatenate(row, axis=-1) for row in ((P, zeros), (Q, R)))
     return jnp.concatenate([top, bottom], axis=-2)
 
