@@ -47,7 +47,6 @@ from race import SCALES, evaluated_images, minibatches, positive
 from rich.console import Console
 
 WORKER = Path(__file__).with_name("peer_worker.py")
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")  # what decides speed on a CPU
 PARTS = ("steps", "race")
 RACERS = ("kfac", "adam", "kfac-jax", "kfac-jax-adaptive")
 # Whose mean step, or seconds to the target, are divided by whose
@@ -277,7 +276,6 @@ def finish(
         "target": args.target,
         "peer_setting": args.setting._asdict(),
         "peer_adaptive": ADAPTIVE,
-        "environment": {name: os.environ.get(name) for name in THREADS},
         "entropy": floor,
         **found,
     }

@@ -179,6 +179,10 @@ def write_json(path: Path, settings: dict[str, Any], runs: Sequence[Run], rows: 
     path.write_text(json.dumps(_rounded(result), indent=1, allow_nan=False) + "\n")
 
 
+# Variables that decide how fast a CPU is: threads, and how the C library keeps memory.
+SPEED = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS", "GLIBC_TUNABLES")
+
+
 def describe_machine() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
@@ -188,6 +192,7 @@ def describe_machine() -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
+        "environment": {name: os.environ[name] for name in SPEED if name in os.environ},
     }
 
 
