@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from natgrad_jax.averages import zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
+from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.eigenbasis import eigenbasis
 from natgrad_jax.linalg.low_rank import LowRank, initial_subspace, subspace
 from natgrad_jax.linalg.stacking import Problem, Solving, alone
@@ -88,7 +89,7 @@ def white_sides(
     del old
     second, mean = second_and_mean(layer, factors.A)
     diagonal = layer.input_side.diagonal
-    mean_of = lambda m: jnp.trace(m, axis1=-2, axis2=-1) / m.shape[-1]
+    mean_of = lambda m: trace_of(m) / m.shape[-1]
     on_a, on_g = split(
         second.mean(-1) if diagonal else mean_of(second), mean_of(factors.G), epsilon
     )
@@ -191,7 +192,7 @@ def _white(
 
 def _others(second: jax.Array, values: jax.Array) -> jax.Array:
     """The mean variance of all directions but those of the variances given."""
-    left = jnp.trace(second, axis1=-2, axis2=-1) - values.sum(-1)
+    left = trace_of(second) - values.sum(-1)
     return jnp.maximum(left, 0) / (second.shape[-1] - values.shape[-1])
 
 

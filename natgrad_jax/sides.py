@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.linalg.batching import trace_of
+
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
@@ -177,7 +179,7 @@ class Side(NamedTuple):
         """The trace of the structured matrix: ``(…)``."""
         if self.diagonal:
             return factor.sum(-1)
-        trace = jnp.trace(factor, axis1=-2, axis2=-1)
+        trace = trace_of(factor)
         trace = trace.sum(-1) if self.grouped else trace
         trace = trace * self.places if self.shared else trace
         return trace if bias is None else trace + bias.astype(trace.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import deep_linear
 import inverses
 import paper_prong_autoencoder as prong
+import paper_prong_cifar as cifar
 import paper_prong_conditioning as conditioning
 import pytest
 import tuning
@@ -41,6 +42,19 @@ def test_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [run["optimizer"] for run in found["runs"]] == [*prong.METHODS]
     assert all(run["loss"][-1] < run["loss"][0] for run in found["runs"])
     assert abs(found["reparametrization_share"]) < 1
+
+
+def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_rate = {name: method._replace(rates=(0.01,)) for name, method in cifar.METHODS.items()}
+    monkeypatch.setattr(cifar, "METHODS", one_rate)
+    prefix = tmp_path / "cifar"
+    cifar.main(["--data", "digits", "--updates", "12", "--search", "2", "--evaluations", "2",
+                "--batch-size", "100", "--width", "4", "--output", str(prefix)])  # fmt: skip
+    curves = numbers(prefix)["curves"]
+    assert set(curves) == {*cifar.METHODS}
+    for curve in curves.values():
+        assert curve["updates"] == [6, 12] and 0 < curve["test_error"][-1] < 1
+        assert curve["train_loss"][-1] < curve["train_loss"][0]
 
 
 def test_deep_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

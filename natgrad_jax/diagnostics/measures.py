@@ -15,6 +15,7 @@ from natgrad_jax.coordinates import Coordinates, second_and_mean
 from natgrad_jax.damping_rules import equal, split as pi_split
 from natgrad_jax.eigenbases import to_basis
 from natgrad_jax.layer import Layer
+from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.operators import operate
 from natgrad_jax.sides import Side
@@ -138,7 +139,7 @@ def of_coordinates(layer: Layer, factors: Any, own: Coordinates) -> Measures:
             white = values * scale**2
             found[f"variance_{name}"] = white.max(tuple(range(len(layer.stack), white.ndim)))
     if mean is not None and own.mean is not None:
-        spread = _total(layer, jnp.trace(second, axis1=-2, axis2=-1))
+        spread = _total(layer, trace_of(second))
         found["drift_mean"] = jnp.sqrt(_over(_total(layer, (mean - own.mean) ** 2), spread))
     return found
 

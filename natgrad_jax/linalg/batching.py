@@ -1,9 +1,10 @@
-"""Batches of small factorisations, as each platform takes them."""
+"""Batches of small matrices, as each platform takes them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def over_batch(op: Callable[..., Any], matrices: jax.Array, *others: jax.Array) -> Any:
@@ -24,3 +25,8 @@ def over_batch(op: Callable[..., Any], matrices: jax.Array, *others: jax.Array) 
         return jax.tree.map(lambda x: x.reshape(*matrices.shape[:lead], *x.shape[1:]), found)
 
     return jax.lax.platform_dependent(matrices, *others, cpu=one_by_one, default=op)
+
+
+def trace_of(x: jax.Array) -> jax.Array:
+    """``(*batch, n, n)`` → ``(*batch,)``, reading n numbers where ``jnp.trace`` writes n × n."""
+    return jnp.diagonal(x, axis1=-2, axis2=-1).sum(-1)

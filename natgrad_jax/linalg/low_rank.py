@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.linalg.batching import over_batch
+from natgrad_jax.linalg.batching import over_batch, trace_of
 
 _PRECISION = jax.lax.Precision.HIGHEST
 GOLDEN = (5**0.5 - 1) / 2
@@ -119,6 +119,6 @@ def low_rank_inverse(
     V, values = subspace(factor, start)
     n, k = V.shape[-2:]
     others = jnp.maximum((n if size is None else size) - k, 1)
-    left = jnp.trace(factor, axis1=-2, axis2=-1) - values.sum(-1)
+    left = trace_of(factor) - values.sum(-1)
     rest = jnp.maximum(left, 0) / others + damping
     return LowRank(V, 1 / (values + damping[..., None]) - 1 / rest[..., None], 1 / rest)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.linalg.batching import over_batch
+from natgrad_jax.linalg.batching import over_batch, trace_of
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -71,7 +71,7 @@ def root(factor: jax.Array, rank: int) -> jax.Array:
     """
     n = factor.shape[-1]
     test = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (n, rank), factor.dtype))[0]
-    trace = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
+    trace = trace_of(factor)[..., None, None]
     tiny = jnp.finfo(factor.dtype)
     shift = trace * tiny.eps + tiny.tiny**0.5
     Y = jnp.matmul(factor, test, precision=_PRECISION) + shift * test

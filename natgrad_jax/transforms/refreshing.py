@@ -39,14 +39,16 @@ def turns(period: Scalar, spread: bool, over: Any) -> Turns:
 
 
 def phases(layers: Mapping[Path, Layer], when: Turns) -> list[dict[Path, Layer]]:
-    """The layers of each step of the period, of about equal work; all in the first if together."""
+    """The layers of each step of the period, of about equal work; all in the first if together.
+
+    In turn from the second step on: the first measures too, and is filled last."""
     if not when.spread:
         return [dict(layers)]
     assert isinstance(when.period, int | float)
     found: list[dict[Path, Layer]] = [{} for _ in range(int(when.period))]
     turn = balanced([cost(layer) for layer in layers.values()], len(found))
     for (path, layer), phase in zip(layers.items(), turn, strict=True):
-        found[phase][path] = layer
+        found[(phase + 1) % len(found)][path] = layer
     return found
 
 
