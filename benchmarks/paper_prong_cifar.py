@@ -3,272 +3,29 @@
     python benchmarks/paper_prong_cifar.py --data-dir DIR
     python benchmarks/paper_prong_cifar.py --data digits --updates 200    # nothing to download
 
-A network in the manner of VGG (pairs of 3×3 convolutions, pooling, one dense layer; --width
-channels at first, doubled at each pooling) learns from random crops, 24×24 of 32×32, and
-reflections. SGD with momentum, the same with batch normalization, and PRONG, each at the rate of
-its grid with the lowest validation loss after a short search; all have momentum 0.9, and divide
-their rate by ten after half and after three quarters of the updates. 5,000 training images are held
-out for validation. Errors are those of central crops. The paper's network and schedule are larger
-than two cores allow: what is compared is the order of the methods. Writes PREFIX.png and
-PREFIX.json.
+SGD with momentum, the same with batch normalization, and PRONG, on the network and by the rules of
+``cifar.py``. The paper's network and schedule are larger than two cores allow: what is compared is
+the order of the methods. Writes PREFIX.png and PREFIX.json.
 """
 
-import argparse
-import json
-import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import data
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
-import numpy as np
-import optax
-import race
-import report
-from rich.console import Console
-from rich.table import Table
+from cifar import MOMENTUM, Method, compare, sgd
 
 import natgrad_jax as ng
 
-HELD_OUT = {"cifar10": 5000, "digits": 300}
-SIDE = {"cifar10": 24, "digits": 6}  # of a crop
-MOMENTUM = 0.9
-STYLES = {"sgd": ":", "batch norm": "--", "prong": "-"}
-
-
-class VGG(nn.Module):
-    """Three pairs of 3×3 convolutions with relu, pooled; a dense layer."""
-
-    width: int
-    normalized: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        for stage in range(3):
-            for _ in range(2):
-                x = nn.Conv(self.width * 2**stage, (3, 3))(x)
-                x = nn.BatchNorm(use_running_average=not train)(x) if self.normalized else x
-                x = nn.relu(x)
-            x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
-        return nn.Dense(data.CLASSES)(x.reshape(len(x), -1))
-
-
-class Method(NamedTuple):
-    """How to make a transformation of a rate (a schedule) and layers, the rates to search, and
-    whether the network is normalized."""
-
-    make: Callable[[Any, ng.Layers], Any]
-    rates: tuple[float, ...]
-    normalized: bool = False
-
-
-def plain(rate: Any, layers: ng.Layers) -> Any:
-    del layers
-    return optax.sgd(rate, momentum=MOMENTUM)
-
-
 METHODS = {
-    "sgd": Method(plain, (0.01, 0.03, 0.1)),
-    "batch norm": Method(plain, (0.01, 0.03, 0.1), normalized=True),
-    "prong": Method(partial(ng.prong, momentum=MOMENTUM), (0.003, 0.01, 0.03)),
+    "sgd": Method(sgd, (0.01, 0.03, 0.1), ":"),
+    "batch norm": Method(sgd, (0.01, 0.03, 0.1), "--", normalized=True),
+    "prong": Method(partial(ng.prong, momentum=MOMENTUM), (0.003, 0.01, 0.03), "-", fisher="none"),
 }
-
-
-class Curve(NamedTuple):
-    """One run: updates, seconds of training, and what was seen then."""
-
-    updates: list[int]
-    seconds: list[float]
-    train_loss: list[float]
-    validation_loss: list[float]
-    test_error: list[float]
-
-
-class Images(NamedTuple):
-    """Standardized images and labels of each part; ``side`` of a crop."""
-
-    parts: dict[str, tuple[jax.Array, jax.Array]]
-    side: int
-
-
-def images_of(name: str, data_dir: Any) -> Images:
-    found = data.load_or_exit(name, data_dir)
-    mean, deviation = found.train_images.mean((0, 1, 2)), found.train_images.std((0, 1, 2))
-    standard = lambda x: jnp.asarray((x - mean) / deviation)
-    train, labels = standard(found.train_images), jnp.asarray(found.train_labels)
-    held = HELD_OUT[name]
-    parts = {
-        "train": (train[held:], labels[held:]),
-        "validation": (train[:held], labels[:held]),
-        "test": (standard(found.test_images), jnp.asarray(found.test_labels)),
-    }
-    return Images(parts, SIDE[name])
-
-
-def crops(images: jax.Array, side: int, key: jax.Array) -> jax.Array:
-    """Random crops, half of them reflected."""
-    of_place, of_side = jax.random.split(key)
-    places = jax.random.randint(of_place, (len(images), 2), 0, images.shape[1] - side + 1)
-    cut = lambda x, at: jax.lax.dynamic_slice(x, (at[0], at[1], 0), (side, side, x.shape[-1]))
-    cropped = jax.vmap(cut)(images, places)
-    reflected = jax.random.bernoulli(of_side, shape=(len(images), 1, 1, 1))
-    return jnp.where(reflected, cropped[:, :, ::-1], cropped)
-
-
-def central(images: jax.Array, side: int) -> jax.Array:
-    at = (images.shape[1] - side) // 2
-    return images[:, at : at + side, at : at + side]
-
-
-class Program(NamedTuple):
-    """A method at a rate, compiled: ``carry`` is params, opt_state and batch statistics."""
-
-    carry: Any
-    step: Callable[..., Any]  # carry, images, labels, which, key -> carry
-    seen: Callable[..., Any]  # carry, images, labels -> loss and error of central crops
-
-
-def program(name: str, rate: Any, of: Images, width: int, batch_size: int) -> Program:
-    method, (images, labels) = METHODS[name], of.parts["train"]
-    model = VGG(width, method.normalized)
-    variables = jax.jit(model.init)(jax.random.key(0), central(images[:2], of.side))
-    params, kept = variables["params"], variables.get("batch_stats", {})
-
-    def loss_fn(params: Any, kept: Any, batch: Any) -> Any:
-        variables = {"params": params, "batch_stats": kept}
-        logits, new = model.apply(variables, batch[0], mutable=["batch_stats"])
-        return ng.Categorical(logits).nll(batch[1]), new.get("batch_stats", {})
-
-    example = central(images[:batch_size], of.side), labels[:batch_size]
-    layers = ng.find_layers(loss_fn, params, kept, example)
-    tx = method.make(rate, layers)
-    # SGD takes the same gradients: statistics that nobody asks for cost nothing
-    grad_fn = ng.value_and_grad(loss_fn, layers, has_aux=True, fisher="none")
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(carry: Any, images: Any, labels: Any, which: jax.Array, key: jax.Array) -> Any:
-        params, opt_state, kept = carry
-        batch = crops(images[which], of.side, key), labels[which]
-        asked = {"opt_state": opt_state} if name == "prong" else {}
-        (_, kept), grads, statistics = grad_fn(params, kept, batch, **asked)
-        extra = {"statistics": statistics} if name == "prong" else {}
-        updates, opt_state = tx.update(grads, opt_state, params, **extra)
-        return optax.apply_updates(params, updates), opt_state, kept
-
-    @jax.jit
-    def seen(carry: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        params, _, kept = carry
-        variables = {"params": params, "batch_stats": kept}
-        logits = model.apply(variables, central(images, of.side), train=False)
-        loss = ng.Categorical(logits).nll(labels).value
-        return loss, (logits.argmax(-1) != labels).mean()
-
-    return Program((params, tx.init(params), kept), step, seen)
-
-
-def run(name: str, rate: float, of: Images, args: argparse.Namespace, updates: int) -> Curve:
-    """One method at one rate."""
-    schedule = optax.piecewise_constant_schedule(rate, {updates // 2: 0.1, 3 * updates // 4: 0.1})
-    carry, step, seen = program(name, schedule, of, args.width, args.batch_size)
-    images, labels = of.parts["train"]
-
-    def look(carry: Any, part: str, limit: int) -> tuple[float, float]:
-        whole = [x[:limit] for x in of.parts[part]]
-        batches = zip(*(np.array_split(x, -(-len(x) // 1000)) for x in whole), strict=True)
-        return tuple(map(float, np.mean([seen(carry, *b) for b in batches], axis=0)))
-
-    order = race.minibatches(len(images), args.batch_size, updates, seed=0)
-    curve = Curve([], [], [], [], [])
-    every, spent = max(1, updates // args.evaluations), 0.0
-    for start in range(0, updates, every):
-        begun, end = time.perf_counter(), min(start + every, updates)
-        for i in range(start, end):
-            carry = step(carry, images, labels, jnp.asarray(order[i]), jax.random.key(i))
-        jax.block_until_ready(carry)
-        spent += time.perf_counter() - begun if start else 0.0  # the first part compiles
-        limit = 10_000 if end == updates else 2000
-        (train, _), (validation, _), (_, error) = (
-            look(carry, part, limit) for part in ("train", "validation", "test")
-        )
-        for column, value in zip(curve, (end, spent, train, validation, error), strict=True):
-            column.append(value)
-    return curve
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parse_arguments(argv)
-    of, console = images_of(args.data, args.data_dir), Console()
-    searched: dict[str, dict[str, float]] = {}
-    curves, rates = {}, {}
-    for name, method in METHODS.items():
-        losses = {rate: run(name, rate, of, args, args.search).validation_loss[-1]
-                  for rate in method.rates}  # fmt: skip
-        searched[name] = {str(rate): loss for rate, loss in losses.items()}
-        rates[name] = min(losses, key=lambda r: losses[r] if np.isfinite(losses[r]) else np.inf)
-        curves[name] = run(name, rates[name], of, args, args.updates)
-        console.print(f"{name:>10} {rates[name]:g}: test error {curves[name].test_error[-1]:.2%}")
-    console.print(table_of(curves, rates, args.data))
-    prefix = args.output
-    figure, numbers = (prefix.with_name(prefix.name + s) for s in (".png", ".json"))
-    plot(curves, f"{args.data}: a VGG-like network", figure)
-    settings = {
-        "command": shlex.join(["python", "benchmarks/paper_prong_cifar.py", *argv]),
-        "width": args.width, "batch_size": args.batch_size, "updates": args.updates,
-        "search_updates": args.search, "searched": searched, "rates": rates,
-        "machine": report.describe_machine(), "versions": report.versions(),
-        "curves": {name: curve._asdict() for name, curve in curves.items()},
-    }  # fmt: skip
-    numbers.write_text(json.dumps(settings, indent=1) + "\n")
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
-
-
-def table_of(curves: dict[str, Curve], rates: dict[str, float], name: str) -> Table:
-    table = Table(title=f"{name}: at the end, and half way", box=None, padding=(0, 1, 0, 0))
-    for column in ("method", "rate", "train loss", "half way", "test error", "half way", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for method, c in curves.items():
-        half = (len(c.updates) - 1) // 2
-        table.add_row(method, f"{rates[method]:g}", f"{c.train_loss[-1]:.4f}",
-                      f"{c.train_loss[half]:.4f}", f"{c.test_error[-1]:.2%}",
-                      f"{c.test_error[half]:.2%}", f"{c.seconds[-1]:.0f}")  # fmt: skip
-    return table
-
-
-def plot(curves: dict[str, Curve], title: str, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, c in curves.items():
-        axes[0].semilogy(c.updates, c.train_loss, STYLES[name], color="black", label=name)
-        axes[1].plot(c.updates, [100 * e for e in c.test_error], STYLES[name], color="black")
-    axes[0].set(xlabel="updates", ylabel="training loss (nats a label)")
-    axes[1].set(xlabel="updates", ylabel="test error (%)")
-    axes[0].legend(frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data", choices=HELD_OUT, default="cifar10")
-    add("--data-dir", metavar="DIR", help="where the files of the data set are")
-    add("--updates", type=race.positive, default=2000)
-    add("--search", type=race.positive, default=200, help="updates of each rate in the search")
-    add("--evaluations", type=race.positive, default=20)
-    add("--batch-size", type=race.positive, default=128)
-    add("--width", type=race.positive, default=16, help="channels of the first convolutions")
-    add("--output", type=Path, default=Path("paper-prong-cifar"))
-    return parser.parse_args(argv)
+    compare(METHODS, "paper_prong_cifar.py", __doc__, argv)
 
 
 if __name__ == "__main__":

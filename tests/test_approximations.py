@@ -11,7 +11,7 @@ import vgg
 from approximations_report import Measured
 from rich.console import Console
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 METHODS = ["kfac-kfc", "kfac-sua-groups", "ekfac-sua"]
 TINY = ["--batch", "4", "--image-size", "4", "--channels", "8", "--group-size", "4", "--quiet"]

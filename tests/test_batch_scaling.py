@@ -9,7 +9,7 @@ import pytest
 import race
 from batch_scaling import Reached
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 
 def test_batch_scaling_writes_every_number(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ import natgrad_jax as ng
 from natgrad_jax.clock import Clock
 from natgrad_jax.requests import states
 
+pytestmark = pytest.mark.once
+
 # every base row, and those that invert, follow or find their bases in another way
 NAMES = [*BASE, "kfac, eigh", "kfac, woodbury", "kfac, low rank, spread, a half"]
 NAMES += ["kfac, Newton-Schulz, bfloat16 factors", "ekfac, running average, qr, schedules"]

@@ -9,7 +9,7 @@ import growth_report
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from no_tuning_report import Found, ahead
 
 import natgrad_jax as ng
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 

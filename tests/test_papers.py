@@ -6,14 +6,15 @@ from typing import Any
 
 import deep_linear
 import inverses
+import paper_kfc_cifar as kfc_cifar
 import paper_prong_autoencoder as prong
-import paper_prong_cifar as cifar
+import paper_prong_cifar as prong_cifar
 import paper_prong_conditioning as conditioning
 import pytest
 import tuning
 from autoencoder import ENCODERS
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 
 def numbers(prefix: Path) -> Any:
@@ -44,14 +45,19 @@ def test_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(found["reparametrization_share"]) < 1
 
 
-def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_rate = {name: method._replace(rates=(0.01,)) for name, method in cifar.METHODS.items()}
-    monkeypatch.setattr(cifar, "METHODS", one_rate)
+@pytest.mark.parametrize(
+    "script, names", [(prong_cifar, ("batch norm", "prong")), (kfc_cifar, ("groups",))]
+)
+def test_cifar(
+    script: Any, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = {name: script.METHODS[name]._replace(rates=(0.01,)) for name in names}
+    monkeypatch.setattr(script, "METHODS", methods)
     prefix = tmp_path / "cifar"
-    cifar.main(["--data", "digits", "--updates", "12", "--search", "2", "--evaluations", "2",
-                "--batch-size", "100", "--width", "4", "--output", str(prefix)])  # fmt: skip
+    script.main(["--data", "digits", "--updates", "12", "--search", "2", "--evaluations", "2",
+                 "--batch-size", "100", "--width", "4", "--output", str(prefix)])  # fmt: skip
     curves = numbers(prefix)["curves"]
-    assert set(curves) == {*cifar.METHODS}
+    assert set(curves) == {*names}
     for curve in curves.values():
         assert curve["updates"] == [6, 12] and 0 < curve["test_error"][-1] < 1
         assert curve["train_loss"][-1] < curve["train_loss"][0]

@@ -16,7 +16,7 @@ from peer_optimizers import OURS, Problem, Setting
 
 import natgrad_jax as ng
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import race
 import report
 from autoencoder import ENCODERS, entropy
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import given, settings, strategies as st
 from transformations import TABLE, Batch, OwnNorm, Setting, assert_types_stay, run_steps
 
 import natgrad_jax as ng
+
+pytestmark = pytest.mark.once
 
 LAYERED = [name for name, row in TABLE.items() if not row.whole]
 few = lambda n: settings(max_examples=n, deadline=None, derandomize=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import soak
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 
 def test_soak_writes_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import step_time
 
-pytestmark = pytest.mark.script
+pytestmark = pytest.mark.once
 
 
 def test_step_time_writes_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
