@@ -14,6 +14,8 @@ from test_exact import build, fresh
 
 import natgrad_jax as ng
 
+pytestmark = pytest.mark.once
+
 KRONECKER = [c for c in CASES + LINEN_ONLY if c.block == "kronecker"]
 
 

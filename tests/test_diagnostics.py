@@ -21,6 +21,8 @@ from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.operators import operate
 from natgrad_jax.requests import parse, states
 
+pytestmark = pytest.mark.once
+
 DAMPING = 0.03
 
 

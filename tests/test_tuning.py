@@ -13,6 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 import natgrad_jax as ng
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def float64() -> Any:
