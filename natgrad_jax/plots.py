@@ -99,7 +99,11 @@ def whitening(
 
 
 def spectra(
-    values: Mapping[str, Any], ax: Axes | None = None, *, damping: float | None = None
+    values: Mapping[str, Any],
+    ax: Axes | None = None,
+    *,
+    damping: float | None = None,
+    unit: str = "nats per squared parameter",
 ) -> Axes:
     """Eigenvalues, the largest first, on a logarithmic scale.
 
@@ -108,6 +112,7 @@ def spectra(
         are not drawn.
       ax: where to draw; a new figure if None.
       damping: λ, for a line at its height.
+      unit: of the eigenvalues; that of a Fisher, which single factors do not have.
 
     Returns:
       The axes.
@@ -129,7 +134,7 @@ def spectra(
     ax.set(
         yscale="log",
         xlabel="index of the eigenvalue, the largest first",
-        ylabel="eigenvalue (nats per squared parameter)",
+        ylabel=f"eigenvalue ({unit})",
     )
     return _finished(ax)
 

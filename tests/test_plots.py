@@ -63,6 +63,7 @@ def test_spectra_are_ordered_and_leave_zeros_out() -> None:
     assert ax.get_yscale() == "log" and "squared parameter" in ax.get_ylabel()
     labels = [x.get_text() for x in ax.get_legend().get_texts()]
     assert labels == ["A", "G", "damping 0.1"] and len(set(looks(ax)[:2])) == 2
+    assert plots.spectra(values, unit="squared units").get_ylabel() == "eigenvalue (squared units)"
 
 
 @pytest.mark.parametrize(("against", "label"), [("steps", "steps"), ("seconds", "(seconds)")])
