@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 import resumable
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from test_optax import HIDDEN, WRAPPED, setting, training_step
+from test_optax import HIDDEN, setting, training_step
+from transformations import TABLE, setting as setting_of_table
 
 import natgrad_jax as ng
 
@@ -52,10 +53,10 @@ def scrambled(state: Any) -> Any:
     return jax.tree.map(other, state)
 
 
-@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
-def test_every_state_comes_back_as_it_was(make: Any, tmp_path: Path) -> None:
-    params, layers, _ = setting()
-    fresh = make(layers).init(params)
+@pytest.mark.parametrize("name", TABLE)
+def test_every_state_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    own = setting_of_table()
+    fresh = TABLE[name].make(own).init(own.params)
     state = scrambled(fresh)
     save(tmp_path, state)
     assert_same_bits(restore(tmp_path, fresh), state)
