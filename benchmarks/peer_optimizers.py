@@ -71,10 +71,7 @@ class Optimizer(NamedTuple):
 
 
 def ours(name: str, problem: Problem) -> Optimizer:
-    """An optimizer of ``optimizers.py``, or K-FAC at the peer's setting, on the Flax model.
-
-    At the peer's setting with full inverses, as the peer has them, or with those of our default.
-    """
+    """An optimizer of ``optimizers.py``, or K-FAC at the peer's setting, on the Flax model."""
     import autoencoder
     from optimizers import OPTIMIZERS, natural
 
@@ -90,7 +87,7 @@ def ours(name: str, problem: Problem) -> Optimizer:
         statistics_fraction=None,
         refresh_period=setting.refresh_period,
         spread=False,
-        inverse="low_rank" if name == "kfac-as-peer-low-rank" else "cholesky",
+        inverse=AS_PEER[name],
         momentum=setting.momentum,
         trust_radius=setting.trust_radius,
     )
@@ -193,7 +190,8 @@ def kfac_jax(problem: Problem, cholesky: bool = False, adaptive: bool = False) -
     )
 
 
-AS_PEER = ("kfac-as-peer", "kfac-as-peer-low-rank")
+# K-FAC at the peer's setting, by its inverses: full ones, as the peer has them, or our default's
+AS_PEER = {"kfac-as-peer": "cholesky", "kfac-as-peer-low-rank": "low_rank"}
 OURS = {name: partial(ours, name) for name in ("sgd", "adam", "kfac", *AS_PEER)}
 THEIRS = {
     "sgd-there": sgd_there,

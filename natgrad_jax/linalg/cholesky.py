@@ -38,7 +38,7 @@ def inverse_root(M: jax.Array) -> jax.Array:
 
     ``M = [[A, B], [Bᵀ, D]]`` has ``C⁻¹ = [[P, 0], [−R Yᵀ P, R]]`` with ``P = C_A⁻¹``, ``Y = P B``
     and R that of ``D − YᵀY``. All but the smallest blocks is matrix products, which run on every
-    core where LAPACK's factorisation runs on one, and are as exact.
+    core where LAPACK's factorisation runs on one; errors are at most twice LAPACK's.
     """
     n = M.shape[-1]
     if n <= LEAF:
