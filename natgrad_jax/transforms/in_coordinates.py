@@ -114,28 +114,12 @@ def in_coordinates(
             "inner must be an optax transformation; got "
             f"{type(inner).__name__}. The order is in_coordinates(optax.adam(1e-3), layers)."
         )
-    for name, value, known in (
-        ("coordinates", coordinates, tuple(CHOICES)),
-        ("on_refresh", on_refresh, ON_REFRESH),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
-    choice = CHOICES[coordinates]
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if rank is not None and not (whole and choice.find is charts.white_inputs):
-        raise ValueError(
-            'rank= counts directions, a whole number, of coordinates="whitening" or '
-            f'"whitening_plus"; got rank={rank!r} with {coordinates!r}.'
-        )
+    choice = _choice(coordinates, on_refresh, rank, samples)
     if statistics_period is None:
         statistics_period = 1 if choice.rescaled else 10
     check_positive(epsilon=epsilon, samples=1 if samples is None else samples)
     check_period(statistics_period=statistics_period, refresh_period=refresh_period)
     check_fraction(decay=decay)
-    if choice.rescaled and samples is not None:
-        raise ValueError(
-            'coordinates="whitening_plus" measures every batch for its diagonal: leave samples out.'
-        )
     rules = following.Rules(
         choice,
         epsilon,
@@ -182,6 +166,28 @@ def in_coordinates(
         return _frozen(mapped[0], layers), following.ticked(mapped[1], rules)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _choice(coordinates: str, on_refresh: str, rank: Any, samples: Any) -> charts.Choice:
+    """The checked coordinates; raises ValueError, also where keywords do not go together."""
+    for name, value, known in (
+        ("coordinates", coordinates, tuple(CHOICES)),
+        ("on_refresh", on_refresh, ON_REFRESH),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
+    choice = CHOICES[coordinates]
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if rank is not None and not (whole and choice.find is charts.white_inputs):
+        raise ValueError(
+            'rank= counts directions, a whole number, of coordinates="whitening" or '
+            f'"whitening_plus"; got rank={rank!r} with {coordinates!r}.'
+        )
+    if choice.rescaled and samples is not None:
+        raise ValueError(
+            'coordinates="whitening_plus" measures every batch for its diagonal: leave samples out.'
+        )
+    return choice
 
 
 def _run(
