@@ -46,7 +46,8 @@ class VGG(nn.Module):
         for stage in range(3):
             for _ in range(2):
                 x = nn.Conv(self.width * 2**stage, (3, 3))(x)
-                x = nn.BatchNorm(use_running_average=not train)(x) if self.normalized else x
+                if self.normalized:  # averages over 10 updates: a search is short
+                    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
                 x = nn.relu(x)
             x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
         return nn.Dense(data.CLASSES)(x.reshape(len(x), -1))

@@ -16,10 +16,11 @@ from cifar import MOMENTUM, Method, compare, sgd
 
 import natgrad_jax as ng
 
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 METHODS = {
-    "sgd": Method(sgd, (0.01, 0.03, 0.1), ":"),
-    "batch norm": Method(sgd, (0.01, 0.03, 0.1), "--", normalized=True),
-    "prong": Method(partial(ng.prong, momentum=MOMENTUM), (0.003, 0.01, 0.03), "-", fisher="none"),
+    "sgd": Method(sgd, RATES[2:], ":"),
+    "batch norm": Method(sgd, RATES[1:], "--", normalized=True),
+    "prong": Method(partial(ng.prong, momentum=MOMENTUM), RATES[:4], "-", fisher="none"),
 }
 
 

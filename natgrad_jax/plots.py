@@ -212,6 +212,7 @@ def _lines(ax: Axes, curves: Mapping[str, tuple[Any, Any]]) -> None:
         every = max(1, len(x) // MARKS)
         marks = (i * every // max(len(curves), 1), every)
         look: dict[str, Any] = {"linestyle": line, "marker": marker, "markevery": marks}
+        look["fillstyle"] = ("full", "none")[i // len(STYLES) % 2]  # ten are told apart
         own = np.asarray(x), np.asarray(y)
         ax.plot(*own, color=f"C{i}", label=label, markersize=4, **look)
 

@@ -25,7 +25,7 @@ def drawn(ax: Any) -> Any:
 
 
 def looks(ax: Any) -> list[Any]:
-    return [(x.get_linestyle(), x.get_marker()) for x in ax.get_lines()]
+    return [(x.get_linestyle(), x.get_marker(), x.get_fillstyle()) for x in ax.get_lines()]
 
 
 PARAMS = {"a": {"bias": np.zeros(2), "kernel": np.zeros((3, 2))}, "b": {"kernel": np.zeros((2, 1))}}
@@ -73,7 +73,8 @@ def test_races(against: str, label: str) -> None:
     np.testing.assert_array_equal(ax.get_lines()[0].get_xdata(), curve[against])
     np.testing.assert_array_equal(ax.get_lines()[1].get_ydata(), [2, 1, 0.5])
     assert ax.get_xlabel().endswith(label) and "nats per example" in ax.get_ylabel()
-    assert looks(ax)[0] != looks(ax)[1]
+    ten = drawn(plots.race({str(i): curve for i in range(10)}, against=against))
+    assert len(set(looks(ten))) == 10
     with pytest.raises(ValueError, match='"steps" or "seconds"'):
         plots.race({}, against="epochs")
 
