@@ -6,7 +6,8 @@
 The autoencoder 64-32-16-4-16-32-64 on scikit-learn's digits. Every window of steps is one sample:
 seconds of a step, resident memory of the process, arrays alive, programs compiled so far. After a
 warm-up none of them may drift; if one does, the script says so and exits with 1. Step times are
-compared by each window's 10th percentile, which other work on the machine moves least.
+compared by each window's 10th percentile, as a ratio to that of the gradient alone, taken in turn
+with the steps: a machine that is slower for a while slows both.
 Writes PREFIX.json and PREFIX.png.
 """
 
@@ -38,7 +39,7 @@ CONTENDERS = {
     "prong": (natural(lambda learning_rate, layers: ng.prong(learning_rate, layers)), 0.01),
 }
 WARM_UP = 0.1  # of the run
-SLOWER = 1.1  # the last third's step time over the first's
+SLOWER = 1.1  # the last third's step time over the first's, both in gradients
 LARGER = 0.01  # of the resident memory, from the warm-up to the end
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -48,6 +49,7 @@ class Sample(NamedTuple):
 
     step: int
     fast_ms: float  # the 10th percentile
+    gradient_ms: float  # of the gradient alone, likewise
     median_ms: float
     resident_mib: float
     live_arrays: int
@@ -96,22 +98,27 @@ def soak(name: str, steps: int, window: int, batch_size: int, seed: int) -> list
     params = problem.init(seed)
     contender = make(rate, problem.loss_fn, params, images[:batch_size])
     step = jax.jit(contender.step, donate_argnums=(0, 1))
+    gradient = jax.jit(jax.grad(lambda params, batch: problem.loss_fn(params, batch).value))
     state, random = contender.init(params), np.random.default_rng(seed)
-    samples, seconds = [], []
+    samples, seconds, alone = [], [], []
     for i in range(1, steps + 1):
         batch = images[random.integers(len(images), size=batch_size)]
         key = jax.random.key(i)
         begun = time.perf_counter()
+        jax.block_until_ready(gradient(params, batch))
+        between = time.perf_counter()
         params, state, loss = jax.block_until_ready(step(params, state, batch, key))
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - between)
+        alone.append(between - begun)
         if i % window == 0:
             fast, median = 1e3 * np.quantile(seconds, [0.1, 0.5])
+            reference = 1e3 * np.quantile(alone, 0.1)
             gc.collect()  # what waits to be collected is no leak
             samples.append(
-                Sample(i, float(fast), float(median), resident(), len(jax.live_arrays()),
-                       counted["compiled"], float(loss))
+                Sample(i, float(fast), float(reference), float(median), resident(),
+                       len(jax.live_arrays()), counted["compiled"], float(loss))
             )  # fmt: skip
-            seconds = []
+            seconds, alone = [], []
     return samples
 
 
@@ -127,10 +134,13 @@ def verdict(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     warm = samples[math.ceil(WARM_UP * len(samples)) :]
     of = lambda field: np.array([getattr(s, field) for s in warm])
     third = max(len(warm) // 3, 1)
-    fast, memory = of("fast_ms"), of("resident_mib")
+    relative, memory = of("fast_ms") / of("gradient_ms"), of("resident_mib")
     growth = float(np.polyfit(np.linspace(0, 1, len(warm)), memory, 1)[0]) if len(warm) > 1 else 0.0
     values = {
-        "step_time_ratio": (float(np.median(fast[-third:]) / np.median(fast[:third])), SLOWER),
+        "step_time_ratio": (
+            float(np.median(relative[-third:]) / np.median(relative[:third])),
+            SLOWER,
+        ),
         "memory_growth_mib": (growth, LARGER * float(memory[0])),
         "arrays_more": (float(of("live_arrays")[-1] - of("live_arrays")[0]), 0),
         "programs_more": (float(of("compiled")[-1] - of("compiled")[0]), 0),
@@ -148,6 +158,7 @@ def plot(samples: Sequence[Sample], name: str, path: Path) -> None:
     steps = [s.step for s in samples]
     times.plot(steps, [s.median_ms for s in samples], "0.6", label="median of the window")
     times.plot(steps, [s.fast_ms for s in samples], "k", label="10th percentile")
+    times.plot(steps, [s.gradient_ms for s in samples], "k:", label="the gradient alone")
     times.set_ylabel("time of a step (ms)")
     times.legend()
     memory.plot(steps, [s.resident_mib for s in samples], "k")

@@ -6,6 +6,7 @@ import os
 import jax
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in notebooks and scripts too
 if jax.__version_info__[:2] == (0, 10):  # half of a compile; later versions have no such flag
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"

@@ -12,6 +12,8 @@ from flax import nnx
 import natgrad_jax as ng
 from natgrad_jax.seeds import sample_targets
 
+pytestmark = pytest.mark.once
+
 N, KEY = 4, jax.random.key(5)
 
 

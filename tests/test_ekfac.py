@@ -17,6 +17,8 @@ from natgrad_jax.linalg.orthogonal_iteration import off_diagonal
 from natgrad_jax.operators import operate
 from natgrad_jax.requests import requests
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def float64() -> Any:

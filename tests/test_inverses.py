@@ -11,6 +11,8 @@ import pytest
 
 import natgrad_jax as ng
 
+pytestmark = pytest.mark.once
+
 model = nn.Sequential([nn.Dense(24), nn.tanh, nn.Dense(5)])
 x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 16)), jnp.float32)
 y = jnp.arange(64) % 5

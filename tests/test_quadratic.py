@@ -13,6 +13,8 @@ from jax.flatten_util import ravel_pytree
 import natgrad_jax as ng
 from natgrad_jax import seeds
 
+pytestmark = pytest.mark.once
+
 N, COVARIANCE = 5, jnp.array([[0.5, 0.1, 0], [0.1, 1.0, 0.2], [0, 0.2, 2.0]])
 
 

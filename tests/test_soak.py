@@ -22,7 +22,7 @@ def test_soak_writes_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert prefix.with_name("soak.png").read_bytes().startswith(b"\x89PNG")
 
 
-STEADY = [soak.Sample(i, 1.0, 1.0, 100.0, 10, 5, 1.0) for i in range(30)]
+STEADY = [soak.Sample(i, 1.0, 0.5, 1.0, 100.0, 10, 5, 1.0) for i in range(30)]
 DRIFTS = {
     "step_time_ratio": lambda s: s._replace(fast_ms=1 + s.step / 30),
     "memory_growth_mib": lambda s: s._replace(resident_mib=100 + s.step / 10),
@@ -34,6 +34,11 @@ DRIFTS = {
 
 def test_a_steady_run_passes() -> None:
     assert all(row["ok"] for row in soak.verdict(STEADY).values())
+
+
+def test_a_slow_machine_is_no_drift() -> None:
+    slow = [s._replace(fast_ms=1 + s.step / 9, gradient_ms=(1 + s.step / 9) / 2) for s in STEADY]
+    assert all(row["ok"] for row in soak.verdict(slow).values())
 
 
 @pytest.mark.parametrize("name", DRIFTS)
