@@ -7,8 +7,9 @@ The question of Ba, Grosse & Martens 2017 (Distributed second-order optimization
 Kronecker-factored approximations): larger batches have less noise, and what then limits SGD is
 curvature. A narrow autoencoder (784-250-100-30-…, tanh) starts from the same parameters each time;
 each optimizer has, for every batch size, the rate of its grid that needs the fewest steps until
-the loss on a fixed part of the training set is at most --target. That loss is looked at every 5 %
-of the steps so far. Writes PREFIX.png and PREFIX.json.
+the loss on a fixed part of the training set is at most --target; after the first size the grid is
+the last best rate and its neighbours. That loss is looked at every 5 % of the steps so far.
+Writes PREFIX.png and PREFIX.json.
 """
 
 import argparse
@@ -43,6 +44,7 @@ SGD = first_order(
     optax.inject_hyperparams(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9))
 )
 MAKERS = {"sgd": SGD, "kfac": OPTIMIZERS["kfac"]}
+NEIGHBOURS = 2.5  # times larger or smaller than the last batch size's rate
 CLOSER = 1.05  # an evaluation is at most so many times as late as the one before
 
 
@@ -94,7 +96,8 @@ def reach(
     """The best rate, those near the last batch size's first: the others stop where it was done."""
     evaluated = jnp.asarray(race.evaluated_images(problem))
     evaluate = partial(jax.jit(lambda p, x: problem.loss_fn(p, x).value), x=evaluated)
-    grid = sorted(RATES[name], key=lambda rate: abs(math.log(rate / (near or rate))))
+    off = {rate: abs(math.log(rate / (near or rate))) for rate in RATES[name]}
+    grid = sorted((rate for rate in off if off[rate] < math.log(NEIGHBOURS)), key=off.__getitem__)
     make, compiled = MAKERS[name], None
     best, tried = Reached(name, size, None, None, None, {}), {}
     for rate in grid:

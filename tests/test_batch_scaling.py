@@ -25,6 +25,7 @@ def test_batch_scaling_writes_every_number(tmp_path, monkeypatch):
         assert 0 < one["steps"] <= 60 and one["seconds"] > 0
         assert one["tried"][f"{one['rate']:g}"] == one["steps"]
     assert set(found["sgd", 32]["tried"]) == {"0.01", "0.05"}
+    assert len(found["sgd", 128]["tried"]) == 1  # the other is no neighbour
     assert prefix.with_name("scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
