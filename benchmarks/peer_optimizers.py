@@ -89,6 +89,7 @@ def ours(name: str, problem: Problem) -> Optimizer:
         spread=False,
         inverse=AS_PEER[name],
         momentum=setting.momentum,
+        nesterov=False,
         trust_radius=setting.trust_radius,
     )
     to_code = problem.layers[: len(problem.layers) // 2]

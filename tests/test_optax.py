@@ -324,12 +324,21 @@ def test_a_first_refresh_without_information_does_not_waste_the_period():
 # ------------------------------------------------------------------------------ hyperparameters
 
 
-def test_kfac_is_the_chain_it_says():
+@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.8, "nesterov": False}], ids=str)
+@pytest.mark.parametrize(
+    "alias, scale_by, options",
+    [
+        (ng.kfac, ng.scale_by_kfac, {}),
+        (ng.ekfac, ng.scale_by_ekfac, {"moments": "running_average"}),
+    ],
+    ids=["kfac", "ekfac"],
+)
+def test_an_alias_is_the_chain_it_says(alias, scale_by, options, momentum):
     layers = setting().layers
-    alias = ng.kfac(0.1, layers, momentum=0.8, weight_decay=0.01, trust_radius=None)
+    alias = alias(0.1, layers, **options, **momentum, weight_decay=0.01, trust_radius=None)
     chain = optax.chain(
-        ng.scale_by_kfac(layers),
-        optax.trace(0.8),
+        scale_by(layers, **options),
+        optax.trace(0.8, nesterov=momentum.get("nesterov", True)),
         optax.add_decayed_weights(0.01),
         optax.scale(-0.1),
     )

@@ -13,34 +13,25 @@ def descent(
     preconditioner: optax.GradientTransformation,
     layers: Layers,
     learning_rate: Scalar,
-    momentum: Scalar | None,
+    momentum: optax.GradientTransformation,
     weight_decay: Scalar,
 ) -> optax.GradientTransformationExtraArgs:
     """The preconditioner, then momentum, decoupled weight decay and the learning rate."""
     return optax.chain(
         preconditioner,
-        _momentum(momentum),
+        momentum,
         _weight_decay(weight_decay, layers),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def plain(
-    layers: Layers, learning_rate: Scalar, momentum: Scalar | None, weight_decay: Scalar
-) -> optax.GradientTransformationExtraArgs:
-    """Momentum, decoupled weight decay and the learning rate, of gradients as they come."""
-    return descent(optax.identity(), layers, learning_rate, momentum, weight_decay)
-
-
-def _momentum(decay: Scalar | None) -> optax.GradientTransformation:
+def trace(decay: Scalar | None, nesterov: bool = False) -> optax.GradientTransformation:
+    """``optax.trace``, whose decay may be a schedule; nothing for None."""
     if decay is None:
         return optax.identity()
     # optax.trace takes a number; inject_hyperparams is optax's way from a number to a schedule
-    return (
-        optax.inject_hyperparams(optax.trace)(decay=decay)
-        if callable(decay)
-        else optax.trace(decay)
-    )
+    make = optax.inject_hyperparams(optax.trace) if callable(decay) else optax.trace
+    return make(decay=decay, nesterov=nesterov)
 
 
 def _weight_decay(rate: Scalar, layers: Layers) -> optax.GradientTransformation:

@@ -18,7 +18,7 @@ from natgrad_jax.requests import Request, Spelled, spell, stride_of
 from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates, squares
-from natgrad_jax.transforms.alias import descent, per_squared_rate
+from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
 from natgrad_jax.transforms.refreshing import turns
 
 MOMENTS = ("intra_batch", "running_average")
@@ -59,7 +59,7 @@ def scale_by_ekfac(
     layers: Layers,
     damping: Scalar = 1e-2,
     *,
-    decay: Scalar = 0.95,
+    decay: Scalar = 0.9,
     statistics_period: Scalar = 3,
     statistics_fraction: float | None = None,
     refresh_period: Scalar = 20,
@@ -189,7 +189,7 @@ def ekfac(
     layers: Layers,
     *,
     damping: Scalar = 1e-2,
-    decay: Scalar = 0.95,
+    decay: Scalar = 0.9,
     statistics_period: Scalar = 3,
     statistics_fraction: float | None = None,
     refresh_period: Scalar = 20,
@@ -202,14 +202,15 @@ def ekfac(
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
-    momentum: Scalar | None = 0.9,
+    momentum: Scalar | None = 0.8,
+    nesterov: bool = True,
     weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | None = 1e-3,
+    trust_radius: Scalar | None = 2e-3,
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC with momentum, decoupled weight decay and a trust region.
 
-    :func:`scale_by_ekfac`, then ``optax.trace(momentum)``, then ``weight_decay · params`` added,
-    then the learning rate; no momentum where ``momentum`` is None.
+    :func:`scale_by_ekfac`, then ``optax.trace(momentum, nesterov)``, then ``weight_decay · params``
+    added, then the learning rate; no momentum where ``momentum`` is None.
 
     Args:
       learning_rate: η, a float, an array or a schedule.
@@ -217,7 +218,9 @@ def ekfac(
       damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
         refresh_over, factor_dtype, moments, basis, basis_tolerance, convolution,
         group_size, weight_sharing: as in :func:`scale_by_ekfac`.
-      momentum: decay of the heavy-ball trace of preconditioned gradients.
+      momentum: decay of the trace of preconditioned gradients, to which curvature is near 1
+        everywhere: a heavier ball oscillates.
+      nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
         for no bound.
@@ -252,7 +255,8 @@ def ekfac(
         weight_sharing=weight_sharing,
         trust_radius=per_squared_rate(trust_radius, learning_rate),
     )
-    return descent(preconditioner, layers, learning_rate, momentum, weight_decay)
+    velocity = trace(momentum, nesterov)
+    return descent(preconditioner, layers, learning_rate, velocity, weight_decay)
 
 
 def _initial_state(layers: Layers, damping: Scalar, request: Request, storage: Any) -> EKFACState:

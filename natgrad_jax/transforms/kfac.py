@@ -11,7 +11,7 @@ from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import inversion
 from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.scalars import Scalar, check_positive
-from natgrad_jax.transforms.alias import descent, per_squared_rate
+from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
 from natgrad_jax.transforms.kronecker import Rules, kronecker
 from natgrad_jax.transforms.refreshing import turns
 
@@ -20,7 +20,7 @@ def scale_by_kfac(
     layers: Layers,
     damping: Scalar = 1e-2,
     *,
-    decay: Scalar = 0.95,
+    decay: Scalar = 0.8,
     statistics_period: Scalar = 10,
     statistics_fraction: float | None = None,
     refresh_period: Scalar = 20,
@@ -123,7 +123,7 @@ def kfac(
     layers: Layers,
     *,
     damping: Scalar = 1e-2,
-    decay: Scalar = 0.95,
+    decay: Scalar = 0.8,
     statistics_period: Scalar = 10,
     statistics_fraction: float | None = None,
     refresh_period: Scalar = 20,
@@ -135,14 +135,15 @@ def kfac(
     weight_sharing: str = "expand",
     inverse: str = "low_rank",
     rank: int | None = None,
-    momentum: Scalar | None = 0.9,
+    momentum: Scalar | None = 0.8,
+    nesterov: bool = True,
     weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | None = 1e-3,
+    trust_radius: Scalar | None = 2e-3,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with momentum, decoupled weight decay and a trust region.
 
-    :func:`scale_by_kfac`, then ``optax.trace(momentum)``, then ``weight_decay · params`` added,
-    then the learning rate; no momentum where ``momentum`` is None.
+    :func:`scale_by_kfac`, then ``optax.trace(momentum, nesterov)``, then ``weight_decay · params``
+    added, then the learning rate; no momentum where ``momentum`` is None.
 
     Args:
       learning_rate: η, a float, an array or a schedule.
@@ -150,7 +151,9 @@ def kfac(
       damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
         refresh_over, factor_dtype, convolution, group_size, weight_sharing, inverse, rank: as in
         :func:`scale_by_kfac`.
-      momentum: decay of the heavy-ball trace of preconditioned gradients.
+      momentum: decay of the trace of preconditioned gradients, to which curvature is near 1
+        everywhere: a heavier ball oscillates.
+      nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
         for no bound.
@@ -184,4 +187,5 @@ def kfac(
         rank=rank,
         trust_radius=per_squared_rate(trust_radius, learning_rate),
     )
-    return descent(preconditioner, layers, learning_rate, momentum, weight_decay)
+    velocity = trace(momentum, nesterov)
+    return descent(preconditioner, layers, learning_rate, velocity, weight_decay)

@@ -12,7 +12,7 @@ from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import inversion
 from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.scalars import Scalar, at, check_not_negative
-from natgrad_jax.transforms.alias import descent, per_squared_rate
+from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
 from natgrad_jax.transforms.kronecker import Rules, kronecker
 from natgrad_jax.transforms.refreshing import turns
 
@@ -98,7 +98,7 @@ def ngd(
         per_squared_rate(trust_radius, learning_rate),
     )
     rate = _over(learning_rate, count)
-    return descent(kronecker(layers, rules), layers, rate, momentum, weight_decay)
+    return descent(kronecker(layers, rules), layers, rate, trace(momentum), weight_decay)
 
 
 def _over(value: Scalar, divisor: int) -> Scalar:

@@ -6,7 +6,7 @@ import optax
 
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.scalars import Scalar
-from natgrad_jax.transforms.alias import plain
+from natgrad_jax.transforms.alias import descent, trace
 from natgrad_jax.transforms.in_coordinates import in_coordinates
 
 
@@ -60,7 +60,7 @@ def prong(
     """
     check_layers(layers)
     return in_coordinates(
-        plain(layers, learning_rate, momentum, weight_decay),
+        descent(optax.identity(), layers, learning_rate, trace(momentum), weight_decay),
         layers,
         "whitening_plus" if plus else "whitening",
         epsilon=epsilon,
