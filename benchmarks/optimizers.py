@@ -63,7 +63,7 @@ OPTIMIZERS = {
     "kfac": natural(lambda learning_rate, layers: ng.kfac(learning_rate, layers)),
     "kfac-spread": natural(partial(ng.kfac, spread=True)),
     "kfac-exact": natural(partial(ng.kfac, inverse="cholesky")),
-    "kfac-full": natural(partial(ng.kfac, inverse="cholesky", statistics_period=1)),
+    "kfac-full": natural(partial(ng.kfac, inverse="cholesky", statistics_period=1, decay=0.95)),
     "ekfac": natural(lambda learning_rate, layers: ng.ekfac(learning_rate, layers)),
     "sgd": first_order(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9)),
     "adam": first_order(optax.adam),

@@ -95,7 +95,8 @@ def scale_by_ekfac(
       layers: from :func:`natgrad_jax.find_layers`.
       damping: λ > 0, in the units of the Fisher (loss per parameter squared); not divided between
         factors as K-FAC's.
-      decay: of factors and of S: new = decay · old + (1 − decay) · batch, bias-corrected.
+      decay: of factors and of S, at each measurement: new = decay · old + (1 − decay) · batch,
+        bias-corrected. With a shorter ``statistics_period`` nearer to 1.
       statistics_period: steps from one measurement to the next; the first step always measures.
       statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
         example of each layer's, k the nearest whole number to its inverse; None for all.
