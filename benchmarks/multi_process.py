@@ -82,6 +82,7 @@ def train(mesh: Mesh, args: argparse.Namespace, log: Any = None) -> Trained:
     tx = OPTIMIZERS[args.optimizer](
         0.1,
         layers,
+        damping=args.damping,
         statistics_period=args.statistics_period,
         refresh_period=args.refresh_period,
         refresh_over=(mesh, "data"),
@@ -137,6 +138,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--process-id", type=int, metavar="I", help="from 0; needed with --coordinator")
     add("--devices", type=int, default=1, help="of a process, on CPU")
     add("--optimizer", choices=OPTIMIZERS, default="kfac")
+    add("--damping", type=float, default=1e-2)
     add("--statistics-period", type=int, default=10)
     add("--refresh-period", type=int, default=20)
     add("--steps", type=int, default=100)

@@ -335,14 +335,14 @@ def test_a_first_refresh_without_information_does_not_waste_the_period():
 )
 def test_an_alias_is_the_chain_it_says(alias, scale_by, options, momentum):
     layers = setting().layers
-    alias = alias(0.1, layers, **options, **momentum, weight_decay=0.01, trust_radius=None)
+    whole = alias(0.1, layers, **options, **momentum, weight_decay=0.01, trust_radius=None)
     chain = optax.chain(
         scale_by(layers, **options),
         optax.trace(0.8, nesterov=momentum.get("nesterov", True)),
         optax.add_decayed_weights(0.01),
         optax.scale(-0.1),
     )
-    for (a, _), (b, _) in zip(run(alias), run(chain)):
+    for (a, _), (b, _) in zip(run(whole), run(chain)):
         assert_close(a, b)
 
 

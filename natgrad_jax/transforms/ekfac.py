@@ -219,13 +219,7 @@ def ekfac(
       damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
         refresh_over, factor_dtype, moments, basis, basis_tolerance, convolution,
         group_size, weight_sharing: as in :func:`scale_by_ekfac`.
-      momentum: decay of the trace of preconditioned gradients, to which curvature is near 1
-        everywhere: a heavier ball oscillates.
-      nesterov: Nesterov's momentum, as in ``optax.sgd``.
-      weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
-      trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
-        for no bound. Smaller for noisier gradients and rougher factors (1e-3 for small batches or
-        ``"sua"``), up to 1e-2 for large batches.
+      momentum, nesterov, weight_decay, trust_radius: as in :func:`natgrad_jax.kfac`.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``.
