@@ -1,15 +1,18 @@
-"""Kronecker eigenbases of one block: found, refreshed, and moments carried from one to the next."""
+"""Kronecker eigenbases of one block: found, refreshed, and moments measured and carried in them."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import directions
 from natgrad_jax.averages import bias_of, pair
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.eigenbasis import eigenbasis
+from natgrad_jax.linalg.low_rank import initial_subspace, subspace
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
 from natgrad_jax.linalg.stacking import Problem, Solving
+from natgrad_jax.operators import identities
 from natgrad_jax.sides import Side
 
 
@@ -25,13 +28,31 @@ class Refresh(NamedTuple):
     tolerance: float | None = None
 
 
+def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
+    """Bases of no factor yet, and moments of zero: where ``rank`` says so of partial bases."""
+    whole = identities(layer)
+
+    def one(side: Side | None, x: Any) -> Any:
+        if not directions.may_be_partial(side, rank):
+            return x
+        assert rank is not None
+        return initial_subspace(x.shape[:-1], rank, x.dtype)
+
+    A, G = one(layer.input_side, whole.A), one(layer.output_side, whole.G)
+    rows = directions.count(layer.input_side, A)
+    columns = 1 if layer.output_side is None else directions.count(layer.output_side, G)
+    S = jnp.zeros((*layer.stack_sizes, *layer.factor_blocks, rows, columns), layer.factor_dtype)
+    return whole._replace(A=A, G=G), S
+
+
 def eigenbases(
     layer: Layer, factors: Any, old: Any, first: jax.Array, how: Refresh
 ) -> Solving[tuple[Any, jax.Array]]:
-    """The bases of A and G, and the eigenvalue products at every packed coordinate.
+    """The bases of A and G, and the eigenvalue products at all of their coordinates.
 
-    ``old`` are the last bases; elements of the stack that have none yet (``first``, ``(*stack,)``)
-    take ``eigh``. A computation for :func:`~natgrad_jax.linalg.stacking.solve`.
+    ``old`` are the last bases, partial where the new ones are to be; elements of the stack that
+    have none yet (``first``, ``(*stack,)``) take ``eigh``. A computation for
+    :func:`~natgrad_jax.linalg.stacking.solve`.
     """
     sides = [layer.input_side] + ([layer.output_side] if layer.output_side is not None else [])
     given = list(zip(sides, factors, old, strict=False))
@@ -43,17 +64,21 @@ def eigenbases(
         for side, factor, _ in given
     ]
     bias = bias_of(factors)
-    on_rows = layer.input_side.spread(found[0][1], bias)
-    if layer.output_side is None:
+    on_rows, *on_columns = (
+        directions.eigenvalues(side, basis, values, factor, bias if side is sides[0] else None)
+        for (side, factor, _), (basis, values) in zip(given, found, strict=True)
+    )
+    if not on_columns:
         return pair(found[0][0]), on_rows[..., None]
-    on_columns = layer.output_side.spread(found[1][1], None)
     bases = pair(found[0][0], found[1][0], None if bias is None else jnp.ones_like(bias))
-    return bases, on_rows[..., :, None] * on_columns[..., None, :]
+    return bases, on_rows[..., :, None] * on_columns[0][..., None, :]
 
 
 def _problem(
     side: Side, factor: jax.Array, old: jax.Array, first: jax.Array, how: Refresh
 ) -> Problem:
+    if directions.is_partial(side, old):
+        return Problem(subspace, (factor, old))
     if how == Refresh():
         return Problem(eigenbasis, (factor,))
     lead = factor.shape[:-2]
@@ -110,17 +135,36 @@ def carried(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array:
 def _turned(side: Side, S: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     if side.diagonal:
         return S
-    overlap = jnp.matmul(new.mT, old, precision=jax.lax.Precision.HIGHEST)
-    return side.apply(jnp.square(overlap), None, S)
+    overlap = directions.overlaps(side, new, old)
+    if directions.is_partial(side, new):
+        return jnp.matmul(overlap, S, precision=jax.lax.Precision.HIGHEST)
+    return side.apply(overlap, None, S)
 
 
-def to_basis(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
-    """``Q_Aᵀ X Q_G`` of a packed matrix."""
-    x = layer.input_side.rotate(bases.A, x)
-    return x if layer.output_side is None else layer.output_side.rotate(bases.G, x.mT).mT
+def squares(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
+    """``(Q_Aᵀ X Q_G)²`` of a packed matrix, elementwise, at the coordinates of the bases."""
+    side = layer.output_side
+    found = directions.project(layer.input_side, bases.A, x)
+    if side is not None:
+        found = directions.project(side, bases.G, found.mT).mT
+    found = jnp.square(found)
+    if side is not None:
+        found = directions.mean_squares(side, bases.G, found)
+    return directions.mean_squares(layer.input_side, bases.A, found, on_rows=True)
 
 
-def from_basis(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
-    """``Q_A X Q_Gᵀ``, the inverse of :func:`to_basis`."""
-    x = layer.input_side.rotate_back(bases.A, x)
-    return x if layer.output_side is None else layer.output_side.rotate_back(bases.G, x.mT).mT
+def scaled(layer: Layer, bases: Any, gains: jax.Array, x: jax.Array) -> jax.Array:
+    """``Q_A [gains ∘ (Q_Aᵀ X Q_G)] Q_Gᵀ`` of a packed matrix."""
+    side = layer.output_side
+    if side is None:
+        return directions.scaled(layer.input_side, bases.A, gains, x)
+    inner = lambda g, y: directions.scaled(side, bases.G, g.mT, y.mT).mT
+    return directions.scaled(layer.input_side, bases.A, gains, x, inner)
+
+
+def everywhere(layer: Layer, bases: Any, moments: jax.Array) -> jax.Array:
+    """Moments at every packed coordinate: those that stand for many as often as there are."""
+    side = layer.output_side
+    if side is not None:
+        moments = directions.everywhere(side, bases.G, moments)
+    return directions.everywhere(layer.input_side, bases.A, moments.mT).mT

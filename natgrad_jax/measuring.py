@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from natgrad_jax import paths
 from natgrad_jax.approximations import Approximation
 from natgrad_jax.averages import Factors
-from natgrad_jax.eigenbases import to_basis
+from natgrad_jax.eigenbases import squares
 from natgrad_jax.layer import Layer, Parameter
 from natgrad_jax.layers import Layers
 from natgrad_jax.parallel import psum
@@ -99,8 +99,9 @@ def plan(layers: Layers, opt_state: Any, fisher: str) -> Plan:
                 bases[path] = state.bases[path]
                 if layer.by_gradient:
                     moments[path] = layer
-                else:
-                    wanted[path] = wanted[path]._replace(moments=layer)
+                    continue
+                shape = state.moments[path].shape[len(layer.stack) :]
+                wanted[path] = wanted[path]._replace(moments=layer, moments_shape=shape)
     diagonals = layers.diagonals if fisher != "none" else ()
     return Plan(wanted, bases, blocks, moments, diagonals, bool(with_moments), fisher)
 
@@ -184,10 +185,7 @@ def _squares(of: Plan, axes: Sequence[str], grads: Any) -> Squares:
     }
     return Squares(
         {path: _outer(layer, packed[path]) for path, layer in of.blocks.items()},
-        {
-            path: jnp.square(to_basis(layer, of.bases[path], packed[path]))
-            for path, layer in of.moments.items()
-        },
+        {path: squares(layer, of.bases[path], packed[path]) for path, layer in of.moments.items()},
         {p.path: jnp.square(wide[p.path]) for p in of.diagonals},
     )
 

@@ -46,18 +46,22 @@ def inversion(method: str, rank: Any, cutoff: Any = None) -> Inversion:
     """The checked choice; raises ValueError with what there is."""
     if method not in INVERSES:
         raise ValueError(f"inverse must be {' or '.join(map(repr, INVERSES))}; got {method!r}.")
-    if method == "low_rank" and rank is None:
-        rank = RANK
-    needs_rank = method in ("low_rank", "woodbury")
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if needs_rank and not whole:
-        raise ValueError(
-            f"inverse={method!r} needs rank=, how many directions it keeps: a whole number; got "
-            f"{rank!r}. (Under optax.inject_hyperparams name it in static_args.)"
-        )
-    if rank is not None and not needs_rank:
+    if method in ("low_rank", "woodbury"):
+        rank = checked_rank(rank, method, RANK if method == "low_rank" else None)
+    elif rank is not None:
         raise ValueError(f'rank={rank!r} goes with inverse="low_rank" or "woodbury".')
     return Inversion(method, rank, cutoff)
+
+
+def checked_rank(rank: Any, method: str, default: int | None = RANK) -> int:
+    """The rank, or the default for None; raises ValueError where it is no whole number."""
+    rank = default if rank is None else rank
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(
+            f"{method!r} needs rank=, how many directions it keeps: a whole number; got {rank!r}. "
+            "(Under optax.inject_hyperparams name it in static_args.)"
+        )
+    return rank
 
 
 def identities(layer: Layer, how: Inversion = CHOLESKY) -> Any:

@@ -23,13 +23,15 @@ class Wanted(NamedTuple):
     """The layer as each kind of statistics sees it, None where that kind is not wanted.
 
     ``sums``: positions as examples; ``reduced``: positions summed first; ``moments``: squares of
-    examples' gradients in the current eigenbasis. ``examples``: of one call, for ``reduced`` of a
-    layer that is called several times. ``stride``: of the examples that are looked at.
+    examples' gradients in the current eigenbasis, an array of ``moments_shape``. ``examples``: of
+    one call, for ``reduced`` of a layer that is called several times. ``stride``: of the examples
+    that are looked at.
     """
 
     sums: Layer | None
     reduced: Layer | None = None
     moments: Layer | None = None
+    moments_shape: tuple[int, ...] = ()
     examples: int = 0
     stride: int = 1
 
@@ -81,7 +83,7 @@ def shapes(wanted: Wanted) -> Any:
         else sums_shapes(reduced)
         if reduced.calls == 1
         else rows_shapes(reduced, wanted.examples),
-        None if moments is None else moments.packed_shape,
+        None if moments is None else wanted.moments_shape,
     )
 
 

@@ -97,10 +97,7 @@ def value_and_grad(
     >>> statistics.layers[()].A.shape, float(statistics.examples)
     ((5, 5), 8.0)
     """
-    if fisher not in FISHERS:
-        raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHERS))}; got {fisher!r}.")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
+    _check_choices(fisher, samples)
     check_layers(layers)
     axes = axis_names(axis_name)
 
@@ -116,18 +113,9 @@ def value_and_grad(
         _check_layers(layers, tree)
         _check_axes(tree, args, axes)
 
-        def forward(tree: Any, slots: Any) -> Any:
-            out, state = frontend.instrument(loss_fn, tree, rest, slots, args)
-            loss = as_loss(out, has_aux)
-            aux = out[1] if has_aux else None
-            naturals = tuple(t.distribution.natural for t in loss.terms)
-            return (loss.contribution(axes), naturals), (loss, aux, state)
-
-        def run(slots: Any) -> jax.Array:
-            out, _ = frontend.instrument(loss_fn, tree, rest, slots, args)
-            return as_loss(out, has_aux).terms[0].distribution.natural
-
-        plan = measuring.with_examples(plan, run)
+        forward = partial(_forward, frontend, loss_fn, has_aux, axes, rest, args)
+        first_outputs = lambda slots: forward(tree, slots)[0][1][0]
+        plan = measuring.with_examples(plan, first_outputs)
         readings = vary(measuring.empty(plan), axes)
         with_slots = lambda tree, readings: forward(tree, measuring.slots(plan, readings))
         (value, naturals), pullback, (loss, aux, state) = jax.vjp(
@@ -151,6 +139,30 @@ def value_and_grad(
         return ((value, aux) if has_aux else value), grads, statistics
 
     return grad_fn
+
+
+def _check_choices(fisher: str, samples: int) -> None:
+    if fisher not in FISHERS:
+        raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHERS))}; got {fisher!r}.")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
+
+
+def _forward(
+    frontend: Any,
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    axes: tuple[str, ...],
+    rest: Any,
+    args: Any,
+    tree: Any,
+    slots: Any,
+) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], tuple[Loss, Any, Any]]:
+    """The scalar and the natural outputs, which have cotangents; the loss, aux and state."""
+    out, state = frontend.instrument(loss_fn, tree, rest, slots, args)
+    loss = as_loss(out, has_aux)
+    naturals = tuple(t.distribution.natural for t in loss.terms)
+    return (loss.contribution(axes), naturals), (loss, out[1] if has_aux else None, state)
 
 
 def _measure(

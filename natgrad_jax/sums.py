@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import directions
 from natgrad_jax.layer import Layer
 from natgrad_jax.parallel import replicated, varying_like
+from natgrad_jax.sides import Side
 
 # Patches, and gradients of single examples, are laid out for at most this many bytes at a time.
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -109,23 +111,26 @@ def sums_of_rows(layer: Layer, rows: Rows, lead: int) -> Sums:
 
 
 def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -> jax.Array:
-    """``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²``, elementwise, of one call: ``(*blocks, packed rows, columns)``.
+    """``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²``, elementwise, of one call: at the coordinates of the bases.
 
     The gradient of an example is summed over its positions before it is squared. Source: George et
     al. 2018, section 3.2.
     """
     assert layer.output_side is not None
+    (left, A), (right, G) = (layer.input_side, bases.A), (layer.output_side, bases.G)
+    means = directions.mean_squares
     examples, outputs = call.examples(x), call.outputs(g)
     if layer.kind == "embed":
-        return call.squares(examples, _rotate(layer, layer.output_side, outputs, bases.G))
+        along = call.squares(examples, _project(layer, right, G, outputs))
+        return means(right, G, along)
 
     def squares(x: jax.Array, g: jax.Array) -> jax.Array:
-        a = _rotate(layer, layer.input_side, call.inputs(x), bases.A)
-        g = _rotate(layer, layer.output_side, g, bases.G)
+        a, g = _project(layer, left, A, call.inputs(x)), _project(layer, right, G, g)
         if a.shape[1] == 1:  # the square of one product is the product of the squares
-            whole = replicated(a, a.ndim - 1)
-            return _einsum("nt...i,nt...o->...io", jnp.square(a), jnp.square(g), whole)
-        return jnp.sum(jnp.square(_einsum("nt...i,nt...o->n...io", a, g)), axis=0)
+            a, g = means(left, A, jnp.square(a)), means(right, G, jnp.square(g))
+            return _einsum("nt...i,nt...o->...io", a, g, replicated(a, a.ndim - 1))
+        found = jnp.sum(jnp.square(_einsum("nt...i,nt...o->n...io", a, g)), axis=0)
+        return means(left, A, means(right, G, found), on_rows=True)
 
     width = call.width(x) * 2 + math.prod(outputs.shape[1:])
     if outputs.shape[1] > 1:
@@ -133,9 +138,10 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
     return over_chunks(squares, (examples, outputs), width)
 
 
-def _rotate(layer: Layer, side: Any, rows: jax.Array, basis: jax.Array) -> jax.Array:
+def _project(layer: Layer, side: Side, basis: jax.Array, rows: jax.Array) -> jax.Array:
     """``Qᵀ r`` of every row: ``(N, T, *blocks, packed)``."""
-    return side.project(basis, side.pack(rows.astype(layer.factor_dtype), -1))
+    packed = side.pack(rows.astype(layer.factor_dtype), -1)
+    return directions.project_rows(side, basis, packed)
 
 
 def _gradient_gram(layer: Layer, call: Any, x: Any, outputs: jax.Array) -> jax.Array:

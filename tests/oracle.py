@@ -190,6 +190,12 @@ def dense(layer: Layer, apply: Any, params: Any) -> np.ndarray:
     return columns[np.ix_(index, index)]
 
 
+def completed(basis: jax.Array) -> jax.Array:
+    """Orthonormal columns, and any others that make the basis whole."""
+    others = jnp.linalg.svd(basis, full_matrices=True)[0][..., basis.shape[-1] :]
+    return jnp.concatenate([basis, others], axis=-1)
+
+
 def seed_columns(distribution: Any) -> np.ndarray:
     """Roots of the output Hessians by ``jax.hessian`` and ``eigh``: ``(examples, columns, D)``."""
 

@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import natgrad_jax as ng
-from natgrad_jax.eigenbases import carried, to_basis
+from natgrad_jax.eigenbases import carried, everywhere, squares
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal
 from natgrad_jax.operators import operate
 from natgrad_jax.requests import requests
@@ -90,8 +91,9 @@ def test_products_of_eigenvalues_are_kfac_with_undivided_damping(how: Any, float
         np.testing.assert_allclose(flat(updates), expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("how", [{}, {"moments": "running_average"}, {"basis": "qr"}],
-                         ids=["intra_batch", "running_average", "qr"])  # fmt: skip
+@pytest.mark.parametrize(
+    "how", [{}, {"rank": 2}, {"moments": "running_average"}, {"basis": "qr"}], ids=str
+)
 def test_scaling_does_not_jump_at_a_refresh(how: Any) -> None:
     """The same gradient gives steps of nearly the same size before and after new bases."""
     tx = partial(
@@ -104,9 +106,13 @@ def test_scaling_does_not_jump_at_a_refresh(how: Any) -> None:
     assert changes.max() < np.log(1.5)  # nor when the first measurements join S
 
 
-def test_carried_moments_are_the_same_fisher_in_another_basis(float64: None) -> None:
-    """Same trace; the diagonal of ``Q S Qᵀ`` in the new basis; nothing where the basis stays."""
-    ((_, state),) = history(partial(ng.scale_by_ekfac, decay=0.0), 1, jnp.float64)
+@pytest.mark.parametrize("rank", [1, None])
+def test_carried_moments_are_the_same_fisher_in_another_basis(rank: Any, float64: None) -> None:
+    """Same trace; the diagonal of ``Q S Qᵀ`` in the new basis; nothing where the basis stays.
+
+    Where the basis is partial, the others' part of that diagonal as its mean.
+    """
+    ((_, state),) = history(partial(ng.scale_by_ekfac, decay=0.0, rank=rank), 1, jnp.float64)
     *_, layers = problem(jnp.float64)
     for path, layer in layers.items():
         if layer.block != "kronecker":
@@ -116,13 +122,21 @@ def test_carried_moments_are_the_same_fisher_in_another_basis(float64: None) -> 
         turn = lambda Q, r=random: jnp.asarray(np.linalg.qr(r.normal(size=Q.shape))[0])
         new = type(old)(turn(old.A), turn(old.G))
         there = carried(layer, S, old, new)
-        np.testing.assert_allclose(there.sum(), S.sum(), rtol=1e-12)
-        Q = np.kron(np.asarray(old.A), np.asarray(old.G))
-        Q_new = np.kron(np.asarray(new.A), np.asarray(new.G))
-        F = Q @ np.diag(np.ravel(S)) @ Q.T
-        np.testing.assert_allclose(np.ravel(there), np.diag(Q_new.T @ F @ Q_new), atol=1e-12)
+        S_old, S_new = everywhere(layer, old, S), everywhere(layer, new, there)
+        np.testing.assert_allclose(S_new.sum(), S_old.sum(), rtol=1e-12)
+        Q, Q_new = (np.kron(*map(oracle.completed, pair)) for pair in (old, new))
+        F = Q @ np.diag(np.ravel(S_old)) @ Q.T
+        expected = np.diag(Q_new.T @ F @ Q_new).reshape(S_new.shape)
+        for axis, basis in enumerate(new):
+            leading, others = np.split(expected, [basis.shape[1]], axis)
+            if others.size:
+                others = np.broadcast_to(others.mean(axis, keepdims=True), others.shape)
+            expected = np.concatenate([leading, others], axis)
+        np.testing.assert_allclose(S_new, expected, atol=1e-12)
         flipped = type(old)(-old.A[:, ::-1], old.G)
-        np.testing.assert_allclose(carried(layer, S, old, flipped), S[::-1], atol=1e-12)
+        kept = np.array(S)
+        kept[: old.A.shape[1]] = kept[: old.A.shape[1]][::-1]
+        np.testing.assert_allclose(carried(layer, S, old, flipped), kept, atol=1e-12)
 
 
 def test_qr_follows_the_eigenbasis_and_a_tolerance_keeps_the_last() -> None:
@@ -135,12 +149,12 @@ def test_qr_follows_the_eigenbasis_and_a_tolerance_keeps_the_last() -> None:
         state = followed[-1][1]
         Q = ng.bases(state)[path].A
         assert off(state, Q) < 0.1 < off(state, jnp.eye(len(Q)))
-    kept = history(partial(tx, basis_tolerance=1.0), 3)
+    kept = history(partial(tx, basis="eigh", basis_tolerance=1.0), 3)
     assert all(
         np.array_equal(a, b)
         for a, b in zip(*(jax.tree.leaves(kept[i][1].bases[("Conv_0",)]) for i in (0, 2)))
     )
-    renewed = history(partial(tx, basis_tolerance=1e-9), 3)
+    renewed = history(partial(tx, basis="eigh", basis_tolerance=1e-9), 3)
     assert not np.array_equal(
         renewed[0][1].bases[("Conv_0",)].G, renewed[2][1].bases[("Conv_0",)].G
     )
@@ -154,7 +168,7 @@ def test_running_average_is_of_squared_minibatch_gradients() -> None:
     path = ("Dense_0",)
     layer = layers[path]
     x = layer.pack(layer.to_matrix(grads["Dense_0"]["kernel"], grads["Dense_0"]["bias"]))
-    new = 16 * np.square(to_basis(layer, first.bases[path], x))
+    new = 16 * squares(layer, first.bases[path], x)
     # the first S counts as one measurement: weights ½ · ½ and ½, corrected
     expected = (first.moments[path] + 2 * new) / 3
     np.testing.assert_allclose(second.moments[path], expected, rtol=1e-4, atol=1e-7)
@@ -170,8 +184,14 @@ def test_statistics_without_bases_are_refused_where_they_are_needed() -> None:
     running.update(grads, running.init(params), params, statistics=statistics)
     with pytest.raises(ValueError, match="'intra_batch' or 'running_average'"):
         ng.scale_by_ekfac(layers, moments="both")
-    with pytest.raises(ValueError, match="'eigh' or 'qr'"):
+    with pytest.raises(ValueError, match="'eigh' or 'qr' or 'low_rank'"):
         ng.scale_by_ekfac(layers, basis="svd")
+    with pytest.raises(ValueError, match="'low_rank' needs rank="):
+        ng.scale_by_ekfac(layers, rank=0)
+    with pytest.raises(ValueError, match='goes with basis="low_rank"'):
+        ng.scale_by_ekfac(layers, basis="qr", rank=4)
+    with pytest.raises(ValueError, match="whole bases"):
+        ng.scale_by_ekfac(layers, basis_tolerance=0.1)
 
 
 def test_moments_that_are_not_finite_are_dropped_and_counted() -> None:

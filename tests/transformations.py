@@ -140,8 +140,17 @@ TABLE = {
         ng.ekfac, learning_rate=falling(0.1), damping=falling(0.1), decay=falling(0.9), basis="qr",
         group_size=3, moments="running_average", refresh_period=changing, static=("group_size",),
     ),
+    "ekfac, low rank, spread, a half": _layers(
+        ng.ekfac, learning_rate=0.1, rank=1, statistics_period=1, statistics_fraction=0.5,
+        spread=True, refresh_period=2, static=("rank", "statistics_fraction", "refresh_period"),
+    ),
+    "ekfac, low rank, running average, weight decay, reduce": _layers(
+        ng.ekfac, learning_rate=0.1, rank=1, moments="running_average", weight_decay=1e-3,
+        weight_sharing="reduce", refresh_period=1, static=("rank",),
+    ),
     "ekfac, tolerance, a half": _layers(
-        ng.ekfac, learning_rate=0.1, basis_tolerance=0.1, statistics_fraction=0.5, refresh_period=1,
+        ng.ekfac, learning_rate=0.1, basis="eigh", basis_tolerance=0.1, statistics_fraction=0.5,
+        refresh_period=1,
         static=("basis_tolerance", "statistics_fraction"),
     ),
     "ngd": _layers(ng.ngd, base=True, learning_rate=0.5),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.approximations import WHOLE, Approximation
 from natgrad_jax.diagnostics.found import found_in
-from natgrad_jax.eigenbases import from_basis, to_basis
+from natgrad_jax.eigenbases import scaled
 from natgrad_jax.explicit import check_size, fisher as explicit_fisher
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
@@ -18,7 +18,8 @@ from natgrad_jax.operators import operate
 from natgrad_jax.paths import Path
 from natgrad_jax.statistics import value_and_grad
 from natgrad_jax.tagging import find_layers
-from natgrad_jax.transforms.ekfac import EKFACState, scale_by_ekfac
+from natgrad_jax.transforms.ekfac import scale_by_ekfac
+from natgrad_jax.transforms.in_eigenbases import EKFACState
 
 # Forms of the factors beside the whole ones.
 FORMS = {
@@ -124,7 +125,7 @@ def _measured(
     loss_fn: Any, params: Any, args: Any, layers: Layers, form: Approximation, fisher: str, rng: Any
 ) -> EKFACState:
     """The state after this batch alone: bases from one step, moments in them from another."""
-    tx = scale_by_ekfac(layers, decay=0.0, statistics_period=1, **form.keywords)
+    tx = scale_by_ekfac(layers, decay=0.0, statistics_period=1, basis="eigh", **form.keywords)
     grad_fn = value_and_grad(loss_fn, layers, fisher=fisher)
 
     def step(state: EKFACState) -> EKFACState:
@@ -141,7 +142,7 @@ def _kfac(layer: Layer, factors: Any) -> jax.Array:
 
 def _ekfac(layer: Layer, state: EKFACState, path: Path) -> jax.Array:
     bases, S = state.bases[path], state.moments[path]
-    return dense(layer, lambda x: from_basis(layer, bases, S * to_basis(layer, bases, x)))
+    return dense(layer, lambda x: scaled(layer, bases, S, x))
 
 
 def dense(layer: Layer, apply: Callable[[jax.Array], jax.Array]) -> jax.Array:

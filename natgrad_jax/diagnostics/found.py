@@ -6,8 +6,8 @@ from natgrad_jax.averages import in_full
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.paths import Path, join
 from natgrad_jax.requests import parse, plain, states
-from natgrad_jax.transforms.ekfac import EKFACState
 from natgrad_jax.transforms.following import InCoordinatesState
+from natgrad_jax.transforms.in_eigenbases import EKFACState
 
 
 class Found(NamedTuple):

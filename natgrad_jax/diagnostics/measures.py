@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from natgrad_jax.averages import bias_of
 from natgrad_jax.coordinates import Coordinates, second_and_mean
 from natgrad_jax.damping_rules import equal, split as pi_split
-from natgrad_jax.eigenbases import to_basis
+from natgrad_jax.directions import eigenvalues, everywhere, is_partial
+from natgrad_jax.eigenbases import scaled
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.low_rank import LowRank
@@ -86,14 +87,25 @@ def of_inverses(layer: Layer, factors: Any, inverses: Any, on: Measures) -> Meas
 
 def of_bases(layer: Layer, factors: Any, bases: Any) -> tuple[Measures, Measures]:
     """``drift``, ``‖B − diag B‖ / ‖B‖`` with ``B = Qᵀ F Q`` in the basis Q that is held: 0 for an
-    eigenbasis of the current factor; and the diagonals of B, at every packed coordinate."""
+    eigenbasis of the current factor; and the diagonals of B, at every packed coordinate.
+
+    Of a basis that is partial, V, ``‖F V − V diag(Vᵀ F V)‖ / ‖F V‖``, and at the other coordinates
+    the mean of what is left of the trace."""
     drifts, diagonals = {}, {}
     for name, side, factor, bias in parts(layer, factors):
         if side.diagonal:
             drifts[f"drift_{name}"] = jnp.zeros(layer.stack_sizes, factor.dtype)
             diagonals[name] = factor
             continue
-        values, left, whole = _along(factor, getattr(bases, name))
+        basis = getattr(bases, name)
+        values, left, whole = _along(factor, basis)
+        if is_partial(side, basis):
+            drift = _over(_total(layer, left), _total(layer, whole))
+            drifts[f"drift_{name}"] = jnp.sqrt(drift)
+            diagonals[name] = everywhere(
+                side, basis, eigenvalues(side, basis, values, factor, None)
+            )
+            continue
         none = None if bias is None else jnp.zeros_like(bias)
         missed = _total(layer, side.spread(left, none))
         of = _total(layer, side.spread(whole, None if bias is None else bias**2))
@@ -151,7 +163,7 @@ def kl(layer: Layer, factors: Any, update: jax.Array) -> jax.Array:
 
 def kl_of_moments(layer: Layer, bases: Any, S: jax.Array, update: jax.Array) -> jax.Array:
     """``½ Σ S (Q_Aᵀ Δ Q_G)²``, in nats an example."""
-    return _total(layer, S * jnp.square(to_basis(layer, bases, update))) / 2
+    return _total(layer, update * scaled(layer, bases, S, update)) / 2
 
 
 def of_update(update: jax.Array | None, gradient: jax.Array | None, stack: int) -> Measures:

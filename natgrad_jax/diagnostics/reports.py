@@ -14,6 +14,7 @@ from natgrad_jax.diagnostics.found import Found, found_in
 from natgrad_jax.diagnostics.measures import Measures
 from natgrad_jax.diagnostics.spectrum import condition_number, of_layer
 from natgrad_jax.diagnostics.table import table
+from natgrad_jax.eigenbases import everywhere
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.paths import Path
 from natgrad_jax.requests import parse, plain
@@ -188,7 +189,8 @@ def _of_kind(found: Found, path: Path, update: jax.Array | None) -> Measures:
     if found.kind == "ekfac":
         drifts, diagonals = measures.of_bases(layer, factors, bases)
         S = state.moments[path]
-        own |= drifts | measures.of_moments(layer, S, diagonals, state.damping)
+        whole = everywhere(layer, bases, S)
+        own |= drifts | measures.of_moments(layer, whole, diagonals, state.damping)
         return own | _with_kl(measures.kl_of_moments, layer, bases, S, update=update)
     split = parse(state.request).split
     damping = measures.dampings(layer, factors, state.damping, split)

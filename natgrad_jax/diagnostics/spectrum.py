@@ -10,6 +10,7 @@ from natgrad_jax import explicit
 from natgrad_jax.averages import bias_of
 from natgrad_jax.coordinates import second_and_mean
 from natgrad_jax.diagnostics.found import Found, found_in
+from natgrad_jax.eigenbases import everywhere
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.paths import Path
@@ -72,7 +73,8 @@ def of_layer(found: Found, path: Path) -> Spectra:
     G = _eigenvalues(layer.output_side, factors.G, None)
     block = A[..., :, None] * G[..., None, :]
     if found.kind == "ekfac":
-        block = layer.unpack(found.state.moments[path])
+        bases, moments = found.state.bases[path], found.state.moments[path]
+        block = layer.unpack(everywhere(layer, bases, moments))
     return Spectra(*(_ascending(layer, x) for x in (A, G, block)))
 
 

@@ -78,4 +78,5 @@ def _without_room(bases: Any, wanted: Wanted) -> Any:
     if bases is None or wanted.moments is None:
         return bases
     shapes = (wanted.moments.input_factor_shape, wanted.moments.output_factor_shape)
-    return type(bases)(*(x.reshape(s) for x, s in zip(bases, shapes, strict=True)))
+    own = (x.reshape(*s[:-1], x.shape[-1]) for x, s in zip(bases, shapes, strict=True) if s)
+    return type(bases)(*own)

@@ -1,58 +1,22 @@
 """EKFAC: the diagonal of the Fisher in each layer's Kronecker-factored eigenbasis."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from natgrad_jax.approximations import approximation
-from natgrad_jax.averages import Factors, stored_as
-from natgrad_jax.clock import Clock, start, tick
-from natgrad_jax.eigenbases import Refresh, from_basis, to_basis
-from natgrad_jax.layer import Layer
+from natgrad_jax.averages import stored_as
+from natgrad_jax.eigenbases import Refresh
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.operators import identities
-from natgrad_jax.paths import Path
-from natgrad_jax.requests import Request, Spelled, spell, stride_of
-from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
-from natgrad_jax.statistics import Statistics
-from natgrad_jax.transforms import blocks, estimates, squares
+from natgrad_jax.operators import checked_rank
+from natgrad_jax.requests import Request, stride_of
+from natgrad_jax.scalars import Scalar, check_fraction, check_period, check_positive
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
+from natgrad_jax.transforms.in_eigenbases import Rules, in_eigenbases
 from natgrad_jax.transforms.refreshing import turns
 
 MOMENTS = ("intra_batch", "running_average")
-BASES = ("eigh", "qr")
-
-
-class EKFACState(NamedTuple):
-    """State of :func:`scale_by_ekfac`; dictionaries by layer path, or parameter path if leftover.
-
-    ``damping``: λ of the last step, ``()``. ``bases``: eigenvectors of the factors as of the last
-    refresh, in their columns. ``moments``: S, in the packed coordinates of the bases,
-    ``(*stack, *blocks, rows, columns)``; ``moment_weights``: how much each has seen, ``(*stack,)``.
-    ``examples``: of the last measured batch, ``()``. ``request``: what it asks of the backward
-    pass, without arrays. The other fields are those of
-    :class:`~natgrad_jax.transforms.estimates.Estimates`.
-
-    >>> import natgrad_jax as ng
-    >>> state = ng.scale_by_ekfac(ng.Layers({})).init({})
-    >>> isinstance(state, ng.EKFACState), int(state.clock.step), int(state.rejected)
-    (True, 0, 0)
-    """
-
-    clock: Clock
-    damping: jax.Array
-    factors: dict[Path, Factors]
-    weights: dict[Path, jax.Array]
-    bases: dict[Path, Factors]
-    moments: dict[Path, jax.Array]
-    moment_weights: dict[Path, jax.Array]
-    diagonal: dict[Path, jax.Array]
-    diagonal_weights: dict[Path, jax.Array]
-    examples: jax.Array
-    rejected: jax.Array
-    request: Spelled
+BASES = ("eigh", "qr", "low_rank")
 
 
 def scale_by_ekfac(
@@ -67,7 +31,8 @@ def scale_by_ekfac(
     refresh_over: Any = None,
     factor_dtype: Any = None,
     moments: str = "intra_batch",
-    basis: str = "eigh",
+    basis: str = "low_rank",
+    rank: int | None = None,
     basis_tolerance: float | None = None,
     convolution: str = "kfc",
     group_size: int | None = None,
@@ -112,16 +77,21 @@ def scale_by_ekfac(
         several times in a forward pass takes the square of the summed Fisher gradients instead,
         the same in expectation.) ``"running_average"``: N times the squared mini-batch gradient, on
         every step, nothing more measured; larger than the Fisher by ``N E[∇]²``.
-      basis: ``"eigh"``, or ``"qr"``: after the first, one step of orthogonal iteration.
-      basis_tolerance: keep a basis Q while ``B = QᵀFQ`` has ``‖B − diag B‖ ≤ tolerance · ‖B‖``;
-        None to renew it at every refresh.
+      basis: ``"low_rank"``: of a dense factor of more than 2 · ``rank`` rows the ``rank`` leading
+        eigenvectors, warm-started, and all other directions as one, for which S has one more row
+        (or column), the mean of what each of them has. Memory, refresh and step cost what those of
+        K-FAC's ``inverse="low_rank"`` do. Whole: ``"eigh"``; ``"qr"``, after the first basis one
+        step of orthogonal iteration.
+      rank: for ``low_rank`` (None: 64).
+      basis_tolerance: keep a whole basis Q while ``B = QᵀFQ`` has
+        ``‖B − diag B‖ ≤ tolerance · ‖B‖``; None to renew it at every refresh.
       convolution, group_size, weight_sharing: as in :func:`natgrad_jax.scale_by_kfac`; they choose
         the basis. S is measured with positions summed in any case.
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
         ``ΔᵀFΔ = Δᵀ∇``. Here the learning rate is taken to be 1 (:func:`ekfac` includes its own).
 
     All numbers may be floats, arrays or schedules (periods: whole numbers), but for
-    ``basis_tolerance`` and ``group_size``.
+    ``basis_tolerance``, ``rank`` and ``group_size``.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``.
@@ -139,50 +109,36 @@ def scale_by_ekfac(
     check_positive(damping=damping, trust_radius=1 if trust_radius is None else trust_radius)
     check_period(statistics_period=statistics_period)
     check_fraction(decay=decay)
-    for name, value, known in (("moments", moments, MOMENTS), ("basis", basis, BASES)):
-        if value not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
-    chosen = approximation(convolution, group_size, weight_sharing)
-    request = Request(chosen, moments == "intra_batch", stride=stride_of(statistics_fraction))
-    layers = layers.approximate(chosen)
-    how, when = Refresh(basis, basis_tolerance), turns(refresh_period, spread, refresh_over)
-    storage = stored_as(factor_dtype)
+    if moments not in MOMENTS:
+        raise ValueError(f"moments must be {' or '.join(map(repr, MOMENTS))}; got {moments!r}.")
+    rules = Rules(
+        Request(
+            approximation(convolution, group_size, weight_sharing),
+            moments=moments == "intra_batch",
+            stride=stride_of(statistics_fraction),
+        ),
+        *_basis(basis, rank, basis_tolerance),
+        damping,
+        decay,
+        statistics_period,
+        turns(refresh_period, spread, refresh_over),
+        trust_radius,
+        stored_as(factor_dtype),
+    )
+    return in_eigenbases(layers, rules)
 
-    def init_fn(params: optax.Params) -> EKFACState:
-        del params  # shapes come from the layers: params may be placeholders
-        # one compiled program: op by op, every shape would compile on its own
-        return jax.jit(lambda: _initial_state(layers, damping, request, storage))()
 
-    def update_fn(
-        updates: optax.Updates,
-        state: EKFACState,
-        params: optax.Params | None = None,
-        *,
-        statistics: Statistics | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, EKFACState]:
-        del params, extra
-        blocks.check_statistics(statistics, layers, "scale_by_ekfac")
-        assert statistics is not None
-        step = state.clock.step
-        lam, keep = at(damping, step), at(decay, step)
-        before = state.weights
-        state = estimates.update(state, statistics, layers, keep)
-        if request.moments:
-            state = squares.measure(state, statistics, keep)
-        # what was measured for the first time has its basis now, not a period later
-        first = estimates.first_seen(before, state.weights)
-        state = squares.refresh(state, layers, keep, first, how, when)
-        if not request.moments:
-            state = squares.average_gradient(updates, state, statistics, layers, keep)
-        updates, quadratic = _precondition(updates, state, layers, lam)
-        if trust_radius is not None:
-            updates = blocks.trust_region(updates, layers, quadratic, at(trust_radius, step))
-        clock = tick(state.clock, at(statistics_period, step + 1))
-        rejected = state.rejected + jnp.isnan(quadratic)
-        return updates, state._replace(clock=clock, damping=lam, rejected=rejected)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+def _basis(basis: str, rank: Any, tolerance: float | None) -> tuple[Refresh, int | None]:
+    """The checked choice of bases, and how many directions a partial one has."""
+    if basis not in BASES:
+        raise ValueError(f"basis must be {' or '.join(map(repr, BASES))}; got {basis!r}.")
+    if basis != "low_rank":
+        if rank is not None:
+            raise ValueError(f'rank={rank!r} goes with basis="low_rank".')
+        return Refresh(basis, tolerance), None
+    if tolerance is not None:
+        raise ValueError('basis_tolerance goes with whole bases: basis="eigh" or "qr".')
+    return Refresh(), checked_rank(rank, basis)
 
 
 def ekfac(
@@ -198,7 +154,8 @@ def ekfac(
     refresh_over: Any = None,
     factor_dtype: Any = None,
     moments: str = "intra_batch",
-    basis: str = "eigh",
+    basis: str = "low_rank",
+    rank: int | None = None,
     basis_tolerance: float | None = None,
     convolution: str = "kfc",
     group_size: int | None = None,
@@ -217,7 +174,7 @@ def ekfac(
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
       damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
-        refresh_over, factor_dtype, moments, basis, basis_tolerance, convolution,
+        refresh_over, factor_dtype, moments, basis, rank, basis_tolerance, convolution,
         group_size, weight_sharing: as in :func:`scale_by_ekfac`.
       momentum, nesterov, weight_decay, trust_radius: as in :func:`natgrad_jax.kfac`.
 
@@ -245,6 +202,7 @@ def ekfac(
         factor_dtype=factor_dtype,
         moments=moments,
         basis=basis,
+        rank=rank,
         basis_tolerance=basis_tolerance,
         convolution=convolution,
         group_size=group_size,
@@ -253,34 +211,3 @@ def ekfac(
     )
     velocity = trace(momentum, nesterov)
     return descent(preconditioner, layers, learning_rate, velocity, weight_decay)
-
-
-def _initial_state(layers: Layers, damping: Scalar, request: Request, storage: Any) -> EKFACState:
-    def zeros(layer: Layer) -> jax.Array:
-        return jnp.zeros(layer.stack_sizes + layer.packed_shape, layer.factor_dtype)
-
-    return EKFACState(
-        clock=start(),
-        damping=at(damping, jnp.zeros((), jnp.int32)),
-        bases={path: identities(layer) for path, layer in layers.items()},
-        moments={path: zeros(layer) for path, layer in layers.items()},
-        moment_weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
-        examples=jnp.ones((), float),
-        request=spell(request),
-        **estimates.start(layers, storage)._asdict(),
-    )
-
-
-def _precondition(
-    updates: optax.Updates, state: EKFACState, layers: Layers, lam: jax.Array
-) -> tuple[optax.Updates, jax.Array]:
-    """The natural gradient, and ``Δᵀ∇ = ΔᵀFΔ`` of the damped F."""
-
-    def of_layer(path: Path, gradient: jax.Array) -> jax.Array:
-        layer, bases, S = layers[path], state.bases[path], state.moments[path]
-        x = to_basis(layer, bases, gradient)
-        weight = state.moment_weights[path]
-        known = jnp.expand_dims(weight > 0, tuple(range(weight.ndim, x.ndim)))
-        return from_basis(layer, bases, x / jnp.where(known, S + lam.astype(S.dtype), 1))
-
-    return blocks.map_blocks(updates, layers, of_layer, estimates.over_diagonal(state, lam))

@@ -149,23 +149,34 @@ def in_coordinates(
         **extra: Any,
     ) -> tuple[optax.Updates, InCoordinatesState]:
         blocks.check_paths(paths.leaves(updates), layers)
-        old = state.bases
         if own:
             given = every if choice.outputs else own
             blocks.check_statistics(statistics, given, "in_coordinates", choice.outputs)
             assert statistics is not None
-            before = state.weights
-            state = following.average(state, statistics, own, rules)
-            refresh = due(state.clock.step, at(rules.refresh_period, state.clock.step))
-            refresh |= estimates.first_seen(before, state.weights)
-            state = following.refresh(state, own, rules, refresh)
-            state = following.carried(state, updates, params, inner, own, old, rules, refresh)
-            if choice.rescaled:
-                state = following.rescaled(state, statistics, own, rules)
+            state = _followed(state, statistics, updates, params, inner, own, rules)
         mapped = _run(inner, _frozen(updates, layers), state, params, own, extra)
         return _frozen(mapped[0], layers), following.ticked(mapped[1], rules)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _followed(
+    state: InCoordinatesState,
+    statistics: Statistics,
+    updates: optax.Updates,
+    params: optax.Params | None,
+    inner: optax.GradientTransformationExtraArgs,
+    layers: Mapping[Path, Layer],
+    rules: following.Rules,
+) -> InCoordinatesState:
+    """The coordinates of this step, and the inner state in them."""
+    old, before = state.bases, state.weights
+    state = following.average(state, statistics, layers, rules)
+    refresh = due(state.clock.step, at(rules.refresh_period, state.clock.step))
+    refresh |= estimates.first_seen(before, state.weights)
+    state = following.refresh(state, layers, rules, refresh)
+    state = following.carried(state, updates, params, inner, layers, old, rules, refresh)
+    return following.rescaled(state, statistics, layers, rules) if rules.choice.rescaled else state
 
 
 def _choice(coordinates: str, on_refresh: str, rank: Any, samples: Any) -> charts.Choice:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import averages
-from natgrad_jax.eigenbases import Refresh, carried, eigenbases, to_basis
+from natgrad_jax.eigenbases import Refresh, carried, eigenbases, squares
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.linalg.stacking import solve
@@ -45,8 +45,8 @@ def measure(state: State, statistics: Statistics, decay: jax.Array) -> State:
 
     def measured() -> State:
         moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
-        for path, squares in found.items():
-            new = squares / statistics.examples
+        for path, added in found.items():
+            new = added / statistics.examples
             moments[path], weights[path], bad = _averaged(
                 state, path, new, jnp.ones(weights[path].shape, bool), decay
             )
@@ -71,7 +71,7 @@ def average_gradient(
         layer = layers[path]
         if layer.block != "kronecker":
             continue
-        new = examples * jnp.square(to_basis(layer, state.bases[path], gradient))
+        new = examples * squares(layer, state.bases[path], gradient)
         # at the first step S is K-FAC's, and this gradient has made the basis
         seen = jnp.broadcast_to(state.clock.step > 0, weights[path].shape)
         moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)

@@ -1,0 +1,117 @@
+"""One side's eigenbasis: whole, or k leading directions V and all others as one.
+
+A basis is partial where it has fewer columns than rows. Its coordinates are then the k directions
+and, last, the space of the n − k others, which share one number: the mean of what each of them
+would have had. Projections onto that space need no basis of it, ``‖x‖² − ‖Vᵀx‖²``.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.linalg.batching import trace_of
+from natgrad_jax.sides import Side
+
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+def is_partial(side: Side, basis: jax.Array) -> bool:
+    return not side.diagonal and basis.shape[-1] < basis.shape[-2]
+
+
+def may_be_partial(side: Side | None, rank: int | None) -> bool:
+    """Whether that many directions are cheaper than a whole basis: one dense matrix, and wide."""
+    plain = side is not None and not (side.diagonal or side.grouped or side.shared)
+    return plain and rank is not None and side is not None and 2 * rank < side.width
+
+
+def count(side: Side, basis: jax.Array) -> int:
+    """How many coordinates there are."""
+    return basis.shape[-1] + 1 if is_partial(side, basis) else side.packed
+
+
+def eigenvalues(
+    side: Side, basis: jax.Array, values: jax.Array, factor: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """The factor along every coordinate, ``(…, count)``, from those along the basis' columns."""
+    if not is_partial(side, basis):
+        return side.spread(values, bias)
+    n, k = basis.shape[-2:]
+    rest = jnp.maximum(trace_of(factor) - values.sum(-1), 0) / (n - k)
+    return jnp.concatenate([values, rest[..., None]], axis=-1)
+
+
+def everywhere(side: Side, basis: jax.Array, values: jax.Array) -> jax.Array:
+    """Numbers ``(…, count)`` at every packed coordinate: the others' as often as there are."""
+    if not is_partial(side, basis):
+        return values
+    n, k = basis.shape[-2:]
+    others = jnp.broadcast_to(values[..., -1:], (*values.shape[:-1], n - k))
+    return jnp.concatenate([values[..., :-1], others], axis=-1)
+
+
+def project_rows(side: Side, basis: jax.Array, rows: jax.Array) -> jax.Array:
+    """``Qᵀ r`` of packed rows ``(N, T, *blocks, packed)``; of a partial basis ``[r, Vᵀ r]``.
+
+    In that form sums over rows and products of two sides may still be taken;
+    :func:`mean_squares` makes of their squares what the coordinates have.
+    """
+    inside = side.project(basis, rows)
+    return jnp.concatenate([rows, inside], axis=-1) if is_partial(side, basis) else inside
+
+
+def project(side: Side, basis: jax.Array, x: jax.Array) -> jax.Array:
+    """``Qᵀ x`` of packed ``(…, packed, columns)``, in the form of :func:`project_rows`."""
+    inside = side.rotate(basis, x)
+    return jnp.concatenate([x, inside], axis=-2) if is_partial(side, basis) else inside
+
+
+def mean_squares(
+    side: Side, basis: jax.Array, squares: jax.Array, on_rows: bool = False
+) -> jax.Array:
+    """Squares of projections, on the last axis or the one before, as one number a coordinate."""
+    if not is_partial(side, basis):
+        return squares
+    if on_rows:
+        return mean_squares(side, basis, squares.mT).mT
+    n, k = basis.shape[-2:]
+    leading = squares[..., n:]
+    others = squares[..., :n].sum(-1) - leading.sum(-1)
+    mean = jnp.maximum(others, 0) / (n - k)  # of rounding alone it may be below zero
+    return jnp.concatenate([leading, mean[..., None]], axis=-1)
+
+
+def overlaps(side: Side, new: jax.Array, old: jax.Array) -> jax.Array:
+    """``(q'ᵀ q)²`` of new and old directions, the others' summed over old and averaged over new.
+
+    A stochastic matrix: rows sum to 1.
+    """
+    squares = jnp.square(jnp.matmul(new.mT, old, precision=_PRECISION))
+    if not is_partial(side, new):
+        return squares
+    n, k = new.shape[-2:]
+    outside = jnp.maximum(1 - squares.sum(-1, keepdims=True), 0)
+    from_leading = jnp.maximum(1 - squares.sum(-2, keepdims=True), 0) / (n - k)
+    both = 1 - from_leading.sum(-1, keepdims=True)
+    top = jnp.concatenate([squares, outside], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([from_leading, both], axis=-1)], axis=-2)
+
+
+def scaled(
+    side: Side,
+    basis: jax.Array,
+    gains: jax.Array,
+    x: jax.Array,
+    inner: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply,
+) -> jax.Array:
+    """``Q inner(gains, Qᵀ x)`` for gains ``(…, count, c)`` and ``x (…, packed, columns)``.
+
+    ``inner`` is linear in either argument and takes rows one by one. With V alone, ``g`` the gains
+    of its directions and ``r`` those of the others: ``inner(r, x) + V inner(g − r, Vᵀ x)``.
+    """
+    if not is_partial(side, basis):
+        return side.rotate_back(basis, inner(gains, side.rotate(basis, x)))
+    leading, others = gains[..., :-1, :], gains[..., -1:, :]
+    inside = inner(leading - others, jnp.matmul(basis.mT, x, precision=_PRECISION))
+    return inner(others, x) + jnp.matmul(basis, inside, precision=_PRECISION)
