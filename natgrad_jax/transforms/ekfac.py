@@ -52,6 +52,11 @@ def scale_by_ekfac(
     ``S ← (Q'_AᵀQ_A)² S (Q_GᵀQ'_G)²`` (squares elementwise): the diagonal, in the new basis, of the
     same approximate Fisher, so that a step changes as little as the basis does.
 
+    By default a factor of more than 128 rows has 64 leading eigenvectors V, and all directions that
+    are orthogonal to them are one coordinate (``basis``). There S is the mean of what each of them
+    has, ``E[‖∇K̄ₙ‖² − ‖Vᵀ∇K̄ₙ‖²] / (n − 64)`` and likewise on the other side: of all diagonals that
+    are equal in those directions the one nearest to the Fisher.
+
     A block with one matrix F has ``Δ = (F + λ I)⁻¹ ∇``; leftover parameters are divided by the
     diagonal of their Fisher plus λ. Before anything was measured, gradients pass unchanged. What is
     not finite never enters the state; ``state.rejected`` counts the events.
@@ -78,10 +83,9 @@ def scale_by_ekfac(
         the same in expectation.) ``"running_average"``: N times the squared mini-batch gradient, on
         every step, nothing more measured; larger than the Fisher by ``N E[∇]²``.
       basis: ``"low_rank"``: of a dense factor of more than 2 · ``rank`` rows the ``rank`` leading
-        eigenvectors, warm-started, and all other directions as one, for which S has one more row
-        (or column), the mean of what each of them has. Memory, refresh and step cost what those of
-        K-FAC's ``inverse="low_rank"`` do. Whole: ``"eigh"``; ``"qr"``, after the first basis one
-        step of orthogonal iteration.
+        eigenvectors, warm-started, and all other directions as one. Memory, refresh and step cost
+        what those of K-FAC's ``inverse="low_rank"`` do. Whole: ``"eigh"``; ``"qr"``, after the
+        first basis one step of orthogonal iteration.
       rank: for ``low_rank`` (None: 64).
       basis_tolerance: keep a whole basis Q while ``B = QᵀFQ`` has
         ``‖B − diag B‖ ≤ tolerance · ‖B‖``; None to renew it at every refresh.
