@@ -22,8 +22,9 @@ def is_partial(side: Side, basis: jax.Array) -> bool:
 
 def may_be_partial(side: Side | None, rank: int | None) -> bool:
     """Whether that many directions are cheaper than a whole basis: one dense matrix, and wide."""
-    plain = side is not None and not (side.diagonal or side.grouped or side.shared)
-    return plain and rank is not None and side is not None and 2 * rank < side.width
+    if side is None or rank is None or side.diagonal or side.grouped or side.shared:
+        return False
+    return 2 * rank < side.width
 
 
 def count(side: Side, basis: jax.Array) -> int:

@@ -29,8 +29,12 @@ class Refresh(NamedTuple):
 
 
 def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
-    """Bases of no factor yet, and moments of zero: where ``rank`` says so of partial bases."""
+    """Bases of no factor yet, partial where ``rank`` makes them cheaper, and moments of zero.
+
+    A block with one matrix keeps a whole basis: there its eigenvalues are the moments.
+    """
     whole = identities(layer)
+    rank = None if layer.output_side is None else rank
 
     def one(side: Side | None, x: Any) -> Any:
         if not directions.may_be_partial(side, rank):

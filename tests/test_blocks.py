@@ -1,5 +1,6 @@
 """Blocks beyond one call of one layer: chosen ones, shared and tied weights, cells, LoRA pairs."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -73,7 +74,11 @@ class Normed(nn.Module):
         return nn.Dense(3, name="head", param_dtype=jnp.float64)(jnp.tanh(x))
 
 
-@pytest.mark.parametrize("transformation", [ng.scale_by_kfac, ng.scale_by_ekfac])
+@pytest.mark.parametrize(
+    "transformation",
+    [ng.scale_by_kfac, ng.scale_by_ekfac, partial(ng.scale_by_ekfac, rank=1)],
+    ids=["kfac", "ekfac", "ekfac, rank 1"],
+)
 def test_a_full_block_is_the_exact_fisher(transformation: Any) -> None:
     loss_fn, x = categorical(Normed()), random(0, N, 4)
     params = filled(Normed(), x)
