@@ -95,6 +95,7 @@ TRANSFORMATIONS = {
     ),
     "kfac, nothing measured": partial(ng.kfac, statistics_period=9),
     "ekfac": partial(ng.ekfac, statistics_period=1),
+    "ekfac, one direction": partial(ng.ekfac, statistics_period=1, rank=1),
     "ekfac, running average": partial(ng.ekfac, statistics_period=1, moments="running_average"),
     "prong": partial(ng.prong, statistics_period=1),
 }

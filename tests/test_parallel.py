@@ -68,6 +68,7 @@ TRANSFORMATIONS = {
         jnp.float64,
         True,
     ),
+    "ekfac, two directions, divided": Contender(partial(ng.ekfac, rank=2), jnp.float64, True),
 }
 TOLERANCES = {jnp.float32: {"rtol": 1e-4, "atol": 1e-5}, jnp.float64: {"rtol": 1e-9, "atol": 1e-9}}
 
