@@ -10,9 +10,10 @@ from natgrad_jax.eigenbases import Refresh
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import checked_rank
 from natgrad_jax.requests import Request, stride_of
-from natgrad_jax.scalars import Scalar, check_fraction, check_period, check_positive
+from natgrad_jax.scalars import Scalar, check_positive
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
-from natgrad_jax.transforms.in_eigenbases import Rules, in_eigenbases
+from natgrad_jax.transforms.in_eigenbases import in_eigenbases
+from natgrad_jax.transforms.preconditioner import Rules
 from natgrad_jax.transforms.refreshing import turns
 
 MOMENTS = ("intra_batch", "running_average")
@@ -110,18 +111,17 @@ def scale_by_ekfac(
     >>> tx = optax.chain(ng.scale_by_ekfac(ng.Layers({}), damping=1e-3), optax.sgd(0.1))
     """
     check_layers(layers)
-    check_positive(damping=damping, trust_radius=1 if trust_radius is None else trust_radius)
-    check_period(statistics_period=statistics_period)
-    check_fraction(decay=decay)
+    check_positive(damping=damping)
     if moments not in MOMENTS:
         raise ValueError(f"moments must be {' or '.join(map(repr, MOMENTS))}; got {moments!r}.")
+    how, rank = _basis(basis, rank, basis_tolerance)
     rules = Rules(
+        "scale_by_ekfac",
         Request(
             approximation(convolution, group_size, weight_sharing),
             moments=moments == "intra_batch",
             stride=stride_of(statistics_fraction),
         ),
-        *_basis(basis, rank, basis_tolerance),
         damping,
         decay,
         statistics_period,
@@ -129,7 +129,7 @@ def scale_by_ekfac(
         trust_radius,
         stored_as(factor_dtype),
     )
-    return in_eigenbases(layers, rules)
+    return in_eigenbases(layers, rules, how, rank)
 
 
 def _basis(basis: str, rank: Any, tolerance: float | None) -> tuple[Refresh, int | None]:

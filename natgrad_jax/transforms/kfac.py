@@ -12,7 +12,8 @@ from natgrad_jax.operators import inversion
 from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.scalars import Scalar, check_positive
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
-from natgrad_jax.transforms.kronecker import Rules, kronecker
+from natgrad_jax.transforms.kronecker import kronecker
+from natgrad_jax.transforms.preconditioner import Rules
 from natgrad_jax.transforms.refreshing import turns
 
 
@@ -106,8 +107,6 @@ def scale_by_kfac(
     rules = Rules(
         "scale_by_kfac",
         request,
-        inversion(inverse, rank),
-        split,
         damping,
         decay,
         statistics_period,
@@ -115,7 +114,7 @@ def scale_by_kfac(
         trust_radius,
         stored_as(factor_dtype),
     )
-    return kronecker(layers, rules)
+    return kronecker(layers, rules, inversion(inverse, rank), split)
 
 
 def kfac(

@@ -9,17 +9,18 @@ import optax
 
 from natgrad_jax import averages
 from natgrad_jax.averages import Factors
-from natgrad_jax.clock import Clock, start, tick
+from natgrad_jax.clock import Clock
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import Inversion, followed, identities, inverses, keep_finite, operate
 from natgrad_jax.paths import Path
-from natgrad_jax.requests import Request, Spelled, spell
-from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
-from natgrad_jax.statistics import Statistics
-from natgrad_jax.transforms import blocks, estimates
+from natgrad_jax.requests import Spelled
+from natgrad_jax.transforms import estimates
+from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.transforms.refreshing import Turns, in_turn
+
+Divide = Callable[..., tuple[jax.Array, jax.Array]]  # of λ between the factors
 
 
 class KFACState(NamedTuple):
@@ -41,83 +42,26 @@ class KFACState(NamedTuple):
     request: Spelled
 
 
-class Rules(NamedTuple):
-    """What one Kronecker-factored preconditioner is made of; ``divide``: λ between the factors."""
+def kronecker(
+    layers: Layers, rules: Rules, inversion: Inversion, divide: Divide
+) -> optax.GradientTransformationExtraArgs:
+    """Precondition by damped inverses of Kronecker factors."""
 
-    name: str
-    request: Request
-    inversion: Inversion
-    divide: Callable[..., tuple[jax.Array, jax.Array]]
-    damping: Scalar
-    decay: Scalar
-    statistics_period: Scalar
-    turns: Turns
-    trust_radius: Scalar | None
-    factor_dtype: Any = None
+    def start(layers: Layers) -> dict[str, Any]:
+        return {"bases": {path: identities(layer, inversion) for path, layer in layers.items()}}
 
+    def follow(state: KFACState, layers: Layers, now: Now) -> KFACState:
+        if inversion.method == "woodbury":
+            state = _follow(state, layers, now, inversion)
+        return _refresh(state, layers, now, inversion, divide, rules.turns)
 
-def kronecker(layers: Layers, rules: Rules) -> optax.GradientTransformationExtraArgs:
-    """Precondition by damped inverses of Kronecker factors: what K-FAC and NGD share."""
-    radius = rules.trust_radius
-    check_positive(trust_radius=1 if radius is None else radius)
-    check_period(statistics_period=rules.statistics_period)
-    check_fraction(decay=rules.decay)
-    layers = layers.approximate(rules.request.approximation)
-
-    def init_fn(params: optax.Params) -> KFACState:
-        del params  # shapes come from the layers: params may be placeholders
-        # one compiled program: op by op, every shape would compile on its own
-        return jax.jit(lambda: _initial_state(layers, rules))()
-
-    def update_fn(
-        updates: optax.Updates,
-        state: KFACState,
-        params: optax.Params | None = None,
-        *,
-        statistics: Statistics | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, KFACState]:
-        del params, extra
-        blocks.check_statistics(statistics, layers, rules.name)
-        assert statistics is not None
-        step = state.clock.step
-        lam = at(rules.damping, step)
-        before = state.weights
-        state = estimates.update(state, statistics, layers, at(rules.decay, step))
-        if rules.inversion.method == "woodbury":
-            state = _follow(state, before, statistics, layers, rules)
-        # what was measured for the first time is inverted now, not a period later
-        first = estimates.first_seen(before, state.weights)
-        state = _refresh(state, layers, lam, first, rules)
-        updates, quadratic = _precondition(updates, state, layers, lam)
-        if radius is not None:
-            updates = blocks.trust_region(updates, layers, quadratic, at(radius, step))
-        clock = tick(state.clock, at(rules.statistics_period, step + 1))
-        rejected = state.rejected + jnp.isnan(quadratic)
-        return updates, state._replace(clock=clock, damping=lam, rejected=rejected)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    apply = lambda layer, state, path, x, damping: operate(layer, state.bases[path], x)
+    return preconditioner(layers, rules, Method(KFACState, start, follow, apply))
 
 
-def _initial_state(layers: Layers, rules: Rules) -> KFACState:
-    return KFACState(
-        clock=start(),
-        damping=at(rules.damping, jnp.zeros((), jnp.int32)),
-        bases={path: identities(layer, rules.inversion) for path, layer in layers.items()},
-        request=spell(rules.request),
-        **estimates.start(layers, rules.factor_dtype)._asdict(),
-    )
-
-
-def _follow(
-    state: KFACState,
-    before: dict[Path, jax.Array],
-    statistics: Statistics,
-    layers: Mapping[Path, Layer],
-    rules: Rules,
-) -> KFACState:
+def _follow(state: KFACState, layers: Layers, now: Now, inversion: Inversion) -> KFACState:
     """Inverses that have seen this batch too, by updates of low rank."""
-    rank = rules.inversion.rank
+    rank, statistics = inversion.rank, now.statistics
     assert rank is not None
 
     def seen() -> dict[Path, Factors]:
@@ -129,8 +73,8 @@ def _follow(
                 continue
             sums = estimates.sums_for(layer, statistics)
             batch, good = averages.batch_factors(layer, sums, statistics.examples)
-            decay = at(rules.decay, state.clock.step)
-            rate, _ = averages.rate(before[path], decay, good & (before[path] > 0))
+            before = now.weights[path]
+            rate, _ = averages.rate(before, now.decay, good & (before > 0))
             new = followed(layer, old, batch, rate, rank)
             bases[path], _ = keep_finite(layer, new, old, state.weights[path])
         return bases
@@ -141,10 +85,11 @@ def _follow(
 
 def _refresh(
     state: KFACState,
-    layers: Mapping[Path, Layer],
-    lam: jax.Array,
-    first: jax.Array,
-    rules: Rules,
+    layers: Layers,
+    now: Now,
+    inversion: Inversion,
+    divide: Divide,
+    turns: Turns,
 ) -> KFACState:
     """Inverses of the current factors, where due; the last ones where that fails."""
 
@@ -153,12 +98,12 @@ def _refresh(
         of = lambda path, layer: inverses(
             layer,
             averages.in_full(layer, state.factors[path]),
-            lam,
+            now.damping,
             state.bases[path],
-            rules.inversion,
-            rules.divide,
+            inversion,
+            divide,
         )
-        found = solve({path: of(path, layer) for path, layer in due.items()}, rules.turns.over)
+        found = solve({path: of(path, layer) for path, layer in due.items()}, turns.over)
         for path, layer in due.items():
             old, weights = state.bases[path], state.weights[path]
             new, failures = found[path]
@@ -166,13 +111,5 @@ def _refresh(
             rejected += bad + jnp.where(jnp.any(weights > 0), failures, 0)
         return bases, rejected
 
-    bases, bad = in_turn(layers, rules.turns, state.clock.step, first, state.bases, renew)
+    bases, bad = in_turn(layers, turns, state.clock.step, now.first, state.bases, renew)
     return state._replace(bases=bases, rejected=state.rejected + bad)
-
-
-def _precondition(
-    updates: optax.Updates, state: KFACState, layers: Layers, lam: jax.Array
-) -> tuple[optax.Updates, jax.Array]:
-    """The natural gradient, and ``Δᵀ∇ = ΔᵀFΔ`` of the damped F."""
-    of_layer = lambda path, gradient: operate(layers[path], state.bases[path], gradient)
-    return blocks.map_blocks(updates, layers, of_layer, estimates.over_diagonal(state, lam))

@@ -13,7 +13,8 @@ from natgrad_jax.operators import inversion
 from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.scalars import Scalar, at, check_not_negative
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
-from natgrad_jax.transforms.kronecker import Rules, kronecker
+from natgrad_jax.transforms.kronecker import kronecker
+from natgrad_jax.transforms.preconditioner import Rules
 from natgrad_jax.transforms.refreshing import turns
 
 
@@ -89,16 +90,15 @@ def ngd(
             stride=stride_of(statistics_fraction),
             split="equal",
         ),
-        inversion(inverse, rank, cutoff),
-        equal,
         damping,
         decay,
         statistics_period,
         turns(refresh_period, False, refresh_over),
         per_squared_rate(trust_radius, learning_rate),
     )
+    inner = kronecker(layers, rules, inversion(inverse, rank, cutoff), equal)
     rate = _over(learning_rate, count)
-    return descent(kronecker(layers, rules), layers, rate, trace(momentum), weight_decay)
+    return descent(inner, layers, rate, trace(momentum), weight_decay)
 
 
 def _over(value: Scalar, divisor: int) -> Scalar:

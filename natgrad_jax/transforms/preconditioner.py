@@ -1,0 +1,115 @@
+"""One step of a preconditioner by curvature: what K-FAC, natural gradient and EKFAC share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.clock import start, tick
+from natgrad_jax.layer import Layer
+from natgrad_jax.layers import Layers
+from natgrad_jax.paths import Path
+from natgrad_jax.requests import Request, spell
+from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
+from natgrad_jax.statistics import Statistics
+from natgrad_jax.transforms import blocks, estimates
+from natgrad_jax.transforms.refreshing import Turns
+
+
+class Rules(NamedTuple):
+    """The choices that all have; ``name``: in errors; ``turns``: of refreshes."""
+
+    name: str
+    request: Request
+    damping: Scalar
+    decay: Scalar
+    statistics_period: Scalar
+    turns: Turns
+    trust_radius: Scalar | None
+    factor_dtype: Any = None
+
+
+class Now(NamedTuple):
+    """One step: what comes in, damping and decay of now, the weights of the factors before this
+    batch, and whether anything was measured for the first time."""
+
+    updates: optax.Updates
+    statistics: Statistics
+    damping: jax.Array
+    decay: jax.Array
+    weights: dict[Path, jax.Array]
+    first: jax.Array
+
+
+class Method(NamedTuple):
+    """What one preconditioner makes of the factors.
+
+    ``state``: a NamedTuple with the fields of Estimates, ``clock``, ``damping``, ``request`` and
+    its own, which ``start(layers)`` gives. ``follow(state, layers, now)`` → the state in which the
+    curvature of this step is held, the factors already being those of now. ``apply(layer, state,
+    path, gradient, damping)`` → the layer's natural gradient, packed as the gradient.
+    """
+
+    state: Callable[..., Any]
+    start: Callable[[Layers], dict[str, Any]]
+    follow: Callable[[Any, Layers, Now], Any]
+    apply: Callable[[Layer, Any, Path, jax.Array, jax.Array], jax.Array]
+
+
+def preconditioner(
+    layers: Layers, rules: Rules, method: Method
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation; raises ValueError for numbers out of range."""
+    radius = rules.trust_radius
+    check_positive(trust_radius=1 if radius is None else radius)
+    check_period(statistics_period=rules.statistics_period)
+    check_fraction(decay=rules.decay)
+    layers = layers.approximate(rules.request.approximation)
+
+    def init_fn(params: optax.Params) -> Any:
+        del params  # shapes come from the layers: params may be placeholders
+        # one compiled program: op by op, every shape would compile on its own
+        return jax.jit(lambda: _initial_state(layers, rules, method))()
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        statistics: Statistics | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra
+        blocks.check_statistics(statistics, layers, rules.name)
+        assert statistics is not None
+        step = state.clock.step
+        lam, decay = at(rules.damping, step), at(rules.decay, step)
+        before = state.weights
+        state = estimates.update(state, statistics, layers, decay)
+        # what was measured for the first time is refreshed now, not a period later
+        first = estimates.first_seen(before, state.weights)
+        now = Now(updates, statistics, lam, decay, before, first)
+        state = method.follow(state, layers, now)
+        of_layer = lambda path, x: method.apply(layers[path], state, path, x, lam)
+        over_diagonal = estimates.over_diagonal(state, lam)
+        # the natural gradient, and Δᵀ∇ = ΔᵀFΔ of the damped F
+        updates, quadratic = blocks.map_blocks(updates, layers, of_layer, over_diagonal)
+        if radius is not None:
+            updates = blocks.trust_region(updates, layers, quadratic, at(radius, step))
+        clock = tick(state.clock, at(rules.statistics_period, step + 1))
+        rejected = state.rejected + jnp.isnan(quadratic)
+        return updates, state._replace(clock=clock, damping=lam, rejected=rejected)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _initial_state(layers: Layers, rules: Rules, method: Method) -> Any:
+    return method.state(
+        clock=start(),
+        damping=at(rules.damping, jnp.zeros((), jnp.int32)),
+        request=spell(rules.request),
+        **method.start(layers),
+        **estimates.start(layers, rules.factor_dtype)._asdict(),
+    )
