@@ -85,8 +85,9 @@ def scale_by_ekfac(
         every step, nothing more measured; larger than the Fisher by ``N E[∇]²``.
       basis: ``"low_rank"``: of a dense factor of more than 2 · ``rank`` rows the ``rank`` leading
         eigenvectors, warm-started, and all other directions as one. Memory, refresh and step cost
-        what those of K-FAC's ``inverse="low_rank"`` do. Whole: ``"eigh"``; ``"qr"``, after the
-        first basis one step of orthogonal iteration.
+        what those of K-FAC's ``inverse="low_rank"`` do. (Channels' matrices under ``"sua"`` and
+        those of groups stay whole.) Whole everywhere: ``"eigh"``; ``"qr"``, after the first basis
+        one step of orthogonal iteration.
       rank: for ``low_rank`` (None: 64).
       basis_tolerance: keep a whole basis Q while ``B = QᵀFQ`` has
         ``‖B − diag B‖ ≤ tolerance · ‖B‖``; None to renew it at every refresh.
