@@ -39,7 +39,7 @@ EVALUATED_BATCHES = 4
 RIVALS = ("muon", "soap", "shampoo")
 RIVAL_TASKS = ("mnist-ae", "characters")
 ADAM = (3e-4, 1e-3, 3e-3, 1e-2)  # and SOAP and Shampoo, whose updates are as large
-MUON = (3e-3, 1e-2, 3e-2, 1e-1)
+MUON = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 class Searched(NamedTuple):
