@@ -36,8 +36,9 @@ def bases(opt_state: Any) -> dict[Any, Any]:
       opt_state: as for :func:`factors`.
 
     Returns:
-      From path to the inverses (K-FAC, NGD), the eigenvectors (EKFAC), each in the shapes of the
-      factors, or the :class:`Coordinates` (:func:`in_coordinates`).
+      From path to the inverses (K-FAC, NGD; those of low rank as ``V diag(gains) Vᵀ + shift I``),
+      the eigenvectors in columns (EKFAC; all, or the leading ones), or the :class:`Coordinates`
+      (:func:`in_coordinates`).
 
     Raises:
       ValueError: there is no state of this library that has bases.
