@@ -67,6 +67,7 @@ OPTIMIZERS = {
     "kfac-exact": natural(partial(ng.kfac, inverse="cholesky")),
     "kfac-full": natural(partial(ng.kfac, inverse="cholesky", statistics_period=1, decay=0.95)),
     "ekfac": natural(lambda learning_rate, layers: ng.ekfac(learning_rate, layers)),
+    "ekfac-whole": natural(partial(ng.ekfac, basis="eigh")),
     "sgd": first_order(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9)),
     "adam": first_order(optax.adam),
 }
