@@ -32,6 +32,11 @@ def count(side: Side, basis: jax.Array) -> int:
     return basis.shape[-1] + 1 if is_partial(side, basis) else side.packed
 
 
+def laid_out(side: Side, basis: jax.Array) -> int:
+    """How many numbers :func:`project_rows` has of one row."""
+    return side.packed + (basis.shape[-1] if is_partial(side, basis) else 0)
+
+
 def eigenvalues(
     side: Side, basis: jax.Array, values: jax.Array, factor: jax.Array, bias: jax.Array | None
 ) -> jax.Array:

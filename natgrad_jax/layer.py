@@ -225,12 +225,6 @@ class Layer:
         return self.output_side.unpack(self.input_side.unpack(packed, -2), -1)
 
     @property
-    def packed_shape(self) -> tuple[int, ...]:
-        """Shape of :meth:`pack` for one element of the stack."""
-        columns = 1 if self.output_side is None else self.output_side.packed
-        return (*self.factor_blocks, self.input_side.packed, columns)
-
-    @property
     def _rows(self) -> tuple[int, ...]:
         return tuple(math.prod(layout.sizes(layout.inputs)) for layout in self.layouts)
 

@@ -134,7 +134,8 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
 
     width = call.width(x) * 2 + math.prod(outputs.shape[1:])
     if outputs.shape[1] > 1:
-        width += math.prod(layer.packed_shape)
+        pair = directions.laid_out(left, A) * directions.laid_out(right, G)
+        width += math.prod(layer.factor_blocks) * pair
     return over_chunks(squares, (examples, outputs), width)
 
 

@@ -99,18 +99,13 @@ def of_bases(layer: Layer, factors: Any, bases: Any) -> tuple[Measures, Measures
             continue
         basis = getattr(bases, name)
         values, left, whole = _along(factor, basis)
-        if is_partial(side, basis):
-            drift = _over(_total(layer, left), _total(layer, whole))
-            drifts[f"drift_{name}"] = jnp.sqrt(drift)
-            diagonals[name] = everywhere(
-                side, basis, eigenvalues(side, basis, values, factor, None)
-            )
-            continue
-        none = None if bias is None else jnp.zeros_like(bias)
-        missed = _total(layer, side.spread(left, none))
-        of = _total(layer, side.spread(whole, None if bias is None else bias**2))
-        drifts[f"drift_{name}"] = jnp.sqrt(_over(missed, of))
-        diagonals[name] = side.spread(values, bias)
+        if not is_partial(side, basis):
+            none = None if bias is None else jnp.zeros_like(bias)
+            left = side.spread(left, none)
+            whole = side.spread(whole, None if bias is None else bias**2)
+        drifts[f"drift_{name}"] = jnp.sqrt(_over(_total(layer, left), _total(layer, whole)))
+        along = eigenvalues(side, basis, values, factor, bias)
+        diagonals[name] = everywhere(side, basis, along)
     return drifts, diagonals
 
 

@@ -77,6 +77,8 @@ def _without_room(bases: Any, wanted: Wanted) -> Any:
     """Bases in their own shapes: a slot's arrays may have unit axes in front."""
     if bases is None or wanted.moments is None:
         return bases
-    shapes = (wanted.moments.input_factor_shape, wanted.moments.output_factor_shape)
-    own = (x.reshape(*s[:-1], x.shape[-1]) for x, s in zip(bases, shapes, strict=True) if s)
+    outputs = wanted.moments.output_factor_shape
+    assert outputs is not None
+    shapes = (wanted.moments.input_factor_shape, outputs)
+    own = (x.reshape(*s[:-1], x.shape[-1]) for x, s in zip(bases, shapes, strict=True))
     return type(bases)(*own)

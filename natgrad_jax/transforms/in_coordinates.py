@@ -109,31 +109,22 @@ def in_coordinates(
     >>> tx = ng.in_coordinates(optax.adam(1e-3), ng.Layers({}), "whitening")
     """
     check_layers(layers)
-    if isinstance(inner, Layers) or not hasattr(inner, "update"):
-        raise TypeError(
-            "inner must be an optax transformation; got "
-            f"{type(inner).__name__}. The order is in_coordinates(optax.adam(1e-3), layers)."
-        )
+    _check_inner(inner)
     choice = _choice(coordinates, on_refresh, rank, samples)
     if statistics_period is None:
         statistics_period = 1 if choice.rescaled else 10
     check_positive(epsilon=epsilon, samples=1 if samples is None else samples)
     check_period(statistics_period=statistics_period, refresh_period=refresh_period)
     check_fraction(decay=decay)
+    over = devices(refresh_over)
     rules = following.Rules(
-        choice,
-        epsilon,
-        decay,
-        statistics_period,
-        refresh_period,
-        samples,
-        on_refresh,
-        devices(refresh_over),
+        choice, epsilon, decay, statistics_period, refresh_period, samples, on_refresh, over
     )
     form = approximation(convolution, None, weight_sharing)._replace(centred=choice.centred)
     request = Request(form, inputs_only=not choice.outputs)
     every = layers.approximate(form)
     own = {path: x for path, x in every.items() if charts.applies(x) and choice.find is not None}
+    measured = every if choice.outputs else own
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> InCoordinatesState:
@@ -150,14 +141,21 @@ def in_coordinates(
     ) -> tuple[optax.Updates, InCoordinatesState]:
         blocks.check_paths(paths.leaves(updates), layers)
         if own:
-            given = every if choice.outputs else own
-            blocks.check_statistics(statistics, given, "in_coordinates", choice.outputs)
+            blocks.check_statistics(statistics, measured, "in_coordinates", choice.outputs)
             assert statistics is not None
             state = _followed(state, statistics, updates, params, inner, own, rules)
         mapped = _run(inner, _frozen(updates, layers), state, params, own, extra)
         return _frozen(mapped[0], layers), following.ticked(mapped[1], rules)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_inner(inner: Any) -> None:
+    if isinstance(inner, Layers) or not hasattr(inner, "update"):
+        raise TypeError(
+            "inner must be an optax transformation; got "
+            f"{type(inner).__name__}. The order is in_coordinates(optax.adam(1e-3), layers)."
+        )
 
 
 def _followed(

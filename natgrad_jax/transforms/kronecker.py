@@ -52,14 +52,14 @@ def kronecker(
 
     def follow(state: KFACState, layers: Layers, now: Now) -> KFACState:
         if inversion.method == "woodbury":
-            state = _follow(state, layers, now, inversion)
+            state = _absorb(state, layers, now, inversion)
         return _refresh(state, layers, now, inversion, divide, rules.turns)
 
     apply = lambda layer, state, path, x, damping: operate(layer, state.bases[path], x)
     return preconditioner(layers, rules, Method(KFACState, start, follow, apply))
 
 
-def _follow(state: KFACState, layers: Layers, now: Now, inversion: Inversion) -> KFACState:
+def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) -> KFACState:
     """Inverses that have seen this batch too, by updates of low rank."""
     rank, statistics = inversion.rank, now.statistics
     assert rank is not None
