@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from natgrad_jax.linalg.batching import over_batch
 
-# Up to this size LAPACK is as fast as anything.
+# Up to this size LAPACK is as fast as anything, and up to the larger one a whole product is.
 LEAF = 128
+WHOLE = 512
 
 
 def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
@@ -29,8 +30,7 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
 
 def _damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    half = inverse_root(factor + damping[..., None, None] * eye)
-    return _matmul(half.mT, half)
+    return squared(inverse_root(factor + damping[..., None, None] * eye))
 
 
 def inverse_root(M: jax.Array) -> jax.Array:
@@ -49,8 +49,25 @@ def inverse_root(M: jax.Array) -> jax.Array:
     Y = _matmul(P, M[..., :m, m:])
     R = inverse_root(M[..., m:, m:] - _matmul(Y.mT, Y))
     Q = -_matmul(_matmul(R, Y.mT), P)
-    zeros = jnp.zeros((*M.shape[:-2], m, n - m), M.dtype)
-    top, bottom = (jnp.concatenate(row, axis=-1) for row in ((P, zeros), (Q, R)))
+    return _blocks(P, jnp.zeros((*M.shape[:-2], m, n - m), M.dtype), Q, R)
+
+
+def squared(half: jax.Array) -> jax.Array:
+    """``HᵀH`` of a lower triangular H, ``(*batch, n, n)``, by halves: half of a product's work.
+
+    ``H = [[P, 0], [Q, R]]`` has ``HᵀH = [[PᵀP + QᵀQ, QᵀR], [RᵀQ, RᵀR]]``.
+    """
+    n = half.shape[-1]
+    if n <= WHOLE:
+        return _matmul(half.mT, half)
+    m = n // 2
+    P, Q, R = half[..., :m, :m], half[..., m:, :m], half[..., m:, m:]
+    corner = _matmul(Q.mT, R)
+    return _blocks(squared(P) + _matmul(Q.mT, Q), corner, corner.mT, squared(R))
+
+
+def _blocks(A: jax.Array, B: jax.Array, C: jax.Array, D: jax.Array) -> jax.Array:
+    top, bottom = jnp.concatenate([A, B], axis=-1), jnp.concatenate([C, D], axis=-1)
     return jnp.concatenate([top, bottom], axis=-2)
 
 
