@@ -128,7 +128,8 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
         a, g = _project(layer, left, A, call.inputs(x)), _project(layer, right, G, g)
         if a.shape[1] == 1:  # the square of one product is the product of the squares
             a, g = means(left, A, jnp.square(a)), means(right, G, jnp.square(g))
-            return _einsum("nt...i,nt...o->...io", a, g, replicated(a, a.ndim - 1))
+            a, g = _joined(a), _joined(g)
+            return _einsum("n...i,n...o->...io", a, g, replicated(a, a.ndim))
         found = jnp.sum(jnp.square(_einsum("nt...i,nt...o->n...io", a, g)), axis=0)
         return means(left, A, means(right, G, found), on_rows=True)
 
@@ -197,14 +198,20 @@ def _gram(layer: Layer, side: Any, rows: jax.Array) -> jax.Array:
 
 def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """``Σ r rᵀ`` over the two leading axes, accumulated in ``dtype``."""
+    rows = _joined(rows)
     return jnp.einsum(
-        "nt...i,nt...j->...ij",
+        "n...i,n...j->...ij",
         rows,
         rows,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
-        out_sharding=replicated(rows, rows.ndim - 1),
+        out_sharding=replicated(rows, rows.ndim),
     ).astype(dtype)
+
+
+def _joined(rows: jax.Array) -> jax.Array:
+    """The two leading axes as one: over two, XLA writes a transposed copy of the rows first."""
+    return rows.reshape(-1, *rows.shape[2:])
 
 
 def over_chunks(
