@@ -214,15 +214,21 @@ def _times(side: Side, factor: Any, bias: jax.Array | None, x: jax.Array) -> jax
     return jnp.concatenate([out, rest], axis=-2)
 
 
-def keep_finite(layer: Layer, new: Any, old: Any, weights: jax.Array) -> tuple[Any, jax.Array]:
+def keep_finite(
+    layer: Layer, new: Any, old: Any, weights: jax.Array, told_by: Any = None
+) -> tuple[Any, jax.Array]:
     """``new`` where it is finite and its factors were measured, else ``old``; and how many failed.
 
-    All matrices of one element of the stack are kept or dropped together.
+    All matrices of one element of the stack are kept or dropped together. ``told_by``: arrays of
+    which one is not finite wherever ``new`` is not; all of ``new`` by default, but of inverses of
+    low rank only the shift, in which every eigenvalue is summed.
     """
     lead = len(layer.stack)
     finite = jnp.ones(weights.shape, bool)
-    for x in jax.tree.leaves(new):
-        finite &= jnp.isfinite(x.sum(tuple(range(lead, x.ndim))))
+    is_low_rank = lambda x: isinstance(x, LowRank)
+    for x in jax.tree.leaves(new if told_by is None else told_by, is_leaf=is_low_rank):
+        told = x.shift if is_low_rank(x) else x
+        finite &= jnp.isfinite(told.sum(tuple(range(lead, told.ndim))))
     known = weights > 0
     use = known & finite
 

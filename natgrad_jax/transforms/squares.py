@@ -105,7 +105,9 @@ def refresh(
             turned = products
             if layer.block == "kronecker":
                 turned = jnp.where(known, carried(layer, S, old, bases), products)
-            pair, bad = keep_finite(layer, (bases, turned), (old, S), state.weights[path])
+            weights = state.weights[path]
+            # the moments are made of all bases
+            pair, bad = keep_finite(layer, (bases, turned), (old, S), weights, told_by=turned)
             started = unseen(path) & (bad == 0)
             new[path] = (*pair, jnp.where(started, 1 - decay, weight).astype(weight.dtype))
             rejected += bad
