@@ -128,8 +128,7 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
         a, g = _project(layer, left, A, call.inputs(x)), _project(layer, right, G, g)
         if a.shape[1] == 1:  # the square of one product is the product of the squares
             a, g = means(left, A, jnp.square(a)), means(right, G, jnp.square(g))
-            a, g = _joined(a), _joined(g)
-            return _einsum("n...i,n...o->...io", a, g, replicated(a, a.ndim))
+            return _einsum("n...i,n...o->...io", a[:, 0], g[:, 0], replicated(a, a.ndim - 1))
         found = jnp.sum(jnp.square(_einsum("nt...i,nt...o->n...io", a, g)), axis=0)
         return means(left, A, means(right, G, found), on_rows=True)
 
@@ -192,26 +191,26 @@ def _gram(layer: Layer, side: Any, rows: jax.Array) -> jax.Array:
     dtype = layer.factor_dtype
     if side.diagonal:
         return jnp.sum(jnp.square(rows.astype(dtype)), axis=(0, 1))
-    products = gram(side.rows(rows), dtype)
+    rows = side.rows(rows)
+    if layer.kind.startswith("conv"):  # one axis; not a sequence's, which devices may divide
+        rows = rows.reshape(-1, *rows.shape[2:])[:, None]
+    products = gram(rows, dtype)
     return products / side.places if side.shared else products
 
 
 def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """``Σ r rᵀ`` over the two leading axes, accumulated in ``dtype``."""
-    rows = _joined(rows)
+    out_sharding, leading = replicated(rows, rows.ndim - 1), "nt"
+    if rows.shape[1] == 1:  # over two axes XLA writes a transposed copy of the rows first
+        rows, leading = rows[:, 0], "n"
     return jnp.einsum(
-        "n...i,n...j->...ij",
+        f"{leading}...i,{leading}...j->...ij",
         rows,
         rows,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
-        out_sharding=replicated(rows, rows.ndim),
+        out_sharding=out_sharding,
     ).astype(dtype)
-
-
-def _joined(rows: jax.Array) -> jax.Array:
-    """The two leading axes as one: over two, XLA writes a transposed copy of the rows first."""
-    return rows.reshape(-1, *rows.shape[2:])
 
 
 def over_chunks(

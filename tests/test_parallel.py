@@ -1,5 +1,6 @@
 """One device and four give the same training, whichever way the four are used."""
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgrad_jax as ng
+from natgrad_jax.sums import gram
 
 DEVICES, STEPS = 4, 5
 
@@ -224,3 +226,14 @@ def test_a_batch_that_varies_needs_its_axis_named(problem: Any) -> None:
     )
     with pytest.raises(ValueError, match="pass axis_name='data'"):
         jax.jit(step)(params, batch)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_positions_that_devices_divide_are_not_gathered(kind: AxisType) -> None:
+    both = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=(kind,) * 2)
+    x = jax.random.normal(jax.random.key(0), (4, 6, 5))
+    divided = jax.device_put(x, NamedSharding(both, P("data", "sequence")))
+    program = jax.jit(partial(gram, dtype=jnp.float32)).lower(divided).compile()
+    np.testing.assert_allclose(program(divided), jnp.einsum("nti,ntj->ij", x, x), rtol=1e-5)
+    moved = re.findall(r"(all-\w+|collective-\w+)\(", program.as_text())
+    assert set(moved) == {"all-reduce"}

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 
 def over_batch(op: Callable[..., Any], matrices: jax.Array, *others: jax.Array) -> Any:
