@@ -7,13 +7,14 @@ An MLP of square layers (tanh, Gaussian loss, random data): over widths at depth
 at width 256, its layers unrolled or stacked by ``nn.scan``. SGD with momentum, K-FAC at its
 defaults, and K-FAC with full inverses by Cholesky (else at its defaults) take turns, so that a
 machine whose speed drifts slows all of them. One program a method takes all its steps, by schedules
-of both periods: one that measures and refreshes, one that measures, the one after, and an ordinary
-one. ``refresh`` is what the first takes longer than the second; ``statistics`` what the second and
+of both periods: one that measures and refreshes, one that measures, the one after, and ordinary
+ones. ``refresh`` is what the first takes longer than the second; ``statistics`` what the second and
 the one after take longer than ordinary ones (on a CPU a measurement of large factors leaves memory
-that the next step has to map anew); the mean step is computed of them at the default periods. Times are medians over the rounds after a first one that
-is thrown away. State is the optimizer's; peak memory is the compiled step's own account (arguments,
-results, temporaries). Compile seconds are those until a first step could be taken: layers found,
-state made, step traced and compiled; what only a first compilation costs is paid before.
+that the next step has to map anew); the mean step is computed of them at the default periods. Times
+are medians over the rounds after a first one that is thrown away. State is the optimizer's; peak
+memory is the compiled step's own account (arguments, results, temporaries). Compile seconds are
+those until a first step could be taken: layers found, state made, step traced and compiled; what
+only a first compilation costs is paid before.
 
 A point that would take longer than --limit-seconds, by how the last two grew, is left out with all
 larger ones of its method, and named. Writes PREFIX.json and PREFIX.png.
@@ -46,7 +47,7 @@ WIDTHS, DEPTHS = (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64)
 WIDTH, DEPTH = 256, 4  # of the other series
 LEARNING_RATE = 1e-3
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")  # what decides speed on a CPU
-KINDS = ("refresh", "statistics", "after", "ordinary")  # of step 0, 1, 2, 3, 4, …: in turn
+KINDS = ("refresh", "statistics", "after", *["ordinary"] * 3)  # of step 0, 1, 2, 3, …: in turn
 
 
 class Block(nn.Module):
@@ -160,7 +161,8 @@ def measure(
 def make_point(
     series: str, size: int, method: str, program: Program, taken: list[list[float]], loss: float
 ) -> Point:
-    refresh, statistics, after, ordinary = np.median(taken[1:], axis=0)
+    refresh, statistics, after, *_ = np.median(taken[1:], axis=0)
+    ordinary = np.median(np.asarray(taken)[1:, KINDS.index("ordinary") :])
     share = {}
     mean = ordinary
     if method == "sgd":  # all its steps are alike

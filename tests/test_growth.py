@@ -56,10 +56,10 @@ def test_what_takes_too_long_is_left_out_and_named(
 
 def test_one_program_takes_every_kind_of_step() -> None:
     """Schedules of both periods: refresh and statistics, statistics alone, neither."""
-    steps = np.arange(9)
+    steps = np.arange(12)
     due = lambda period: [int(step) % int(period(np.int32(step))) == 0 for step in steps]
-    assert due(growth.refreshes) == [True, False, False] * 3
-    assert due(growth.measures) == [True, True, False] * 3
+    assert due(growth.refreshes) == ([True] + [False] * 5) * 2
+    assert due(growth.measures) == ([True] * 2 + [False] * 4) * 2
 
 
 def test_exponents_are_slopes_of_logarithms() -> None:
