@@ -9,12 +9,12 @@ defaults, and K-FAC with full inverses by Cholesky (else at its defaults) take t
 machine whose speed drifts slows all of them. One program a method takes all its steps, by schedules
 of both periods: one that measures and refreshes, one that measures, the one after, and ordinary
 ones. ``refresh`` is what the first takes longer than the second; ``statistics`` what the second and
-the one after take longer than ordinary ones (on a CPU a measurement of large factors leaves memory
-that the next step has to map anew); the mean step is computed of them at the default periods. Times
-are medians over the rounds after a first one that is thrown away. State is the optimizer's; peak
-memory is the compiled step's own account (arguments, results, temporaries). Compile seconds are
-those until a first step could be taken: layers found, state made, step traced and compiled; what
-only a first compilation costs is paid before.
+the one after take longer than ordinary ones (on a CPU, with factors of tens of megabytes, that one
+takes longer too); the mean step is computed of them at the default periods. Times are medians over
+the rounds after a first one that is thrown away. State is the optimizer's; peak memory is the
+compiled step's own account (arguments, results, temporaries). Compile seconds are those until a
+first step could be taken: layers found, state made, step traced and compiled; what only a first
+compilation costs is paid before.
 
 A point that would take longer than --limit-seconds, by how the last two grew, is left out with all
 larger ones of its method, and named. Writes PREFIX.json and PREFIX.png.
