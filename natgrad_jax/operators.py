@@ -220,15 +220,12 @@ def keep_finite(
     """``new`` where it is finite and its factors were measured, else ``old``; and how many failed.
 
     All matrices of one element of the stack are kept or dropped together. ``told_by``: arrays of
-    which one is not finite wherever ``new`` is not; all of ``new`` by default, but of inverses of
-    low rank only the shift, in which every eigenvalue is summed.
+    which one is not finite wherever ``new`` is not, where fewer than all of ``new`` tell.
     """
     lead = len(layer.stack)
     finite = jnp.ones(weights.shape, bool)
-    is_low_rank = lambda x: isinstance(x, LowRank)
-    for x in jax.tree.leaves(new if told_by is None else told_by, is_leaf=is_low_rank):
-        told = x.shift if is_low_rank(x) else x
-        finite &= jnp.isfinite(told.sum(tuple(range(lead, told.ndim))))
+    for x in jax.tree.leaves(new if told_by is None else told_by):
+        finite &= jnp.isfinite(x.sum(tuple(range(lead, x.ndim))))
     known = weights > 0
     use = known & finite
 

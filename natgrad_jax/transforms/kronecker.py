@@ -107,7 +107,9 @@ def _refresh(
         for path, layer in due.items():
             old, weights = state.bases[path], state.weights[path]
             new, failures = found[path]
-            bases[path], bad = keep_finite(layer, new, old, weights)
+            # in the shift of an inverse of low rank every eigenvalue is summed
+            told_by = [getattr(x, "shift", x) for x in new]
+            bases[path], bad = keep_finite(layer, new, old, weights, told_by)
             rejected += bad + jnp.where(jnp.any(weights > 0), failures, 0)
         return bases, rejected
 
