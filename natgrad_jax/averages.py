@@ -82,8 +82,7 @@ def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, j
     seen = (sums.rows > 0) & (examples > 0)
     rows, count = jnp.where(seen, sums.rows, 1), jnp.where(seen, examples, 1)
     if layer.output_side is None:
-        factors = Factors(_over(sums.A, count))
-        return factors, seen & _finite(layer, factors)
+        return Factors(_over(sums.A, count)), seen & _finite(layer, Factors(sums.A))
     on_outputs = layer.kind.startswith("conv") and not layer.approximation.centred
     over_a, over_g = (count, rows) if on_outputs else (rows, count)
     bias = None
@@ -93,9 +92,9 @@ def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, j
     lead = layer.stack_sizes + layer.factor_blocks
     A, G = _form(layer.input_side, sums.A, lead), None
     if sums.G is not None:
-        G = _over(_form(layer.output_side, sums.G, lead), over_g)
-    factors = pair(_over(A, over_a), G, bias)
-    return factors, seen & _finite(layer, factors)
+        G = _form(layer.output_side, sums.G, lead)
+    finite = _finite(layer, Factors(A, G))
+    return pair(_over(A, over_a), None if G is None else _over(G, over_g), bias), seen & finite
 
 
 def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, jax.Array]:

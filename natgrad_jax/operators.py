@@ -128,8 +128,7 @@ def _problem(side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: I
     damping = damping.astype(factor.dtype)
     damping = jnp.broadcast_to(damping[..., None] if side.grouped else damping, factor.shape[:-2])
     if how.low_rank(side):
-        size = jnp.full(damping.shape, side.width, damping.dtype)
-        return Problem(low_rank_inverse, (factor, damping, old.V, size), fills=True)
+        return Problem(low_rank_inverse, (factor, damping, old.V))
     return _exact(factor, damping, old, how)
 
 

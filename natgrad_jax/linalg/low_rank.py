@@ -96,9 +96,7 @@ def initial_subspace(shape: tuple[int, ...], rank: int, dtype: Any) -> jax.Array
     return jnp.broadcast_to(waves.astype(dtype), (*shape, rank))
 
 
-def low_rank_inverse(
-    factor: jax.Array, damping: jax.Array, start: jax.Array, size: jax.Array | None = None
-) -> LowRank:
+def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) -> LowRank:
     """``(F + d I)⁻¹`` from k leading eigenpairs, the rest of the spectrum taken at its mean.
 
     With r the mean of the eigenvalues that are left out, ``(tr F − Σ dᵢ) / (n − k)``::
@@ -106,8 +104,7 @@ def low_rank_inverse(
         V diag(1 / (dᵢ + d) − 1 / (r + d)) Vᵀ + I / (r + d)
 
     Exact where the others are equal; otherwise the error is at most that of taking each of them
-    for r. Arguments as in :func:`subspace`; ``damping (*batch,)`` is positive; ``size``,
-    ``(*batch,)``, is n where the factor is filled up with zeros.
+    for r. Arguments as in :func:`subspace`; ``damping (*batch,)`` is positive.
 
     >>> import jax.numpy as jnp
     >>> F = jnp.diag(jnp.array([3.0, 1.0, 1.0]))
@@ -118,7 +115,6 @@ def low_rank_inverse(
     """
     V, values = subspace(factor, start)
     n, k = V.shape[-2:]
-    others = jnp.maximum((n if size is None else size) - k, 1)
     left = trace_of(factor) - values.sum(-1)
-    rest = jnp.maximum(left, 0) / others + damping
+    rest = jnp.maximum(left, 0) / max(n - k, 1) + damping
     return LowRank(V, 1 / (values + damping[..., None]) - 1 / rest[..., None], 1 / rest)
