@@ -61,8 +61,7 @@ def natural(alias: Callable, fisher: str = "mc") -> Callable[..., Contender]:
 
 OPTIMIZERS = {
     "kfac": natural(lambda learning_rate, layers: ng.kfac(learning_rate, layers)),
-    "kfac-spread": natural(partial(ng.kfac, spread=True)),
-    "kfac-even": natural(partial(ng.kfac, spread=True, statistics_fraction=0.5)),
+    "kfac-at-once": natural(partial(ng.kfac, spread=False, statistics_fraction=1.0)),
     "kfac-wide": natural(partial(ng.kfac, trust_radius=1e-2)),  # what its docstring tells for these
     "kfac-exact": natural(partial(ng.kfac, inverse="cholesky")),
     "kfac-full": natural(partial(ng.kfac, inverse="cholesky", statistics_period=1, decay=0.95)),

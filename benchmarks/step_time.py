@@ -6,7 +6,8 @@
 The autoencoder 784-1000-500-250-30-…-784 on images of its size (random pixels: what they show
 does not change the time). All optimizers run in one process, in turn, so that a machine whose
 speed drifts slows all of them; peak memory is that of a process of its own. The loss after the
-run stands beside the times. Writes PREFIX.json.
+run stands beside the times. The steps that follow a change of optimizer are not timed: they pay for
+memory that the other's program gave back. Writes PREFIX.json.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 STEPS_A_ROUND = 20  # a whole refresh period of the defaults
+UNTIMED = 5  # steps before those, of each round
 
 
 class Timed(NamedTuple):
@@ -83,11 +85,12 @@ def measure(names: Sequence[str], size: int, rounds: int, data: str) -> dict[str
     for turn in range(rounds):
         for name, runner in runners.items():
             state = runner.state
-            for i in range(STEPS_A_ROUND):
+            for i in range(UNTIMED + STEPS_A_ROUND):
                 begun = time.perf_counter()
                 *state, loss = runner.step(*state, images, jax.random.key(turn * 1000 + i))
                 loss.block_until_ready()
-                steps[name].append(time.perf_counter() - begun)
+                if i >= UNTIMED:
+                    steps[name].append(time.perf_counter() - begun)
             runners[name] = runner._replace(state=state)
             losses[name] = float(loss)
     return {name: Timed(steps[name], runners[name].first, losses[name]) for name in names}

@@ -71,7 +71,8 @@ def plan(layers: Layers, opt_state: Any, fisher: str) -> Plan:
     if asked and all(request.inputs_only for request, _ in asked):
         fisher = "none"
     forms = {request.approximation for request, _ in asked}
-    stride = min((request.stride for request, _ in asked), default=1)
+    strides = [request.stride for request, _ in asked]
+    stride = min(strides, key=lambda s: 1.5 if s is None else s, default=1)  # None is 1 or 2
     own = layers.approximate(forms.pop() if len(forms) == 1 else Approximation())
     both = None
     if len({request.approximation for request, _ in asked}) != 1:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.kinds.thinned import Thinned
 from natgrad_jax.layer import Layer
+from natgrad_jax.requests import usual_stride
 from natgrad_jax.sums import (
     Rows,
     Sums,
@@ -25,7 +26,7 @@ class Wanted(NamedTuple):
     ``sums``: positions as examples; ``reduced``: positions summed first; ``moments``: squares of
     examples' gradients in the current eigenbasis, an array of ``moments_shape``. ``examples``: of
     one call, for ``reduced`` of a layer that is called several times. ``stride``: of the examples
-    that are looked at.
+    that are looked at, None where their number decides.
     """
 
     sums: Layer | None
@@ -33,7 +34,7 @@ class Wanted(NamedTuple):
     moments: Layer | None = None
     moments_shape: tuple[int, ...] = ()
     examples: int = 0
-    stride: int = 1
+    stride: int | None = 1
 
     @property
     def layer(self) -> Layer:
@@ -55,7 +56,9 @@ def read(wanted: Wanted, call: Any, x: Any, g: jax.Array, bases: Any) -> Reading
 
     With a stride, what every such example adds, times all examples over those.
     """
-    few = call if wanted.stride == 1 else Thinned(call, wanted.stride)
+    n = jax.eval_shape(call.outputs, g).shape[0]
+    stride = usual_stride(n) if wanted.stride is None else wanted.stride
+    few = call if stride == 1 else Thinned(call, stride)
     sums = reduced = moments = None
     if wanted.sums is not None:
         sums = measure(wanted.sums, few, x, g)
@@ -64,9 +67,8 @@ def read(wanted: Wanted, call: Any, x: Any, g: jax.Array, bases: Any) -> Reading
     if wanted.moments is not None:
         moments = measure_moments(wanted.moments, few, x, g, bases)
     found = Readings(sums, reduced, moments)
-    if wanted.stride > 1:
-        n = jax.eval_shape(call.outputs, g).shape[0]
-        found = jax.tree.map(lambda s: s * (n / len(range(0, n, wanted.stride))), found)
+    if stride > 1:
+        found = jax.tree.map(lambda s: s * (n / len(range(0, n, stride))), found)
     if wanted.reduced is not None and wanted.reduced.calls > 1:  # rows of every example
         found = found._replace(reduced=measure_rows(wanted.reduced, call, x, g))
     return found

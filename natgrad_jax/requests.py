@@ -14,17 +14,20 @@ from natgrad_jax.clock import Clock
 
 Spelled = dict[str, tuple[()]]
 
+ENOUGH = 256  # examples to measure, where no fraction is given: all of fewer than twice as many
+
 
 class Request(NamedTuple):
     """``approximation`` of the factors; ``moments``: whether squares in the current bases too;
     ``inputs_only``: whether input factors alone, for which no Fisher pass is needed; ``stride``: of
-    the examples that are measured. ``split``: how damping is divided between factors, which the
-    backward pass need not know, and diagnostics ask."""
+    the examples that are measured, None for :func:`usual_stride` of their number. ``split``: how
+    damping is divided between factors, which the backward pass need not know, and diagnostics
+    ask."""
 
     approximation: Approximation = Approximation()
     moments: bool = False
     inputs_only: bool = False
-    stride: int = 1
+    stride: int | None = 1
     split: str = "pi"
 
 
@@ -47,15 +50,19 @@ def parse(spelled: Spelled) -> Request:
         values["group_size"] = int(values["group_size"])
     if "centred" in values:
         values["centred"] = values["centred"] == "True"
-    stride, split = int(values.pop("stride", 1)), values.pop("split", "pi")
+    stride, split = values.pop("stride", "1"), values.pop("split", "pi")
+    stride = None if stride == "None" else int(stride)
     flags = ("moments" in spelled, "inputs_only" in spelled)
     return Request(Approximation(**values), *flags, stride, split)
 
 
-def stride_of(fraction: Any) -> int:
-    """``statistics_fraction`` as a stride, 1 for None; raises ValueError where it is none."""
+def stride_of(fraction: Any, period: Any) -> int | None:
+    """``statistics_fraction`` as a stride; raises ValueError where it is none.
+
+    Without one all examples count where every step measures, else :func:`usual_stride` decides.
+    """
     if fraction is None:
-        return 1
+        return 1 if isinstance(period, int | float) and period == 1 else None
     known = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if not known or not 0 < fraction <= 1:
         raise ValueError(
@@ -64,6 +71,11 @@ def stride_of(fraction: Any) -> int:
             "optax.inject_hyperparams name it in static_args.)"
         )
     return max(round(1 / fraction), 1)
+
+
+def usual_stride(examples: int) -> int:
+    """2 where a half are as many examples as the factors need, else 1."""
+    return 2 if examples >= 2 * ENOUGH else 1
 
 
 def states(opt_state: Any) -> list[Any]:

@@ -4,6 +4,7 @@ import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -324,6 +325,29 @@ def test_statistics_of_every_second_example_stand_for_all(case: Case, float64: N
     for ours, wanted in zip(jax.tree.leaves(thinned), jax.tree.leaves(whole), strict=True):
         assert_close(ours, 2 * wanted)
     jax.tree.map(assert_close, grads, all_grads)
+
+
+@pytest.mark.parametrize("make", [ng.scale_by_kfac, ng.scale_by_ekfac])
+def test_a_half_of_many_examples_is_measured(make: Any) -> None:
+    model = nn.Dense(3)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+
+    def measured(n: int, **options: Any) -> jax.Array:
+        x, y = jax.random.normal(jax.random.key(1), (n, 4)), jnp.arange(n) % 3
+        loss_fn = lambda params: ng.Categorical(model.apply({"params": params}, x)).nll(y)
+        layers = ng.find_layers(loss_fn, params)
+        state = make(layers, **options).init(params)
+        grad_fn = ng.value_and_grad(loss_fn, layers, fisher="empirical")
+        _, _, found = grad_fn(params, opt_state=state)
+        assert found.examples == found.layers[()].rows == n
+        return found.layers[()].A
+
+    whole, half = (measured(512, statistics_fraction=f) for f in (1.0, 0.5))
+    assert oracle.relative(np.asarray(half), np.asarray(whole)) > 1e-3
+    np.testing.assert_array_equal(measured(512), half)
+    np.testing.assert_array_equal(measured(512, statistics_period=lambda step: 5), half)
+    np.testing.assert_array_equal(measured(512, statistics_period=1), whole)
+    np.testing.assert_array_equal(measured(511), measured(511, statistics_fraction=1.0))
 
 
 def assert_close(ours: jax.Array, wanted: jax.Array) -> None:

@@ -12,6 +12,7 @@ from transformations import BASE, Batch, Poison, batch, compiled, finite
 import natgrad_jax as ng
 from natgrad_jax.clock import Clock
 from natgrad_jax.requests import states
+from natgrad_jax.transforms.refreshing import PERIOD
 
 pytestmark = pytest.mark.once
 
@@ -172,7 +173,7 @@ def test_a_basis_that_cannot_be_found_leaves_the_last(name: str) -> None:
     bad = jax.tree.map(spoiled, due(state), is_leaf=is_ours)
     nothing = batch(1)._replace(where=jnp.zeros_like(batch(1).where))  # measures no new factor
     later = bad
-    for _ in range(2):  # by then it was every layer's turn
+    for _ in range(PERIOD):  # by then it was every layer's turn
         _, later, updates, _ = step(params, later, nothing, jax.random.key(1), Poison())
         assert finite((updates, ng.bases(later)))
     old, new = (ng.bases(x)["head",] for x in (state, later))

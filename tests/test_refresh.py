@@ -19,6 +19,7 @@ from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.linalg.divided import balanced, devices
 from natgrad_jax.linalg.eigenbasis import eigenbasis
 from natgrad_jax.linalg.stacking import Problem, in_stacks
+from natgrad_jax.transforms.refreshing import turns
 
 PERIOD = 4
 
@@ -50,9 +51,8 @@ def problem(depth: int) -> Any:
 def bases_over_time(make: Any, steps: int, statistics_period: int) -> list[tuple[Any, Any]]:
     """Updates and bases of each step, the parameters staying where they are."""
     loss_fn, params, batch, layers = problem(5)
-    tx = make(
-        layers, statistics_period=statistics_period, refresh_period=PERIOD, statistics_fraction=0.5
-    )
+    own = {"statistics_period": statistics_period, "statistics_fraction": 0.5}
+    tx = partial(make, **({"refresh_period": PERIOD} | make.keywords))(layers, **own)
     grad_fn = ng.value_and_grad(loss_fn, layers)
 
     @jax.jit
@@ -67,6 +67,15 @@ def bases_over_time(make: Any, steps: int, statistics_period: int) -> list[tuple
     return found
 
 
+def changes(found: list[tuple[Any, Any]]) -> list[set[Any]]:
+    """The layers whose bases are others than at the step before."""
+    return [
+        {path for path in new if not all(jax.tree.leaves(
+            jax.tree.map(jnp.array_equal, new[path], old[path])))}
+        for (_, old), (_, new) in pairwise(found)
+    ]  # fmt: skip
+
+
 MAKERS = {
     "kfac": ng.scale_by_kfac,
     "kfac, low rank": partial(ng.scale_by_kfac, inverse="low_rank", rank=2),
@@ -77,11 +86,7 @@ MAKERS = {
 @pytest.mark.parametrize("name", MAKERS)
 def test_layers_in_turn_are_refreshed_once_a_period_each(name: str) -> None:
     found = bases_over_time(partial(MAKERS[name], spread=True), 3 * PERIOD, 1)
-    changed = [
-        {path for path in new if not all(jax.tree.leaves(
-            jax.tree.map(jnp.array_equal, new[path], old[path])))}
-        for (_, old), (_, new) in pairwise(found)
-    ]  # fmt: skip
+    changed = changes(found)
     paths = set(found[0][1])
     for start in range(0, 2 * PERIOD, PERIOD):
         turns = changed[start : start + PERIOD]
@@ -94,6 +99,16 @@ def test_layers_in_turn_are_refreshed_once_a_period_each(name: str) -> None:
 def test_in_turn_and_together_agree_while_factors_stay(name: str) -> None:
     own = [bases_over_time(partial(MAKERS[name], spread=s), 3, 100)[-1][0] for s in (True, False)]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *own)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_layers_are_in_turn_unless_a_period_or_devices_are_given(name: str) -> None:
+    found = bases_over_time(partial(MAKERS[name], refresh_period=None), 21, 1)
+    moved = changes(found)
+    assert sum(map(len, moved[:20])) == len(found[0][1]) == 6 and max(map(len, moved)) == 1
+    assert not any(moved[:10])  # in the first half of the first period
+    assert not turns(20, None, None).spread and not turns(None, None, "data").spread
+    assert not turns(None, False, None).spread and turns(None, None, None).period == 20
 
 
 def programs(equation: Any) -> list[Any]:
@@ -114,7 +129,7 @@ def primitives(jaxpr: Any) -> Any:
 def test_programs_do_not_grow_with_layers_of_equal_size() -> None:
     def factorisations(depth: int) -> int:
         loss_fn, params, batch, layers = problem(depth)
-        tx = ng.scale_by_kfac(layers)
+        tx = ng.scale_by_kfac(layers, spread=False)
         _, grads, statistics = jax.eval_shape(
             lambda: ng.value_and_grad(loss_fn, layers)(params, *batch, rng=jax.random.key(0))
         )

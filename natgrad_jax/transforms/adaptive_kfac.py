@@ -28,7 +28,7 @@ def adaptive_kfac(
     statistics_period: Scalar = 1,
     statistics_fraction: float | None = None,
     refresh_period: Scalar = 5,
-    spread: bool = False,
+    spread: bool | None = None,
     refresh_over: Any = None,
     factor_dtype: Any = None,
     convolution: str = "kfc",

@@ -27,8 +27,8 @@ def scale_by_ekfac(
     decay: Scalar = 0.8,
     statistics_period: Scalar = 10,
     statistics_fraction: float | None = None,
-    refresh_period: Scalar = 20,
-    spread: bool = False,
+    refresh_period: Scalar | None = None,
+    spread: bool | None = None,
     refresh_over: Any = None,
     factor_dtype: Any = None,
     moments: str = "intra_batch",
@@ -70,9 +70,13 @@ def scale_by_ekfac(
         bias-corrected. With a shorter ``statistics_period`` nearer to 1.
       statistics_period: steps from one measurement to the next; the first step always measures.
       statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
-        example of each layer's, k the nearest whole number to its inverse; None for all.
-      refresh_period: steps from one basis to the next; the first step always finds one.
+        example of each layer's, k the nearest whole number to its inverse. None: a half of 512
+        examples and more (on each device, and of each micro-batch), all of fewer, and all where
+        ``statistics_period`` is 1.
+      refresh_period: steps from one basis to the next; the first step always finds one. None: 20,
+        the layers in turn.
       spread: refresh each layer at its own step of the period, by cost, instead of all in one step.
+        None: so where no ``refresh_period`` is given, and no ``refresh_over``.
       refresh_over: the devices that divide a refresh among them: the name of the axis inside
         shard_map or pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None
         where each device does all of it.
@@ -121,7 +125,7 @@ def scale_by_ekfac(
         Request(
             approximation(convolution, group_size, weight_sharing),
             moments=moments == "intra_batch",
-            stride=stride_of(statistics_fraction),
+            stride=stride_of(statistics_fraction, statistics_period),
         ),
         damping,
         decay,
@@ -154,8 +158,8 @@ def ekfac(
     decay: Scalar = 0.8,
     statistics_period: Scalar = 10,
     statistics_fraction: float | None = None,
-    refresh_period: Scalar = 20,
-    spread: bool = False,
+    refresh_period: Scalar | None = None,
+    spread: bool | None = None,
     refresh_over: Any = None,
     factor_dtype: Any = None,
     moments: str = "intra_batch",

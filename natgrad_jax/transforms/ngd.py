@@ -87,7 +87,7 @@ def ngd(
         "ngd",
         Request(
             approximation(convolution, group_size, weight_sharing),
-            stride=stride_of(statistics_fraction),
+            stride=stride_of(statistics_fraction, statistics_period),
             split="equal",
         ),
         damping,

@@ -16,6 +16,8 @@ from natgrad_jax.sides import Side
 
 T = TypeVar("T")
 
+PERIOD = 20  # steps, where none is given
+
 
 class Turns(NamedTuple):
     """``period``: steps from one refresh of a layer to its next; ``spread``: whether the layers
@@ -26,8 +28,14 @@ class Turns(NamedTuple):
     over: Devices | None = None
 
 
-def turns(period: Scalar, spread: bool, over: Any) -> Turns:
-    """The checked choice; raises ValueError."""
+def turns(period: Scalar | None, spread: bool | None, over: Any) -> Turns:
+    """The checked choice; in turn if no period is given and each device does all of the work.
+
+    Raises ValueError.
+    """
+    if spread is None:
+        spread = period is None and over is None
+    period = PERIOD if period is None else period
     check_period(refresh_period=period)
     if spread and not isinstance(period, int | float):
         raise ValueError(
@@ -41,14 +49,15 @@ def turns(period: Scalar, spread: bool, over: Any) -> Turns:
 def phases(layers: Mapping[Path, Layer], when: Turns) -> list[dict[Path, Layer]]:
     """The layers of each step of the period, of about equal work; all in the first if together.
 
-    In turn from the second step on: the first measures too, and is filled last."""
+    In turn from the end of the period: at its start factors have hardly moved since all layers were
+    refreshed, and its first step measures too."""
     if not when.spread:
         return [dict(layers)]
     assert isinstance(when.period, int | float)
     found: list[dict[Path, Layer]] = [{} for _ in range(int(when.period))]
     turn = balanced([cost(layer) for layer in layers.values()], len(found))
     for (path, layer), phase in zip(layers.items(), turn, strict=True):
-        found[(phase + 1) % len(found)][path] = layer
+        found[len(found) - 1 - phase][path] = layer
     return found
 
 
