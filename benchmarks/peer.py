@@ -194,7 +194,8 @@ def measure_steps(
     steps: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(args.rounds):
         for name, worker in workers.items():
-            steps[name] += worker.ask("advance", name=name, steps=args.round)
+            taken = worker.ask("advance", name=name, steps=step_time.UNTIMED + args.round)
+            steps[name] += taken[step_time.UNTIMED :]
     timed = {
         name: step_time.Timed(
             steps[name], started[name]["first"], worker.ask("evaluate", name=name)

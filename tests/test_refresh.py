@@ -102,13 +102,12 @@ def test_in_turn_and_together_agree_while_factors_stay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_layers_are_in_turn_unless_a_period_or_devices_are_given(name: str) -> None:
+def test_layers_are_in_turn_unless_a_period_is_given(name: str) -> None:
     found = bases_over_time(partial(MAKERS[name], refresh_period=None), 21, 1)
     moved = changes(found)
     assert sum(map(len, moved[:20])) == len(found[0][1]) == 6 and max(map(len, moved)) == 1
     assert not any(moved[:10])  # in the first half of the first period
-    assert not turns(20, None, None).spread and not turns(None, None, "data").spread
-    assert not turns(None, False, None).spread and turns(None, None, None).period == 20
+    assert not turns(20, None, None).spread and not turns(None, False, None).spread
 
 
 def programs(equation: Any) -> list[Any]:

@@ -76,7 +76,7 @@ def scale_by_ekfac(
       refresh_period: steps from one basis to the next; the first step always finds one. None: 20,
         the layers in turn.
       spread: refresh each layer at its own step of the period, by cost, instead of all in one step.
-        None: so where no ``refresh_period`` is given, and no ``refresh_over``.
+        None: so where no ``refresh_period`` is given.
       refresh_over: the devices that divide a refresh among them: the name of the axis inside
         shard_map or pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None
         where each device does all of it.

@@ -29,12 +29,8 @@ class Turns(NamedTuple):
 
 
 def turns(period: Scalar | None, spread: bool | None, over: Any) -> Turns:
-    """The checked choice; in turn if no period is given and each device does all of the work.
-
-    Raises ValueError.
-    """
-    if spread is None:
-        spread = period is None and over is None
+    """The checked choice, in turn where no period is given; raises ValueError."""
+    spread = period is None if spread is None else spread
     period = PERIOD if period is None else period
     check_period(refresh_period=period)
     if spread and not isinstance(period, int | float):
