@@ -45,15 +45,17 @@ def turns(period: Scalar | None, spread: bool | None, over: Any) -> Turns:
 def phases(layers: Mapping[Path, Layer], when: Turns) -> list[dict[Path, Layer]]:
     """The layers of each step of the period, of about equal work; all in the first if together.
 
-    In turn from the end of the period: at its start factors have hardly moved since all layers were
-    refreshed, and its first step measures too."""
+    In turn the second half of a period comes first: in the first half of the first one factors have
+    hardly moved since all layers were refreshed. Last comes its first step, which measures too."""
     if not when.spread:
         return [dict(layers)]
     assert isinstance(when.period, int | float)
-    found: list[dict[Path, Layer]] = [{} for _ in range(int(when.period))]
-    turn = balanced([cost(layer) for layer in layers.values()], len(found))
-    for (path, layer), phase in zip(layers.items(), turn, strict=True):
-        found[len(found) - 1 - phase][path] = layer
+    period, half = int(when.period), int(when.period) // 2
+    found: list[dict[Path, Layer]] = [{} for _ in range(period)]
+    steps = [*range(half + 1, period), *range(1, half + 1), 0]
+    turn = balanced([cost(layer) for layer in layers.values()], period)
+    for (path, layer), i in zip(layers.items(), turn, strict=True):
+        found[steps[i]][path] = layer
     return found
 
 
