@@ -34,7 +34,8 @@ def accumulate(
     the large batch. But for what mixes examples: batch normalization, and the squared sums that
     leftover diagonals, free parameters and the moments of layers called several times come from;
     those are estimates of the same thing, and here have k samples of it in place of one.
-    ``statistics_fraction`` takes every k-th example of each micro-batch.
+    ``statistics_fraction`` takes every k-th example of each micro-batch, and its default looks at
+    their number there.
 
     Arguments, results and errors are those of :func:`value_and_grad`, but for these.
 
