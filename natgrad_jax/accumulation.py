@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.layers import Layers
 from natgrad_jax.parallel import AxisName
-from natgrad_jax.statistics import value_and_grad
+from natgrad_jax.statistics import of_one_part, value_and_grad
 from natgrad_jax.tagging import as_loss, frontend_of
 
 
@@ -34,8 +34,7 @@ def accumulate(
     the large batch. But for what mixes examples: batch normalization, and the squared sums that
     leftover diagonals, free parameters and the moments of layers called several times come from;
     those are estimates of the same thing, and here have k samples of it in place of one.
-    ``statistics_fraction`` takes every k-th example of each micro-batch, and its default looks at
-    their number there.
+    ``statistics_fraction`` takes every k-th example of each micro-batch.
 
     Arguments, results and errors are those of :func:`value_and_grad`, but for these.
 
@@ -84,7 +83,7 @@ def accumulate(
                 return (loss, out[1]) if has_aux else loss
 
             model = frontend.merge(tree, rest)
-            grad_fn = value_and_grad(part, layers, **options)
+            grad_fn = of_one_part(number, part, layers, **options)
             loss, grads, statistics = grad_fn(model, *args, rng=rng, opt_state=opt_state)
             value, aux = loss if has_aux else (loss, None)
             return frontend.split(model)[1], (value, grads, statistics), aux

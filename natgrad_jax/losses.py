@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgrad_jax.parallel import psum, vary
+from natgrad_jax.parallel import devices_along, psum, vary
 
 
 class Part(NamedTuple):
@@ -78,7 +78,7 @@ class Loss:
             total = term.total
             parts.append(total / positive(whole_count(term, axes)).astype(total.dtype))
         if self.scalar is not None:
-            parts.append(self.scalar / math.prod(jax.lax.axis_size(a) for a in axes))
+            parts.append(self.scalar / devices_along(axes))
         return functools.reduce(jnp.add, parts)
 
     def as_part(self, number: jax.Array, of: int, examples: Sequence[jax.Array]) -> "Loss":

@@ -60,8 +60,8 @@ class Measured(NamedTuple):
     squares: Squares
 
 
-def plan(layers: Layers, opt_state: Any, fisher: str) -> Plan:
-    """What to measure for the transformations in ``opt_state``.
+def plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Plan:
+    """What to measure for the transformations in ``opt_state``, in one of equal parts of a batch.
 
     Without a state, or where several ask for different forms, whole factors are measured, and
     both ways of treating positions: every other form can be cut out of those. (But for layers
@@ -93,7 +93,7 @@ def plan(layers: Layers, opt_state: Any, fisher: str) -> Plan:
         wanted[path] = Wanted(None, layer) if reduce else Wanted(layer)
         if both is not None and layer.shares and layer.calls == 1:
             wanted[path] = wanted[path]._replace(reduced=both[path])
-        wanted[path] = wanted[path]._replace(stride=stride)
+        wanted[path] = wanted[path]._replace(stride=stride, parts=parts)
     for request, state in with_moments if fisher != "none" else []:
         for path, layer in layers.approximate(request.approximation).items():
             if layer.block == "kronecker" and path in state.bases:

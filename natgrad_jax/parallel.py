@@ -1,5 +1,6 @@
 """Named axes and shardings: the few places where one device and many differ."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,11 @@ def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     if axis_name is None:
         return ()
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def devices_along(axes: Sequence[str]) -> int:
+    """How many devices there are along named axes, known when traced."""
+    return math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 
 def vary(tree: T, axes: Sequence[str]) -> T:

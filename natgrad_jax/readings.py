@@ -26,7 +26,8 @@ class Wanted(NamedTuple):
     ``sums``: positions as examples; ``reduced``: positions summed first; ``moments``: squares of
     examples' gradients in the current eigenbasis, an array of ``moments_shape``. ``examples``: of
     one call, for ``reduced`` of a layer that is called several times. ``stride``: of the examples
-    that are looked at, None where their number decides.
+    that are looked at, None where their number decides; for which ``parts`` is of how many equal
+    parts of a batch, on other devices or in other micro-batches, a call sees one.
     """
 
     sums: Layer | None
@@ -35,6 +36,7 @@ class Wanted(NamedTuple):
     moments_shape: tuple[int, ...] = ()
     examples: int = 0
     stride: int | None = 1
+    parts: int = 1
 
     @property
     def layer(self) -> Layer:
@@ -57,7 +59,7 @@ def read(wanted: Wanted, call: Any, x: Any, g: jax.Array, bases: Any) -> Reading
     With a stride, what every such example adds, times all examples over those.
     """
     n = jax.eval_shape(call.outputs, g).shape[0]
-    stride = usual_stride(n) if wanted.stride is None else wanted.stride
+    stride = usual_stride(n * wanted.parts) if wanted.stride is None else wanted.stride
     few = call if stride == 1 else Thinned(call, stride)
     sums = reduced = moments = None
     if wanted.sums is not None:

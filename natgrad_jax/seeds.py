@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.losses import Loss, Part, Term, positive, whole_count
-from natgrad_jax.parallel import sharded_like
+from natgrad_jax.parallel import devices_along, sharded_like
 
 Seeds = tuple[jax.Array, ...]
 
@@ -87,7 +87,7 @@ def _example_keys(
     if axes:
         index = index + len(natural) * jax.lax.axis_index(tuple(axes))
     if part is not None:
-        index = index + len(natural) * math.prod(map(jax.lax.axis_size, axes)) * part.number
+        index = index + len(natural) * devices_along(axes) * part.number
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(sharded_like(index, natural))
 
 

@@ -12,7 +12,7 @@ from natgrad_jax.clock import statistics_due
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.losses import Loss, global_count, whole_count
 from natgrad_jax.measuring import Measured, Plan
-from natgrad_jax.parallel import AxisName, axis_names, psum, vary
+from natgrad_jax.parallel import AxisName, axis_names, devices_along, psum, vary
 from natgrad_jax.paths import Path
 from natgrad_jax.sums import Sums
 from natgrad_jax.tagging import as_loss, frontend_of
@@ -97,12 +97,28 @@ def value_and_grad(
     >>> statistics.layers[()].A.shape, float(statistics.examples)
     ((5, 5), 8.0)
     """
+    return of_one_part(
+        1, loss_fn, layers, fisher=fisher, samples=samples, has_aux=has_aux, axis_name=axis_name
+    )
+
+
+def of_one_part(
+    parts: int,
+    loss_fn: Callable[..., Any],
+    layers: Layers,
+    *,
+    fisher: str,
+    samples: int,
+    has_aux: bool,
+    axis_name: AxisName,
+) -> Callable[..., Any]:
+    """:func:`value_and_grad` of one of ``parts`` equal micro-batches, which the caller adds up."""
     _check_choices(fisher, samples)
     check_layers(layers)
     axes = axis_names(axis_name)
 
     def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:
-        plan = measuring.plan(layers, opt_state, fisher)
+        plan = measuring.plan(layers, opt_state, fisher, parts * devices_along(axes))
         if plan.fisher == "mc" and rng is None:
             raise ValueError(
                 'fisher="mc" samples labels from the model and needs a key: call '

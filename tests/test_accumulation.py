@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgrad_jax as ng
 
@@ -45,16 +45,16 @@ def plain_loss_fn(params: Any, batch: Any) -> ng.Loss:
     return ng.Categorical(Net().apply({"params": params}, batch["x"])[0]).nll(batch["label"])
 
 
-def problem(loss_fn: Any = loss_fn) -> tuple[Any, Any, ng.Layers]:
+def problem(loss_fn: Any = loss_fn, size: int = SIZE) -> tuple[Any, Any, ng.Layers]:
     """Parameters, a batch of unequal counts in its quarters (one of them is all masked), layers."""
     random = np.random.default_rng(0)
-    n = PARTS * SIZE
+    n = PARTS * size
     x = random.normal(size=(n, 4, 4, 2))
     batch = {
         "x": x,
         "label": random.integers(3, size=n),
         "y": random.normal(size=(n, 2)),
-        "where": (np.arange(n) % 5 != 1) & (np.arange(n) // SIZE != 2),
+        "where": (np.arange(n) % 5 != 1) & (np.arange(n) // size != 2),
         "weights": random.uniform(size=n) * (np.arange(n) % 3 != 0),
     }
     batch = jax.tree.map(jnp.asarray, batch)
@@ -63,7 +63,7 @@ def problem(loss_fn: Any = loss_fn) -> tuple[Any, Any, ng.Layers]:
 
 
 def in_parts(batch: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(PARTS, SIZE, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
 
 
 def assert_close(actual: Any, desired: Any, tolerance: float = 1e-10) -> None:
@@ -120,6 +120,28 @@ def test_a_step_on_micro_batches_is_the_step_on_the_whole(make: Any) -> None:
     before = whole(params, tx.init(params), jax.random.key(0))[:2]
     key = jax.random.key(1)
     assert_close(parts(*before, key), whole(*before, key))
+
+
+def test_that_a_half_is_measured_is_decided_for_the_whole_batch() -> None:
+    """Not for micro-batches, or the shares of devices, which are smaller."""
+    params, batch, layers = problem(size=128)
+
+    def measured(grad_fn: Any, batch: Any, fraction: float | None = None) -> Any:
+        state = ng.scale_by_ekfac(layers, statistics_fraction=fraction).init(params)
+        return grad_fn(params, batch, rng=jax.random.key(1), opt_state=state)[2]
+
+    alone = ng.value_and_grad(loss_fn, layers)
+    whole, half = (jax.jit(partial(measured, alone, fraction=f))(batch) for f in (1.0, None))
+    assert not np.allclose(whole.layers["Dense_0",].A, half.layers["Dense_0",].A)
+    parts = jax.jit(partial(measured, ng.accumulate(loss_fn, layers)))(in_parts(batch))
+    mapped = jax.shard_map(
+        partial(measured, ng.value_and_grad(loss_fn, layers, axis_name="data")),
+        mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=P("data"),
+        out_specs=P(),
+    )
+    for found in (parts, jax.jit(mapped)(batch)):
+        assert_close(found, half)
 
 
 def test_micro_batches_on_four_devices() -> None:

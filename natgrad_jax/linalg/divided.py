@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from natgrad_jax.parallel import AxisName, axis_names, psum, vary
+from natgrad_jax.parallel import AxisName, axis_names, devices_along, psum, vary
 
 
 class Devices(NamedTuple):
@@ -26,7 +26,7 @@ class Devices(NamedTuple):
     def number(self) -> int:
         if self.mesh is not None:
             return math.prod(self.mesh.shape[a] for a in self.axes)
-        return math.prod(jax.lax.axis_size(a) for a in self.axes)
+        return devices_along(self.axes)
 
 
 def devices(over: AxisName | tuple[Mesh, AxisName]) -> Devices | None:

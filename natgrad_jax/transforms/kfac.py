@@ -56,8 +56,7 @@ def scale_by_kfac(
       statistics_period: steps from one measurement to the next; the first step always measures.
       statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
         example of each layer's, k the nearest whole number to its inverse. None: a half of 512
-        examples and more (of one device's inside shard_map and pmap, of a micro-batch's in
-        :func:`natgrad_jax.accumulate`), all of fewer, and all where ``statistics_period`` is 1.
+        examples and more, all of fewer, and all where ``statistics_period`` is 1.
       refresh_period: steps from one inversion to the next; the first step always inverts. None:
         20, the layers in turn.
       spread: refresh each layer at its own step of the period, by cost, instead of all in one step.
