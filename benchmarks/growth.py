@@ -97,8 +97,8 @@ def refreshes(step: jax.Array) -> jax.Array:
 
 
 def kfac(**how: Any) -> Any:
-    """K-FAC that measures and refreshes as KINDS says, all layers at once; else the defaults."""
-    when = {"statistics_period": measures, "refresh_period": refreshes, "spread": False}
+    """K-FAC that measures whole batches and refreshes as KINDS says; else the defaults."""
+    when = {"statistics_period": measures, "refresh_period": refreshes, "statistics_fraction": 1.0}
     return natural(lambda rate, layers: ng.kfac(rate, layers, **when, **how))
 
 
