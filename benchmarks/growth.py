@@ -42,6 +42,7 @@ from race import positive
 from rich.console import Console
 
 import natgrad_jax as ng
+from natgrad_jax.transforms.refreshing import PERIOD
 
 WIDTHS, DEPTHS = (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64)
 WIDTH, DEPTH = 256, 4  # of the other series
@@ -172,8 +173,8 @@ def make_point(
             "statistics": statistics + after - 2 * ordinary,
             "refresh": refresh - statistics,
         }
-        periods = inspect.signature(ng.kfac).parameters
-        mean += sum(x / periods[f"{kind}_period"].default for kind, x in share.items())
+        measured = inspect.signature(ng.kfac).parameters["statistics_period"].default
+        mean += share["statistics"] / measured + share["refresh"] / PERIOD
     in_ms = lambda x: None if x is None else 1e3 * float(x)
     return Point(
         series=series,
