@@ -48,11 +48,13 @@ def problem(depth: int) -> Any:
     return loss_fn, params, (x, y), ng.find_layers(loss_fn, params, x, y)
 
 
-def bases_over_time(make: Any, steps: int, statistics_period: int) -> list[tuple[Any, Any]]:
+def bases_over_time(
+    make: Any, steps: int, statistics_period: int, refresh_period: int | None = PERIOD
+) -> list[tuple[Any, Any]]:
     """Updates and bases of each step, the parameters staying where they are."""
     loss_fn, params, batch, layers = problem(5)
-    own = {"statistics_period": statistics_period, "statistics_fraction": 0.5}
-    tx = partial(make, **({"refresh_period": PERIOD} | make.keywords))(layers, **own)
+    periods = {"statistics_period": statistics_period, "refresh_period": refresh_period}
+    tx = make(layers, **periods, statistics_fraction=0.5)
     grad_fn = ng.value_and_grad(loss_fn, layers)
 
     @jax.jit
@@ -89,9 +91,9 @@ def test_layers_in_turn_are_refreshed_once_a_period_each(name: str) -> None:
     changed = changes(found)
     paths = set(found[0][1])
     for start in range(0, 2 * PERIOD, PERIOD):
-        turns = changed[start : start + PERIOD]
-        assert sum(map(len, turns)) == len(paths) and set().union(*turns) == paths
-        assert max(map(len, turns)) == 2  # six layers in four steps
+        due = changed[start : start + PERIOD]
+        assert sum(map(len, due)) == len(paths) and set().union(*due) == paths
+        assert max(map(len, due)) == 2  # six layers in four steps
     assert changed[:PERIOD] == changed[PERIOD : 2 * PERIOD]
 
 
@@ -103,7 +105,7 @@ def test_in_turn_and_together_agree_while_factors_stay(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_layers_are_in_turn_unless_a_period_is_given(name: str) -> None:
-    found = bases_over_time(partial(MAKERS[name], refresh_period=None), 21, 1)
+    found = bases_over_time(MAKERS[name], 21, 1, None)
     moved = changes(found)
     assert sum(map(len, moved[:20])) == len(found[0][1]) == 6 and max(map(len, moved)) == 1
     assert not any(moved[:10])  # in the first half of the first period
