@@ -1,5 +1,6 @@
 """Factors: bias-corrected moving averages of what batches measured."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,28 @@ class FactorsAndBias(NamedTuple):
     bias: jax.Array
 
 
+class Shares(NamedTuple):
+    """What each term of the loss has of a layer's factors, ``(terms, *stack, …)``."""
+
+    A: jax.Array | None
+    G: jax.Array | None
+
+
+class FactorsOfTerms(NamedTuple):
+    """Factors of a layer that several terms of the loss depend on: of all terms, and term by term.
+
+    ``A``, ``G``, ``bias``: as in the others, G (or whatever is made of gradients) summed over the
+    terms. ``shares``: each term's own, with an axis of terms in front; None what has no term.
+    ``weights``: how much each share has seen, ``(terms, *stack)``.
+    """
+
+    A: jax.Array
+    G: jax.Array | None
+    bias: jax.Array | None
+    shares: Shares
+    weights: jax.Array
+
+
 def pair(A: Any, G: Any = None, bias: Any = None) -> Any:
     """The factors, with a bias apart where there is one."""
     return Factors(A, G) if bias is None else FactorsAndBias(A, G, bias)
@@ -53,6 +76,17 @@ def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> 
     )
 
 
+def initial(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> Any:
+    """A state's factors before anything was measured, with shares where several terms have them."""
+    zeros, terms = zero_factors(layer, inputs_only, dtype), len(layer.terms)
+    if terms == 1 or inputs_only:
+        return zeros
+    repeated = lambda x: None if x is None else jnp.zeros((terms, *x.shape), x.dtype)
+    own = Shares(repeated(zeros.A) if layer.mixed else None, repeated(zeros.G))
+    weights = jnp.zeros((terms, *layer.stack_sizes), float)
+    return FactorsOfTerms(zeros.A, zeros.G, bias_of(zeros), own, weights)
+
+
 def stored_as(dtype: Any) -> Any:
     """The checked dtype of stored factors; None for the layers' own."""
     is_array = isinstance(dtype, jax.Array)
@@ -69,22 +103,95 @@ def in_full(layer: Layer, factors: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(layer.factor_dtype), factors)
 
 
-def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, jax.Array]:
-    """The factors of one batch, and whether each element of the stack was measured, finitely.
+class Batch(NamedTuple):
+    """The factors of one batch; whether each element of the stack was ``seen``, and whether it is
+    ``good``: seen and finite. Both have an axis of terms in front where the factors have shares."""
+
+    factors: Any
+    seen: jax.Array
+    good: jax.Array
+
+
+def counts(examples: jax.Array, terms: tuple[int, ...]) -> jax.Array:
+    """The examples of those terms: ``()`` of one term, else ``(terms,)``."""
+    if not examples.ndim:
+        return examples
+    return examples[terms[0]] if len(terms) == 1 else examples[jnp.array(terms)]
+
+
+def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
+    """What one batch says of a layer's factors; ``examples``: of each term of the loss."""
+    count = counts(examples, layer.terms)
+    if not count.ndim:
+        return _of_one_term(layer, sums, count)
+    if sums.G is None and not layer.mixed:  # inputs alone: of all terms
+        return _of_one_term(layer, sums, count.max())
+    return _of_several_terms(layer, sums, count)
+
+
+def _of_several_terms(layer: Layer, sums: Sums, count: jax.Array) -> Batch:
+    """Each term's factors; where inputs have a factor of their own it is one for all terms, over
+    all examples that the layer saw."""
+    own = [
+        Sums(sums.A[i] if layer.mixed else sums.A, None if sums.G is None else sums.G[i],
+             sums.rows[i] if layer.mixed else sums.rows)
+        for i in range(len(count))
+    ]  # fmt: skip
+    rows = own[0].rows if layer.uses == 1 else own[0].rows.sum(-1)
+    saw = None if layer.mixed else jnp.where(rows > 0, rows, 1) / layer.positions
+    found = [_of_one_term(layer, s, n, saw) for s, n in zip(own, count, strict=True)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *found)
+    shares = Shares(stacked.factors.A if layer.mixed else None, stacked.factors.G)
+    A, G = summed(layer, found[0].factors.A, shares)
+    factors = FactorsOfTerms(A, G, bias_of(found[0].factors), shares, stacked.good.astype(float))
+    return Batch(factors, stacked.seen, stacked.good)
+
+
+def summed(layer: Layer, A: jax.Array, shares: Shares) -> tuple[jax.Array, jax.Array | None]:
+    """The factors of all terms from those of each; ``A``: of the inputs, where no term has one."""
+    if shares.A is None:
+        assert shares.G is not None
+        return A, shares.G.sum(0)
+    if shares.G is None:
+        return shares.A.sum(0), None
+    return _partial_traces(layer, shares.A, shares.G, 0)
+
+
+def portions(layer: Layer, factors: FactorsOfTerms) -> jax.Array:
+    """Each term's part of the layer's curvature, by traces: ``(terms, *stack)``, summing to 1."""
+    A, G = factors.shares
+    traces = jnp.ones((), float)
+    if A is not None:
+        traces = traces * layer.input_side.trace(A, None)
+    if G is not None:
+        assert layer.output_side is not None
+        traces = traces * layer.output_side.trace(G, None)
+    traces = traces.sum(tuple(range(factors.weights.ndim, traces.ndim)))
+    total = traces.sum(0)
+    return traces / jnp.where(total > 0, total, 1)
+
+
+def _of_one_term(
+    layer: Layer, sums: Sums, examples: jax.Array, saw: jax.Array | None = None
+) -> Batch:
+    """The factors of one term, which has so many examples.
 
     With N examples and T positions, ``A ⊗ G = Σ ā āᵀ ⊗ Σ g gᵀ / (N · N T)``. Convolutions put the
     positions' share on G (``A = Σ ā āᵀ / N``: Grosse & Martens 2016), other layers on A
     (``A = Σ ā āᵀ / NT``: Eschenhagen et al. 2023, expand). Under reduce T is 1. Centred factors
-    are always over N T, and where outputs were not measured there is no G.
+    are always over N T, and where outputs were not measured there is no G. ``saw``: N as the inputs
+    count it, where that is another one than the term's.
     """
     if layer.uses > 1:
         return _joined_uses(layer, sums, examples)
     seen = (sums.rows > 0) & (examples > 0)
     rows, count = jnp.where(seen, sums.rows, 1), jnp.where(seen, examples, 1)
     if layer.output_side is None:
-        return Factors(_over(sums.A, count)), seen & _finite(layer, Factors(sums.A))
+        return Batch(Factors(over(sums.A, count)), seen, seen & _finite(layer, Factors(sums.A)))
     on_outputs = layer.kind.startswith("conv") and not layer.approximation.centred
     over_a, over_g = (count, rows) if on_outputs else (rows, count)
+    if on_outputs and saw is not None:
+        over_a, over_g = saw, count * rows / saw
     bias = None
     if layer.input_side.bias:
         bias = jnp.ones(layer.stack_sizes + layer.factor_blocks, sums.A.dtype)
@@ -94,29 +201,38 @@ def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, j
     if sums.G is not None:
         G = _form(layer.output_side, sums.G, lead)
     finite = _finite(layer, Factors(A, G))
-    return pair(_over(A, over_a), None if G is None else _over(G, over_g), bias), seen & finite
+    factors = pair(over(A, over_a), None if G is None else over(G, over_g), bias)
+    return Batch(factors, seen, seen & finite)
 
 
-def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> tuple[Any, jax.Array]:
-    """One Kronecker product for the uses of one matrix, ``F = Σ Aᵢ ⊗ Gᵢ``.
-
-    ``A ⊗ G = tr_G F ⊗ tr_A F / tr F``, the product of the partial traces: exact for one use, and
-    blind to how each use divides its scale between Aᵢ and Gᵢ.
-    """
+def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
+    """One Kronecker product for the uses of one matrix."""
     assert sums.G is not None and layer.output_side is not None
     axis = len(layer.stack)
     rows = sums.rows.sum(axis)
     seen = (rows > 0) & (examples > 0)
     one = jnp.where(sums.rows > 0, sums.rows, 1)
     G = _form(layer.output_side, sums.G, (*layer.stack_sizes, layer.uses))
-    A_i, G_i = _over(sums.A, one), _over(G, jnp.where(examples > 0, examples, 1))
+    A_i, G_i = over(sums.A, one), over(G, jnp.where(examples > 0, examples, 1))
+    factors = Factors(*_partial_traces(layer, A_i, G_i, axis))
+    return Batch(factors, seen, seen & _finite(layer, factors))
+
+
+def _partial_traces(
+    layer: Layer, A_i: jax.Array, G_i: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """One Kronecker product for a sum of them over an axis, ``F = Σ Aᵢ ⊗ Gᵢ``.
+
+    ``A ⊗ G = tr_G F ⊗ tr_A F / tr F``, the product of the partial traces: exact for one of them,
+    and blind to how each divides its scale between Aᵢ and Gᵢ.
+    """
+    assert layer.output_side is not None
     on_a, on_g = layer.input_side.trace(A_i, None), layer.output_side.trace(G_i, None)
     total = (on_a * on_g).sum(axis)
     root = jnp.sqrt(jnp.where(total > 0, total, 1))
     A = (A_i * _wide(on_g, A_i)).sum(axis)
     G = (G_i * _wide(on_a, G_i)).sum(axis)
-    factors = Factors(_over(A, root), _over(G, root))
-    return factors, seen & _finite(layer, factors)
+    return over(A, root), over(G, root)
 
 
 def _form(side: Side, factor: jax.Array, lead: tuple[int, ...]) -> jax.Array:
@@ -124,7 +240,8 @@ def _form(side: Side, factor: jax.Array, lead: tuple[int, ...]) -> jax.Array:
     return factor if factor.shape == lead + side.shape else side.narrow(factor)
 
 
-def _over(x: jax.Array, divisor: jax.Array) -> jax.Array:
+def over(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """``x`` divided by numbers for its leading axes."""
     return x / _wide(divisor.astype(x.dtype), x)  # float64 counts do not widen float32 sums
 
 
@@ -141,6 +258,22 @@ def _finite(layer: Layer, factors: Any) -> jax.Array:
     if factors.G is not None and layer.output_side is not None:
         traces = traces + layer.output_side.trace(factors.G, None)
     return jnp.isfinite(traces.sum(tuple(range(len(layer.stack), traces.ndim))))
+
+
+def moved(layer: Layer, old: Any, batch: Batch, weight: jax.Array, rate: Any) -> tuple[Any, Any]:
+    """Factors after one more batch, and their weight: ``rate(weight, informative=…)`` tells how far
+    an average moves. Each term's share moves by itself, the rest where any term has examples."""
+    new = batch.factors
+    if not isinstance(old, FactorsOfTerms):
+        moves, later = rate(weight, informative=batch.good)
+        return jax.tree.map(functools.partial(step, moves), old, new), later
+    moves, weights = rate(old.weights, informative=batch.good)
+    shares = jax.tree.map(functools.partial(step, moves), old.shares, new.shares)
+    moves, later = rate(weight, informative=batch.good.any(0))
+    A = old.A if layer.mixed else step(moves, old.A, new.A)
+    bias = None if old.bias is None else step(moves, old.bias, new.bias)
+    A, G = summed(layer, A, shares)
+    return FactorsOfTerms(A, G, bias, shares, weights), later
 
 
 def rate(

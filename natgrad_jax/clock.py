@@ -1,5 +1,6 @@
 """When statistics and refreshes are due: one small state that every transformation carries."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +11,15 @@ from natgrad_jax.scalars import Scalar
 
 class Clock(NamedTuple):
     """``step``: updates so far, int32 ``()``; ``statistics_due``: whether the next step's
-    statistics will be used, bool ``()``."""
+    statistics will be used, bool ``()``; of several terms of a loss those of each, ``(terms,)``."""
 
     step: jax.Array
     statistics_due: jax.Array
 
 
-def start() -> Clock:
+def start(terms: int = 1) -> Clock:
     """The clock before the first step, which always measures."""
-    return Clock(jnp.zeros((), jnp.int32), jnp.ones((), bool))
+    return Clock(jnp.zeros((), jnp.int32), jnp.ones((terms,) if terms > 1 else (), bool))
 
 
 def due(step: jax.Array, period: Scalar) -> jax.Array:
@@ -26,10 +27,14 @@ def due(step: jax.Array, period: Scalar) -> jax.Array:
     return step % jnp.asarray(period, jnp.int32) == 0
 
 
-def tick(clock: Clock, statistics_period: Scalar) -> Clock:
-    """The clock after one more step."""
-    step = clock.step + 1
-    return Clock(step, due(step, statistics_period))
+def tick(clock: Clock, wanted: jax.Array, examples: jax.Array) -> Clock:
+    """The clock after one more step; ``wanted``: whether statistics of the next one are.
+
+    Of several terms one that had no ``examples`` on its step waits for a batch that has some.
+    """
+    if clock.statistics_due.ndim:
+        wanted = wanted | (clock.statistics_due & (examples == 0))
+    return Clock(clock.step + 1, wanted)
 
 
 def clocks(opt_state: Any) -> list[Clock]:
@@ -39,7 +44,8 @@ def clocks(opt_state: Any) -> list[Clock]:
 
 
 def statistics_due(opt_state: Any) -> jax.Array:
-    """Whether any transformation in ``opt_state`` wants statistics from the next step."""
+    """Whether any transformation in ``opt_state`` wants statistics from the next step: ``()``, or
+    ``(terms,)`` for each term."""
     found = clocks(opt_state)
     if not found:
         raise ValueError(
@@ -49,4 +55,4 @@ def statistics_due(opt_state: Any) -> jax.Array:
         )
     # NNX optimizers wrap the arrays of their state in variables: a pytree of one leaf each
     wanted = [jax.tree.leaves(clock.statistics_due)[0] for clock in found]
-    return jnp.any(jnp.stack(wanted)) if len(wanted) > 1 else wanted[0]
+    return functools.reduce(jnp.logical_or, wanted)

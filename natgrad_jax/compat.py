@@ -18,3 +18,11 @@ def explicit_mesh(x: Any) -> Any:
     if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
         return None
     return mesh
+
+
+def scan_groups(params: Any) -> tuple[int, int]:
+    """How many inputs of a scan equation are constants, and how many are carried."""
+    if "ft_in" in params:
+        constants, carried, _ = params["ft_in"].unpack()
+        return len(list(constants)), len(list(carried))
+    return params["num_consts"], params["num_carry"]

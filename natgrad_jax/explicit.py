@@ -15,16 +15,15 @@ import jax.numpy as jnp
 from natgrad_jax import paths, seeds
 from natgrad_jax.layer import Parameter
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.losses import Loss, positive
+from natgrad_jax.losses import Loss, Term, positive
 from natgrad_jax.paths import Path
 from natgrad_jax.quadratic import Model, model_of
 
 # Largest explicit matrix: 1.6 GB in float32.
 MAX_PARAMETERS = 20_000
 
-# How many seeds, the seed of each index, and whose: how many examples, of which terms. Terms whose
-# leading axes have one length are taken to be over the same examples.
-_Pass = tuple[int, Callable[[Any], seeds.Seeds], int, tuple[int, ...]]
+# How many seeds, the seed of each index, and of which term.
+_Pass = tuple[int, Callable[[Any], seeds.Seeds], int]
 
 
 def fisher(
@@ -105,16 +104,18 @@ def fisher_diagonal(
     _, pullback = jax.vjp(model.naturals, model.tree)
     zeros = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
     total = jax.tree.map(zeros, model.tree)
-    for count, seed, *whose in _passes(model.loss, fisher, rng, samples):
-        add = lambda i, total, seed=seed, whose=whose: _squares(pullback, total, seed(i), *whose)
-        total = jax.lax.fori_loop(0, count, add, total)
-    examples = positive(model.loss.terms[0].count)
-    return jax.tree.map(lambda x: (x / examples).astype(x.dtype), total)
+    for count, seed, i in _passes(model.loss, fisher, rng, samples):
+        n = _length(model.loss.terms[i])
+        add = lambda k, sums, seed=seed, i=i, n=n: _squares(pullback, sums, seed(k), n, i)
+        sums = jax.lax.fori_loop(0, count, add, jax.tree.map(jnp.zeros_like, total))
+        examples = positive(model.loss.terms[i].count)
+        total = jax.tree.map(lambda t, s, n=examples: (t + s / n).astype(t.dtype), total, sums)
+    return total
 
 
 def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Array]:
     by_path = paths.leaves(tree)
-    for path, shape, _ in parameters:
+    for path, shape, *_ in parameters:
         came = getattr(by_path.get(path), "shape", "no such parameter")
         if came != shape:
             raise ValueError(
@@ -127,23 +128,25 @@ def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Arra
 def _passes(loss: Loss, fisher: str, rng: Any, samples: int) -> list[_Pass]:
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
-    signs = jax.random.key(0)
-    # without any example axis the output is one example, not D of them
-    lengths = [(*t.distribution.examples, 1)[0] for t in loss.terms]
+    signs, leading = jax.random.key(0), [0] * len(loss.terms)
     if fisher == "exact":
-        columns = enumerate(seeds.exact_columns(loss, (), signs))
-        return [(count, seed, lengths[i], (i,)) for i, (count, seed) in columns]
+        columns = enumerate(seeds.exact_columns(loss, (), signs, leading))
+        return [(count, seed, i) for i, (count, seed) in columns]
     if fisher == "mc" and rng is None:
         raise ValueError('fisher="mc" samples labels from the model and needs a key: pass rng=key.')
     if fisher == "mc":
         keys = rng[None] if samples == 1 else jax.random.split(rng, samples)
-        found = samples, lambda i: seeds.sampled(loss, (), keys[i], samples)
-    elif fisher == "empirical":
-        found = 1, lambda i: seeds.observed(loss, (), signs)
-    else:
-        raise ValueError(f'fisher must be "exact", "mc" or "empirical"; got {fisher!r}.')
-    over = lambda n: tuple(i for i, m in enumerate(lengths) if m == n)
-    return [(*found, n, over(n)) for n in dict.fromkeys(lengths)]
+        draw = lambda i: lambda k: seeds.sampled(loss, (), keys[k], samples, leading, (i,))
+        return [(samples, draw(i), i) for i in range(len(loss.terms))]
+    if fisher == "empirical":
+        true = lambda i: lambda k: seeds.observed(loss, (), signs, leading, (i,))
+        return [(1, true(i), i) for i in range(len(loss.terms))]
+    raise ValueError(f'fisher must be "exact", "mc" or "empirical"; got {fisher!r}.')
+
+
+def _length(term: Term) -> int:
+    """Of the leading axis; without any example axis the output is one example, not D of them."""
+    return (*term.distribution.examples, 1)[0]
 
 
 def _block(
@@ -160,10 +163,11 @@ def _block(
         for j, t in zip(jax.jacrev(outputs)(own), model.loss.terms, strict=True)
     ]
     F = jnp.zeros((size, size), dtype)
-    for count, seed, *whose in _passes(model.loss, fisher, rng, samples):
-        add = lambda i, F, seed=seed, whose=whose: F + _outer(J, seed(i), *whose)
-        F = jax.lax.fori_loop(0, count, add, F)
-    return F / positive(model.loss.terms[0].count).astype(dtype)
+    for count, seed, i in _passes(model.loss, fisher, rng, samples):
+        n, examples = _length(model.loss.terms[i]), positive(model.loss.terms[i].count)
+        add = lambda k, F, seed=seed, i=i, n=n: F + _outer(J[i], seed(k)[i], n)
+        F = F + jax.lax.fori_loop(0, count, add, jnp.zeros_like(F)) / examples.astype(dtype)
+    return F
 
 
 def check_size(size: int) -> None:
@@ -176,19 +180,19 @@ def check_size(size: int) -> None:
         )
 
 
-def _outer(J: list[jax.Array], seed: seeds.Seeds, n: int, terms: tuple[int, ...]) -> jax.Array:
-    """``Σₙ vₙ vₙᵀ`` over n examples; the terms add up within v."""
+def _outer(J: jax.Array, seed: jax.Array, n: int) -> jax.Array:
+    """``Σₙ vₙ vₙᵀ`` over n examples of one term."""
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    rows = lambda x, *last: x.astype(J[0].dtype).reshape(n, -1, *last)
-    v = sum(einsum("nd,ndp->np", rows(seed[i]), rows(J[i], J[i].shape[-1])) for i in terms)
+    rows = lambda x, *last: x.astype(J.dtype).reshape(n, -1, *last)
+    v = einsum("nd,ndp->np", rows(seed), rows(J, J.shape[-1]))
     return einsum("np,nq->pq", v, v)
 
 
-def _squares(pullback: Any, total: Any, seed: seeds.Seeds, n: int, terms: tuple[int, ...]) -> Any:
-    """``total + Σₙ vₙ²`` over n examples, one after another."""
+def _squares(pullback: Any, total: Any, seed: seeds.Seeds, n: int, term: int) -> Any:
+    """``total + Σₙ vₙ²`` over n examples of one term, one after another."""
 
     def only(i: int, c: jax.Array, example: jax.Array) -> jax.Array:
-        if i not in terms:
+        if i != term:
             return jnp.zeros_like(c)
         here = jnp.arange(n)[:, None] == example
         return jnp.where(here, c.reshape(n, -1), 0).reshape(c.shape)

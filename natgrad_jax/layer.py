@@ -22,15 +22,25 @@ from natgrad_jax.sides import Side, diagonal, input_side, output_side, whole
 
 
 class Parameter(NamedTuple):
-    """One leaf of the parameter tree."""
+    """One leaf of the parameter tree. ``terms``: which terms of the loss depend on it, by number
+    and in order; with several each has curvature of its own."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: jnp.dtype
+    terms: tuple[int, ...] = (0,)
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+class LossTerm(NamedTuple):
+    """One likelihood in the loss: its distribution's name, and which axis of its outputs counts
+    examples, None where all of them depend on one another."""
+
+    distribution: str
+    examples: int | None = 0
 
 
 class Layout(NamedTuple):
@@ -79,6 +89,7 @@ class Layer:
     ``"full"`` (one matrix over all its parameters) or ``"unit"`` (one for each of ``blocks``).
     ``calls``: how often one forward pass calls it, 0 where that cannot be told; ``positions``: how
     many of one call share the kernel. ``uses``: 2 for an embedding that is also attended to.
+    ``example_axis``: which of a call's row axes counts examples, −1 where none does.
 
     >>> import flax.linen as nn, jax.numpy as jnp, natgrad_jax as ng
     >>> params, x = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, jnp.ones((8, 4))
@@ -97,6 +108,7 @@ class Layer:
     calls: int = 1
     positions: int = 1
     uses: int = 1
+    example_axis: int = 0
     approximation: Approximation = WHOLE
 
     @property
@@ -106,6 +118,11 @@ class Layer:
     @property
     def bias(self) -> Parameter | None:
         return self.parameters[1] if len(self.parameters) > 1 else None
+
+    @property
+    def terms(self) -> tuple[int, ...]:
+        """The terms of the loss that depend on it."""
+        return tuple(sorted({t for p in self.parameters for t in p.terms}))
 
     @property
     def stack_sizes(self) -> tuple[int, ...]:
@@ -146,6 +163,11 @@ class Layer:
     def by_gradient(self) -> bool:
         """Whether gradients of one example are out of reach, and squares of sums stand for them."""
         return self.calls != 1 or not self.tapped
+
+    @property
+    def mixed(self) -> bool:
+        """Whether gradients are in A too: a block with one matrix, or a kernel used both ways."""
+        return self.block != "kronecker" or self.uses > 1
 
     @functools.cached_property
     def input_side(self) -> Side:

@@ -1,7 +1,7 @@
 """The layers of a model, and what becomes of the parameters outside them."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from natgrad_jax.approximations import Approximation
 from natgrad_jax.coverage import coverage_table
-from natgrad_jax.layer import BLOCKS, Layer, Parameter, free_layer
-from natgrad_jax.paths import Path, join
+from natgrad_jax.layer import BLOCKS, Layer, LossTerm, Parameter, free_layer
+from natgrad_jax.paths import Path, join, leaves
 
 # What may become of a parameter that no layer's block covers.
 LEFTOVER_BLOCKS = ("diagonal", "gradient", "frozen")
@@ -50,10 +50,16 @@ class Layers(Mapping[Path, Layer]):
     (0, ())
     """
 
-    def __init__(self, layers: Mapping[Path, Layer], leftover: tuple[Leftover, ...] = ()):
+    def __init__(
+        self,
+        layers: Mapping[Path, Layer],
+        leftover: tuple[Leftover, ...] = (),
+        terms: tuple[LossTerm, ...] = (LossTerm("any"),),
+    ):
         self._layers = MappingProxyType(dict(layers))
         self._leftover = tuple(leftover)
-        self._key = (tuple(self._layers.values()), self._leftover)
+        self._terms = tuple(terms)
+        self._key = (tuple(self._layers.values()), self._leftover, self._terms)
         self._hash = hash(self._key)
 
     def __getitem__(self, path: Path) -> Layer:
@@ -86,6 +92,11 @@ class Layers(Mapping[Path, Layer]):
         return self._leftover
 
     @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The likelihoods that the loss adds up; each counts its own examples."""
+        return self._terms
+
+    @property
     def diagonals(self) -> tuple[Parameter, ...]:
         """The leftover parameters that have the diagonal of their Fisher."""
         return tuple(x.parameter for x in self._leftover if x.block == "diagonal")
@@ -108,7 +119,7 @@ class Layers(Mapping[Path, Layer]):
                 kept[path] = layer
             else:
                 dropped += [Leftover(p, "left out by select") for p in layer.parameters]
-        return Layers(kept, self._leftover + tuple(dropped))
+        return Layers(kept, self._leftover + tuple(dropped), self._terms)
 
     def replace(self, where: Where, block: str) -> "Layers":
         """These layers with another block where ``where`` holds.
@@ -163,7 +174,24 @@ class Layers(Mapping[Path, Layer]):
             name = join(where) if isinstance(where, tuple) else where
             known = ", ".join([*map(join, self._layers), *(join(x.path) for x in self._leftover)])
             raise ValueError(f"nothing to give the block {block!r} at {name!r}; there are: {known}")
-        return Layers(layers, tuple(leftover))
+        return Layers(layers, tuple(leftover), self._terms)
+
+    def within(self, layers: Collection[Path], diagonals: Collection[Path] = ()) -> "Layers":
+        """The layers at those paths, and the leftover parameters with a diagonal at those."""
+        kept = {path: layer for path, layer in self._layers.items() if path in layers}
+        left = [x for x in self._leftover if x.block != "diagonal" or x.path in diagonals]
+        return Layers(kept, tuple(left), self._terms)
+
+    def of(self, params: Any) -> "Layers":
+        """Those of which a parameter is in ``params``: not the layers of parameters that are masked
+        out (``optax.masked``, ``optax.partition``, ``wrt=``). All of them where it has none that is
+        known, as a placeholder has."""
+        given = leaves(params)
+        own = lambda parameters: any(p.path in given for p in parameters)
+        kept = [path for path, layer in self._layers.items() if own(layer.parameters)]
+        left = [p.path for p in self.diagonals if p.path in given]
+        known = kept or any(x.path in given for x in self._leftover)
+        return self.within(kept, left) if known else self
 
     def approximate(self, approximation: Approximation) -> "Layers":
         """These layers with that Kronecker approximation, where it makes a difference."""
@@ -189,7 +217,8 @@ def _approximate(layers: Layers, approximation: Approximation) -> Layers:
             own = own._replace(weight_sharing="expand")
         return replace(layer, approximation=own)
 
-    return Layers({path: of(layer) for path, layer in layers.items()}, layers.leftover)
+    own = {path: of(layer) for path, layer in layers.items()}
+    return Layers(own, layers.leftover, layers.terms)
 
 
 def _matches(where: Where, path: Path, record: Any) -> bool:

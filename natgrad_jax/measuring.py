@@ -1,6 +1,6 @@
 """From what transformations ask for to slots, and from a backward pass to the layers' sums."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +28,9 @@ class Plan(NamedTuple):
     ``blocks``, ``moments``: layers whose examples' gradients are out of reach, so that full blocks
     and moments come from squared sums. ``diagonals``: parameters with a diagonal block.
     ``in_bases``: whether a transformation asks for moments at all. ``fisher``: where labels come
-    from, ``"none"`` also where no transformation asks for more than inputs.
+    from, ``"none"`` also where no transformation asks for more than inputs. ``examples``: for each
+    term of the loss which axis of its outputs counts examples. ``passes``: the terms of each
+    backward pass; those that depend on one parameter have passes of their own.
     """
 
     wanted: dict[Path, Wanted]
@@ -38,6 +40,8 @@ class Plan(NamedTuple):
     diagonals: tuple[Parameter, ...]
     in_bases: bool
     fisher: str
+    examples: tuple[int | None, ...]
+    passes: tuple[tuple[int, ...], ...]
 
     @property
     def from_sums(self) -> bool:
@@ -54,7 +58,10 @@ class Squares(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one pass measured: ``taps`` of this device, ``squares`` over all of them."""
+    """What one pass measured: ``taps`` of this device, ``squares`` over all of them.
+
+    Of several terms (:func:`by_terms`), what depends on gradients has an axis of terms in front.
+    """
 
     taps: dict[Path, Readings]
     squares: Squares
@@ -63,13 +70,21 @@ class Measured(NamedTuple):
 def plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Plan:
     """What to measure for the transformations in ``opt_state``, in one of equal parts of a batch.
 
-    Without a state, or where several ask for different forms, whole factors are measured, and
-    both ways of treating positions: every other form can be cut out of those. (But for layers
-    called several times, where "reduce" has to be asked for.)
+    Only of layers that they keep: not of parameters that are masked out there. Without a state, or
+    where several ask for different forms, whole factors are measured, and both ways of treating
+    positions: every other form can be cut out of those. (But for layers called several times,
+    where "reduce" has to be asked for.)
     """
     asked = [] if opt_state is None else requests(opt_state)
+    if asked:
+        kept = lambda field: {path for _, s in asked for path in getattr(s, field, ())}
+        layers = layers.within(kept("factors"), kept("diagonal"))
     if asked and all(request.inputs_only for request, _ in asked):
         fisher = "none"
+    examples = tuple(term.examples for term in layers.terms)
+    if fisher == "exact" and None in examples:  # a pass for each example, of every term
+        examples = (None,) * len(examples)
+    alone = fisher == "exact" and None in examples
     forms = {request.approximation for request, _ in asked}
     strides = [request.stride for request, _ in asked]
     stride = min(strides, key=lambda s: 1.5 if s is None else s, default=1)  # None is 1 or 2
@@ -85,7 +100,7 @@ def plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Plan:
         )
     wanted, blocks, moments, bases = {}, {}, {}, {}
     for path, layer in own.items():
-        if layer.block != "kronecker" and (fisher == "none" or layer.by_gradient):
+        if layer.block != "kronecker" and (fisher == "none" or layer.by_gradient or alone):
             if fisher != "none":
                 blocks[path] = layer
             continue
@@ -98,13 +113,30 @@ def plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Plan:
         for path, layer in layers.approximate(request.approximation).items():
             if layer.block == "kronecker" and path in state.bases:
                 bases[path] = state.bases[path]
-                if layer.by_gradient:
+                if layer.by_gradient or alone:
                     moments[path] = layer
                     continue
-                shape = state.moments[path].shape[len(layer.stack) :]
+                several = len(layer.terms) > 1  # has an axis of terms in front
+                shape = state.moments[path].shape[several + len(layer.stack) :]
                 wanted[path] = wanted[path]._replace(moments=layer, moments_shape=shape)
     diagonals = layers.diagonals if fisher != "none" else ()
-    return Plan(wanted, bases, blocks, moments, diagonals, bool(with_moments), fisher)
+    in_bases = bool(with_moments)
+    together = [{*x.terms} for x in layers.values()] + [{*p.terms} for p in diagonals]
+    passes = _apart(len(examples), together)
+    return Plan(wanted, bases, blocks, moments, diagonals, in_bases, fisher, examples, passes)
+
+
+def _apart(terms: int, together: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:
+    """The terms in as few passes as go, so that no two of one set are in one pass."""
+    passes: list[set[int]] = []
+    for term in range(terms):
+        others = set().union(*(own for own in together if term in own)) - {term}
+        free = next((own for own in passes if not own & others), None)
+        if free is None:
+            passes.append({term})
+        else:
+            free.add(term)
+    return tuple(tuple(sorted(own)) for own in passes)
 
 
 def with_examples(of: Plan, run: Callable[[dict[Path, Slot]], Any]) -> Plan:
@@ -207,7 +239,7 @@ def split(of: Plan, found: Measured) -> tuple[dict[Path, Readings], Measured]:
     def outputs(keep: bool, layer: Layer | None, sums: Any) -> Any:
         if sums is None or layer is None:
             return sums
-        if layer.block != "kronecker" or layer.uses > 1:  # its sides are mixed: all of it varies
+        if layer.mixed:  # all of it varies
             return sums if keep else Sums(None, None, None)  # type: ignore[arg-type]
         return Sums(None, sums.G, None) if keep else sums._replace(G=None)  # type: ignore[arg-type]
 
@@ -229,6 +261,30 @@ def join_parts(inputs: dict[Path, Readings], rest: Measured) -> Measured:
     is_none = lambda x: x is None
     either = lambda a, b: b if a is None else a
     return rest._replace(taps=jax.tree.map(either, inputs, rest.taps, is_leaf=is_none))
+
+
+def by_terms(of: Plan, passes: Sequence[Measured]) -> Measured:
+    """What the passes found (:func:`split`), by the terms that each parameter depends on."""
+
+    def pick(terms: tuple[int, ...], found: Callable[[Measured], Any]) -> Any:
+        own = [found(passes[i]) for t in terms for i, group in enumerate(of.passes) if t in group]
+        return own[0] if len(own) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *own)
+
+    def each(terms: Mapping[Path, tuple[int, ...]], found: Any) -> dict[Path, Any]:
+        at = lambda path: lambda m: found(m)[path]
+        return {path: pick(terms[path], at(path)) for path in found(passes[0])}
+
+    layers = {path: wanted.layer for path, wanted in of.wanted.items()} | of.blocks | of.moments
+    of_layer = {path: layer.terms for path, layer in layers.items()}
+    of_parameter = {p.path: p.terms for p in of.diagonals}
+    return Measured(
+        each(of_layer, lambda m: m.taps),
+        Squares(
+            each(of_layer, lambda m: m.squares.blocks),
+            each(of_layer, lambda m: m.squares.moments),
+            each(of_parameter, lambda m: m.squares.diagonals),
+        ),
+    )
 
 
 def scale_gradients(of: Plan, taps: dict[Path, Readings], factor: jax.Array) -> Any:

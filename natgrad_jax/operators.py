@@ -169,7 +169,7 @@ def followed(layer: Layer, old: Any, batch: Any, rate: jax.Array, rank: int) -> 
     """
 
     def one(side: Side | None, inverse: Any, factor: Any) -> Any:
-        if inverse is None or side is None or side.diagonal:
+        if inverse is None or factor is None or side is None or side.diagonal:
             return inverse
         keep = 1 - rate.astype(factor.dtype)
         keep = jnp.expand_dims(keep, tuple(range(keep.ndim, factor.ndim)))

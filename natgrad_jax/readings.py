@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.kinds.regrouped import regrouped
 from natgrad_jax.kinds.thinned import Thinned
 from natgrad_jax.layer import Layer
 from natgrad_jax.requests import usual_stride
@@ -58,6 +59,7 @@ def read(wanted: Wanted, call: Any, x: Any, g: jax.Array, bases: Any) -> Reading
 
     With a stride, what every such example adds, times all examples over those.
     """
+    call = regrouped(call, wanted.layer.example_axis, g)
     n = jax.eval_shape(call.outputs, g).shape[0]
     stride = usual_stride(n * wanted.parts) if wanted.stride is None else wanted.stride
     few = call if stride == 1 else Thinned(call, stride)

@@ -1,8 +1,8 @@
 """Seeds of the Fisher pass: what is back-propagated from the outputs to measure curvature.
 
-Every mode is a sequence of seeds, one cotangent for each distribution of the loss; the Fisher is
-the sum of the outer products of what they become. Seeds are per example: not divided by the
-batch size.
+Every mode is a sequence of seeds, one cotangent for each distribution of the loss; the Fisher of a
+term is the sum of the outer products of what its seeds become. Seeds are per example: not divided
+by the batch size.
 """
 
 import math
@@ -12,61 +12,75 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.losses import Loss, Part, Term, positive, whole_count
+from natgrad_jax.losses import Loss, Part, Term
 from natgrad_jax.parallel import devices_along, sharded_like
 
 Seeds = tuple[jax.Array, ...]
 
+# Which axis of each term's outputs counts examples; None where they depend on one another.
+Axes = Sequence[int | None]
 
-def sampled(loss: Loss, axes: Sequence[str], key: jax.Array, samples: int) -> Seeds:
-    """``∇ −log p(ŷ)`` at labels ŷ drawn from the model: mode "mc", one draw of ``samples``."""
+
+def sampled(
+    loss: Loss, axes: Sequence[str], key: jax.Array, samples: int, of: Axes, terms: Sequence[int]
+) -> Seeds:
+    """``∇ −log p(ŷ)`` at labels ŷ drawn from the model: mode "mc", one draw of ``samples``.
+
+    Of these ``terms``, and zeros of the others, as in the other modes.
+    """
     keys = jax.random.split(key, len(loss.terms))
-    targets = [sample_targets(t, axes, k) for t, k in zip(loss.terms, keys, strict=True)]
-    return _gradients(loss, axes, targets, 1 / samples)
+
+    def seed(i: int, term: Term) -> jax.Array:
+        return _gradient(term, sample_targets(term, axes, keys[i], of[i] or 0), 1 / samples)
+
+    return _only(loss, terms, seed)
 
 
-def observed(loss: Loss, axes: Sequence[str], key: jax.Array) -> Seeds:
+def observed(
+    loss: Loss, axes: Sequence[str], key: jax.Array, of: Axes, terms: Sequence[int]
+) -> Seeds:
     """``∇ −log p(y)`` at the true labels, each example with a random sign: mode "empirical"."""
-    seeds = _gradients(loss, axes, [t.targets for t in loss.terms], 1.0)
-    return tuple(
-        _random_signs(seed, key, axes, t.part) for seed, t in zip(seeds, loss.terms, strict=True)
-    )
+
+    def seed(i: int, term: Term) -> jax.Array:
+        return _random_signs(_gradient(term, term.targets, 1.0), key, axes, term.part, of[i] or 0)
+
+    return _only(loss, terms, seed)
 
 
 def exact_columns(
-    loss: Loss, axes: Sequence[str], key: jax.Array
+    loss: Loss, axes: Sequence[str], key: jax.Array, of: Axes
 ) -> list[tuple[int, Callable[[jax.Array], Seeds]]]:
     """Mode "exact": for each distribution the number of its seeds, and the seed of each index.
 
-    A seed is one column of a root of one output Hessian, for every example of the leading axis
-    at once. Other example axes (tokens, pixels) may depend on one another, so each of their
-    positions has seeds of its own.
+    A seed is one column of a root of one output Hessian, for every example at once. Other axes of
+    the outputs (tokens, pixels) may depend on one another, so each of their positions has seeds of
+    its own; and each example, where examples do.
     """
 
     def of_term(i: int, term: Term) -> tuple[int, Callable[[jax.Array], Seeds]]:
-        examples = term.distribution.examples
-        positions = math.prod(examples[1:])
-        columns = term.distribution.columns
+        apart = tuple(
+            1 if axis == of[i] else n for axis, n in enumerate(term.distribution.examples)
+        )
+        positions, columns = math.prod(apart), term.distribution.columns
 
         def seed(index: jax.Array) -> Seeds:
             root = term.distribution.root_column(index % columns)
             at = jax.nn.one_hot(index // columns, positions, dtype=root.dtype)
-            root = root * at.reshape(*examples[1:], 1)
-            root = _random_signs(root, jax.random.fold_in(key, index), axes, term.part)
-            seeds = [jnp.zeros_like(t.distribution.natural) for t in loss.terms]
-            seeds[i] = _weigh(root, term, loss, axes, 1.0)
-            return tuple(seeds)
+            root = root * at.reshape(*apart, 1)
+            key_of_column = jax.random.fold_in(key, index)
+            root = _random_signs(root, key_of_column, axes, term.part, of[i] or 0)
+            return _only(loss, (i,), lambda _, term: _weigh(root, term, 1.0))
 
         return columns * positions, seed
 
     return [of_term(i, term) for i, term in enumerate(loss.terms)]
 
 
-def sample_targets(term: Term, axes: Sequence[str], key: jax.Array) -> jax.Array:
+def sample_targets(term: Term, axes: Sequence[str], key: jax.Array, axis: int = 0) -> jax.Array:
     """Labels from the model's own distribution, each from a key of its own global example index.
 
-    The draw is the same on one device and on many, in one batch and in micro-batches, however the
-    batch is divided.
+    ``axis``: of the examples. The draw is the same on one device and on many, in one batch and in
+    micro-batches, however the batch is divided.
     """
     distribution, part = term.distribution, term.part
     if not distribution.examples:
@@ -75,56 +89,54 @@ def sample_targets(term: Term, axes: Sequence[str], key: jax.Array) -> jax.Array
     def draw(natural: jax.Array, key: jax.Array) -> jax.Array:
         return distribution.with_natural(natural).sample(key)
 
-    keys = _example_keys(key, distribution.natural, axes, part)
-    return jax.vmap(draw)(distribution.natural, keys)
+    keys = _example_keys(key, distribution.natural, axes, part, axis)
+    return jax.vmap(draw, in_axes=(axis, 0), out_axes=axis)(distribution.natural, keys)
 
 
 def _example_keys(
-    key: jax.Array, natural: jax.Array, axes: Sequence[str], part: Part | None
+    key: jax.Array, natural: jax.Array, axes: Sequence[str], part: Part | None, axis: int
 ) -> jax.Array:
-    """A key for each element of the leading axis, by its index over devices and micro-batches."""
-    index = jnp.arange(len(natural))
+    """A key for each element of the examples' axis, by its index over devices and micro-batches."""
+    examples = jnp.moveaxis(natural, axis, 0)
+    index = jnp.arange(len(examples))
     if axes:
-        index = index + len(natural) * jax.lax.axis_index(tuple(axes))
+        index = index + len(examples) * jax.lax.axis_index(tuple(axes))
     if part is not None:
-        index = index + len(natural) * devices_along(axes) * part.number
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(sharded_like(index, natural))
+        index = index + len(examples) * devices_along(axes) * part.number
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(sharded_like(index, examples))
 
 
 def _random_signs(
-    seed: jax.Array, key: jax.Array, axes: Sequence[str], part: Part | None
+    seed: jax.Array, key: jax.Array, axes: Sequence[str], part: Part | None, axis: int
 ) -> jax.Array:
-    """A sign for each element of the leading axis.
+    """A sign for each element of the examples' axis.
 
     Outer products stay as they are, and the squared sum over examples (the diagonal blocks)
     becomes an unbiased estimate of the sum of squares.
     """
     if seed.ndim == 1:
         return seed
-    keys = _example_keys(key, seed, axes, part)
+    keys = _example_keys(key, seed, axes, part, axis)
     signs = jax.vmap(lambda k: jax.random.rademacher(k, (), seed.dtype))(keys)
-    return seed * signs.reshape(-1, *[1] * (seed.ndim - 1))
+    return seed * signs.reshape(-1, *[1] * (seed.ndim - axis - 1))
 
 
-def _gradients(loss: Loss, axes: Sequence[str], targets: list[Any], share: float) -> Seeds:
-    def seed(term: Term, y: jax.Array) -> jax.Array:
-        distribution = term.distribution
-        total = lambda z: distribution.with_natural(z).nll_per_example(y).sum()
-        return _weigh(jax.grad(total)(distribution.natural), term, loss, axes, share)
-
+def _only(loss: Loss, terms: Sequence[int], seed: Callable[[int, Term], jax.Array]) -> Seeds:
     return tuple(
-        seed(t, jax.lax.stop_gradient(y)) for t, y in zip(loss.terms, targets, strict=True)
+        seed(i, t) if i in terms else jnp.zeros_like(t.distribution.natural)
+        for i, t in enumerate(loss.terms)
     )
 
 
-def _weigh(seed: jax.Array, term: Term, loss: Loss, axes: Sequence[str], share: float) -> jax.Array:
-    """The seed times the root of its weight: outer products then carry the weight itself.
+def _gradient(term: Term, targets: Any, share: float) -> jax.Array:
+    distribution, targets = term.distribution, jax.lax.stop_gradient(targets)
+    total = lambda z: distribution.with_natural(z).nll_per_example(targets).sum()
+    return _weigh(jax.grad(total)(distribution.natural), term, share)
 
-    Terms with other example counts than the first one's are brought to its count, which is the
-    one that the sums are divided by.
-    """
-    ratio = positive(whole_count(loss.terms[0], axes)) / positive(whole_count(term, axes))
-    factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0)).astype(seed.dtype)
+
+def _weigh(seed: jax.Array, term: Term, share: float) -> jax.Array:
+    """The seed times the root of its weight: outer products then carry the weight itself."""
+    factor = jnp.sqrt(jnp.maximum(term.scale * share, 0)).astype(seed.dtype)
     if term.weight is not None:
         weight = jnp.sqrt(term.weight)[..., None].astype(seed.dtype)
         seed = jnp.where(weight > 0, seed * weight, 0)

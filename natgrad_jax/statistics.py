@@ -30,6 +30,10 @@ class Statistics(NamedTuple):
     a transformation asks for them, or without ``opt_state``. ``moments``: for each layer
     ``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²`` in the bases of ``opt_state``, where its transformation asks.
 
+    Of a loss of several terms each counts its own examples, ``(terms,)``. What is made of gradients
+    then has an axis in front in those layers and parameters that more than one term depends on
+    (``layer.terms``): G is ``(terms, *stack, *blocks, outputs, outputs)`` there.
+
     >>> import jax, jax.numpy as jnp, natgrad_jax as ng
     >>> half = ng.Statistics(jnp.asarray(4.0), {}, {}, {}, None)
     >>> float(jax.tree.map(jnp.add, half, half).examples)
@@ -63,7 +67,10 @@ def value_and_grad(
       layers: from :func:`find_layers` on the same model.
       fisher: where labels come from. ``"mc"``: sampled from the model's own predictive
         distribution. ``"exact"``: all of them, by the columns of a root of the output Hessian
-        (one backward pass a class, and a position where examples have several). ``"empirical"``:
+        (one backward pass a class, and a position where examples have several; and a pass for each
+        example, where :func:`find_layers` saw that examples depend on one another, as in a
+        contrastive loss or under batch normalization in training: take ``"mc"`` there, which is
+        right in expectation in one pass). ``"empirical"``:
         the true labels, in the training backward pass; not the Fisher. ``"none"``: input
         statistics alone; so it is, whatever stands here, where the transformations in ``opt_state``
         need no more (:func:`natgrad_jax.prong`).
@@ -138,12 +145,13 @@ def of_one_part(
             with_slots, vary(tree, axes), readings, has_aux=True
         )
         frontend.propagate(params, state)
+        check_terms(layers, loss)
         one, none = jnp.ones_like(value), jax.tree.map(jnp.zeros_like, naturals)
 
         def pull(seeds: Any) -> Measured:
             return measuring.measured(plan, axes, *pullback((jnp.zeros_like(value), seeds)))
 
-        due = True if opt_state is None else statistics_due(opt_state)
+        due = True if opt_state is None else _due(opt_state, loss, axes)
         if plan.fisher == "empirical" and _shares_training_pass(loss, plan):
             both = partial(_measure_in_training_pass, pullback, (one, none), loss, plan, axes)
             grads, statistics = _when(due, both, lambda: pullback((one, none))[0])
@@ -185,34 +193,59 @@ def _measure(
     samples: int, rng: Any, loss: Loss, plan: Plan, pull: Any, axes: tuple[str, ...]
 ) -> Statistics:
     """The global statistics of this batch by the Fisher's own seeds."""
-    fisher = plan.fisher
     no_seeds = tuple(jnp.zeros_like(t.distribution.natural) for t in loss.terms)
-    signs = jax.random.key(0) if rng is None else rng
-    if fisher == "none":
-        inputs = measuring.split(plan, pull(no_seeds))[0]
-        return _statistics(loss, plan, Measured(inputs, measuring.Squares({}, {}, {})), axes, True)
-    if fisher == "mc" and samples == 1:
-        return _statistics(loss, plan, pull(seeds.sampled(loss, axes, rng, 1)), axes)
-    if fisher == "empirical":
-        return _statistics(loss, plan, pull(seeds.observed(loss, axes, signs)), axes)
-    if fisher == "mc":
-        keys = jax.random.split(rng, samples)
-        passes = [(samples, lambda i: seeds.sampled(loss, axes, keys[i], samples))]
-    else:
-        passes = seeds.exact_columns(loss, axes, signs)
+    if plan.fisher == "none":
+        alone = measuring.split(plan, pull(no_seeds))[0]
+        return _statistics(loss, plan, Measured(alone, measuring.Squares({}, {}, {})), axes, True)
+    passes: list[Measured] = []
+    inputs: Any = None
+    for terms in plan.passes:
+        work = _seeds(samples, rng, loss, plan, axes, terms)
+        if len(work) == 1 and work[0][0] == 1:
+            inputs, rest = measuring.split(plan, pull(work[0][1](jnp.zeros((), jnp.int32))))
+        else:
+            rest = _sum_over(
+                work, lambda seed: measuring.split(plan, pull(seed))[1], no_seeds, axes
+            )
+        passes.append(rest)
     # the inputs are the same in every pass: sum them once, and the rest over passes
-    varying = lambda seed: measuring.split(plan, pull(seed))[1]
+    if inputs is None:
+        inputs = measuring.split(plan, pull(no_seeds))[0]
+    found = measuring.join_parts(inputs, measuring.by_terms(plan, passes))
+    return _statistics(loss, plan, found, axes)
+
+
+Work = list[tuple[int, Callable[[jax.Array], seeds.Seeds]]]
+
+
+def _seeds(
+    samples: int, rng: Any, loss: Loss, plan: Plan, axes: tuple[str, ...], terms: tuple[int, ...]
+) -> Work:
+    """The backward passes that measure these terms: how many, and the seeds of each by number."""
+    of, signs = plan.examples, jax.random.key(0) if rng is None else rng
+    if plan.fisher == "empirical":
+        return [(1, lambda _: seeds.observed(loss, axes, signs, of, terms))]
+    if plan.fisher == "exact":
+        columns = seeds.exact_columns(loss, axes, signs, of)
+        return [columns[term] for term in terms]
+    keys = rng[None] if samples == 1 else jax.random.split(rng, samples)
+    return [(samples, lambda i: seeds.sampled(loss, axes, keys[i], samples, of, terms))]
+
+
+def _sum_over(
+    work: Work, measured: Callable[[Any], Measured], no_seeds: Any, axes: tuple[str, ...]
+) -> Measured:
+    """What the passes measure in all, one after another."""
     zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-    taps, squares = zeros(jax.eval_shape(varying, no_seeds))
+    taps, squares = zeros(jax.eval_shape(measured, no_seeds))
     total = Measured(vary(taps, axes), squares)
-    for count, seed in passes:
+    for count, seed in work:
 
         def body(total: Any, index: jax.Array, seed: Any = seed) -> Any:
-            return jax.tree.map(jnp.add, total, varying(seed(index))), None
+            return jax.tree.map(jnp.add, total, measured(seed(index))), None
 
         total, _ = jax.lax.scan(body, total, jnp.arange(count))
-    inputs = measuring.split(plan, pull(no_seeds))[0]
-    return _statistics(loss, plan, measuring.join_parts(inputs, total), axes)
+    return total
 
 
 def _shares_training_pass(loss: Loss, plan: Plan) -> bool:
@@ -242,14 +275,23 @@ def _statistics(
 ) -> Statistics:
     """The global statistics of one pass."""
     taps, squares = psum(found.taps, axes), found.squares
+    counts = [global_count(term, axes) for term in loss.terms]
     moments = {path: r.moments for path, r in taps.items() if r.moments is not None}
     return Statistics(
-        examples=global_count(loss.terms[0], axes),
+        examples=counts[0] if len(counts) == 1 else jnp.stack(counts),
         layers={path: r.sums for path, r in taps.items() if r.sums is not None} | squares.blocks,
         leftover=None if inputs_only else squares.diagonals,
         reduced={path: r.reduced for path, r in taps.items() if r.reduced is not None},
         moments=moments | squares.moments if plan.in_bases and not inputs_only else None,
     )
+
+
+def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:
+    """Whether to measure now: of several terms, where one that is due has examples."""
+    due = statistics_due(opt_state)
+    if not due.ndim:
+        return due
+    return jnp.any(due & (jnp.stack([whole_count(term, axes) for term in loss.terms]) > 0))
 
 
 def _when(due: Any, measure: Callable[[], Any], skip: Callable[[], Any]) -> Any:
@@ -277,6 +319,19 @@ def _check_layers(layers: Layers, tree: Any) -> None:
                 f"{paths.join(parameter.path)} of shape {parameter.shape}, params has {came}. "
                 "Call find_layers again with this model's params."
             )
+
+
+def check_terms(layers: Layers, loss: Loss) -> None:
+    """Raise where the loss has other terms than the one that the layers were found on."""
+    if len(layers.terms) != len(loss.terms) and (layers or layers.leftover):
+        names = lambda terms: ", ".join(type(t.distribution).__name__ for t in terms)
+        before = ", ".join(term.distribution for term in layers.terms)
+        raise ValueError(
+            f"these Layers were found on a loss of {len(layers.terms)} terms ({before}), and "
+            f"loss_fn returned one of {len(loss.terms)} ({names(loss.terms)}). Each term has "
+            "curvature of its own: return the same terms always, and leave a task out of a batch "
+            "by nll(targets, where=mask)."
+        )
 
 
 def _check_axes(tree: Any, args: Any, axes: tuple[str, ...]) -> None:

@@ -56,7 +56,7 @@ def whitening(
     check_statistics(statistics, own, "whitening", outputs=False)
     found = {}
     for path, layer in own.items():
-        factors, _ = batch_factors(layer, statistics.layers[path], statistics.examples)
+        factors = batch_factors(layer, statistics.layers[path], statistics.examples).factors
         found[path] = charts.white_inputs(layer, factors, jnp.asarray(epsilon, float))
     return solve(found)
 

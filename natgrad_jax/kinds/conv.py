@@ -45,6 +45,10 @@ class ConvCall(NamedTuple):
             return jnp.expand_dims(x, 1)
         return x.reshape(x.shape[0] if lead else 1, -1, *x.shape[lead:])
 
+    def row_axes(self, ndim: int) -> tuple[int, ...]:
+        """The output's axes of examples and of what else shares the kernel, places apart."""
+        return tuple(range(ndim - len(self.kernel_size) - 1))
+
     def inputs(self, examples: jax.Array) -> jax.Array:
         """The patches: ``(N, T, *groups, kernel·channels/groups + bias)``."""
         patches = self.patches(examples)

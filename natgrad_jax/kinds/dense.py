@@ -38,6 +38,10 @@ class DenseCall(NamedTuple):
             return examples
         return jnp.concatenate([examples, jnp.ones_like(examples[..., :1])], axis=-1)
 
+    def row_axes(self, ndim: int) -> tuple[int, ...]:
+        """The output's axes of examples and positions."""
+        return self.s_rows
+
     def outputs(self, g: jax.Array) -> jax.Array:
         return normal_form(g, self.s_rows, self.s_blocks, self.s_outputs)
 

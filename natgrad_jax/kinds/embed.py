@@ -26,6 +26,9 @@ class EmbedCall(NamedTuple):
         """One-hot rows: ``(N, T, tokens)``."""
         return jax.nn.one_hot(examples, self.tokens)
 
+    def row_axes(self, ndim: int) -> tuple[int, ...]:
+        return tuple(range(ndim - 1))
+
     def outputs(self, g: jax.Array) -> jax.Array:
         shape = (1, 1) if g.ndim == 1 else (g.shape[0], math.prod(g.shape[1:-1]))
         return g.reshape(*shape, g.shape[-1])
@@ -59,6 +62,9 @@ class AttendCall(NamedTuple):
 
     def inputs(self, examples: jax.Array) -> jax.Array:
         return examples
+
+    def row_axes(self, ndim: int) -> tuple[int, ...]:
+        return tuple(range(ndim - 1))
 
     def outputs(self, g: jax.Array) -> jax.Array:
         return EmbedCall(0).outputs(g)

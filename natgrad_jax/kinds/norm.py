@@ -29,6 +29,9 @@ class NormCall(NamedTuple):
         columns = [examples] * self.scale + [jnp.ones_like(examples)] * self.bias
         return jnp.concatenate(columns, axis=-1)
 
+    def row_axes(self, ndim: int) -> tuple[int, ...]:
+        return self._rows
+
     def outputs(self, g: jax.Array) -> jax.Array:
         return normal_form(g, self._rows, self.features, ())
 

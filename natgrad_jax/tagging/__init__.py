@@ -12,7 +12,7 @@ from flax import linen as flax_linen, nnx as flax_nnx
 from natgrad_jax.layer import Layer, Parameter, free_layer
 from natgrad_jax.layers import Layers, Leftover
 from natgrad_jax.losses import Loss
-from natgrad_jax.paths import Path, join, leaves
+from natgrad_jax.paths import Path, join, leaves, normalize
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS
 from natgrad_jax.tagging.sightings import (
@@ -90,6 +90,7 @@ def find_layers(
         for path, parameter in parameters.items()
     }
     seen = _trace(frontend, loss_fn, params, args, probes)
+    parameters = {path: p._replace(terms=seen.reached[path]) for path, p in parameters.items()}
     found = _resolve(frontend, loss_fn, params, args, probes, seen, parameters)
     found = {path: layer for path, layer in found.items() if layer.size}
     covered = {p.path for layer in found.values() for p in layer.parameters}
@@ -100,7 +101,7 @@ def find_layers(
         for p in rest
         if p.path not in free
     ]
-    layers = Layers(found | free, tuple(leftover))
+    layers = Layers(found | free, tuple(leftover), seen.terms)
     for where, block in (blocks or {}).items():
         layers = layers.replace(where, block)
     _warn(layers, len(parameters))
@@ -191,8 +192,11 @@ def _trace(
 ) -> Sightings:
     """Run ``loss_fn`` abstractly with tags in place of slots."""
 
-    def run(params: Any, *args: Any) -> jax.Array:
-        return as_loss(loss_fn(params, *args)).value
+    losses: list[Any] = []
+
+    def run(params: Any, *args: Any) -> Any:
+        losses[:] = as_loss(loss_fn(params, *args)).terms
+        return [term.distribution.natural for term in losses]
 
     tagged, run_watched, seen = frontend.watched(run, params, probes)
     flat, tree = jax.tree.flatten(args)
@@ -205,7 +209,7 @@ def _trace(
 
     try:
         arrays = [x for x, t in zip(flat, traced, strict=True) if t]
-        seen.count(jax.make_jaxpr(from_arrays)(tagged, arrays))
+        jaxpr = jax.make_jaxpr(from_arrays)(tagged, arrays)
     except Exception as e:
         if SLOT not in str(e) and "pytree" not in str(e):
             raise
@@ -215,6 +219,12 @@ def _trace(
             "other tree's own paths, or add that penalty's gradient outside loss_fn."
         )
         raise
+    seen.count(jaxpr)
+    # what goes in: the parameters with their tags, the rest of the model, the other arguments
+    inputs = [normalize(p) for p, _ in jax.tree_util.tree_flatten_with_path(tagged)[0]]
+    given = [path[1:] if path[:1] == ("0",) and path[1:] in probes else None for path in inputs]
+    seen.reached = dict.fromkeys(probes, ())
+    seen.follow(jaxpr, [*given, *[None] * len(arrays)], losses)
     return seen
 
 

@@ -38,7 +38,7 @@ class Tag:
 
 
 def watched(run: Any, params: Any, probes: Mapping[Path, Any]) -> tuple[Any, Any, Sightings]:
-    """``(params with tags, run with a watching interceptor, what it will have seen)``.
+    """``((params with tags, None), run with a watching interceptor, what it will have seen)``.
 
     A tag lies in every mapping of ``params`` that holds arrays of its own, with the probe of the
     first of them in the order of ``probes``.
@@ -81,11 +81,11 @@ def watched(run: Any, params: Any, probes: Mapping[Path, Any]) -> tuple[Any, Any
         seen.owners.setdefault(found.path, nn.Dense)
         return seen.record(found.path, DENSE, found.probe, _shapes_in(params), cell, x, s)
 
-    def run_watched(params: Any, *args: Any) -> Any:
+    def run_watched(tagged: Any, *args: Any) -> Any:
         with nn.intercept_methods(watch):
-            return run(params, *args)
+            return run(tagged[0], *args)
 
-    return insert(params, SLOT, tag), run_watched, seen
+    return (insert(params, SLOT, tag), None), run_watched, seen
 
 
 def split(params: Any) -> tuple[Any, Any]:

@@ -1,17 +1,22 @@
 """What a search saw: one sighting for each layer called, and how it becomes a record."""
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from natgrad_jax.layer import Layer, Layout, Parameter
+from natgrad_jax.layer import Layer, Layout, LossTerm, Parameter
 from natgrad_jax.paths import Path
+from natgrad_jax.tagging.axes import WHOLE, Along, Demand, Demands
+from natgrad_jax.tagging.dependence import Taint, Walk
 from natgrad_jax.tagging.modules import Kind, UnsupportedError, describe
 
 # Names of calls in the traced program, by which they are counted there.
@@ -19,6 +24,14 @@ _MARK = "natgrad_call:"
 
 # A normalization with at most this many parameters has one full block; beyond, 2×2 a unit.
 MAX_FULL_NORM = 512
+
+
+class Mark(NamedTuple):
+    """One call: of which layer, the axes of its output that are rows, and its output's shape."""
+
+    path: Path
+    rows: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 class Sighting(NamedTuple):
@@ -37,7 +50,9 @@ class Sightings:
 
     ``owners``: the type of the module at each tagged path; ``layers``: sightings; ``refused``:
     why a known layer has no block; ``positions``: the most of one call; ``uses``: in which ways
-    the parameters are used; ``calls``: how often, 0 where that cannot be told.
+    the parameters are used; ``calls``: how often, 0 where that cannot be told; ``terms``: of the
+    loss; ``reached``: for each parameter the terms that depend on it; ``example_axes``: of each
+    layer the row axes that count examples, as its calls have them.
     """
 
     owners: dict[Path, type] = field(default_factory=dict)
@@ -46,8 +61,11 @@ class Sightings:
     positions: dict[Path, int] = field(default_factory=dict)
     uses: dict[Path, set[bool]] = field(default_factory=dict)
     calls: dict[Path, int] = field(default_factory=dict)
+    terms: tuple[LossTerm, ...] = ()
+    reached: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+    example_axes: dict[Path, set[int | None]] = field(default_factory=dict)
     _refusal: str | None = None
-    _marks: list[Path] = field(default_factory=list)
+    _marks: list["Mark"] = field(default_factory=list)
 
     @contextlib.contextmanager
     def refusing(self, reason: str) -> Iterator[None]:
@@ -88,16 +106,87 @@ class Sightings:
             self.refused[path] = "it is called in two ways that read its kernel differently"
         self.positions[path] = max(self.positions.get(path, 1), geometry.call.positions(x))
         self.uses.setdefault(path, set()).add(getattr(geometry.call, "swapped", False))
-        self._marks.append(path)
+        self._marks.append(Mark(path, geometry.call.row_axes(s.ndim), s.shape))
         return checkpoint_name(s, f"{_MARK}{len(self._marks) - 1}")
 
     def count(self, jaxpr: Any) -> None:
         """Read off the traced program how often it calls each layer."""
         self.calls.clear()
         for mark, times in _marks(jaxpr).items():
-            path = self._marks[mark]
+            path = self._marks[mark].path
             known = self.calls.get(path, 1) > 0 and times > 0
             self.calls[path] = self.calls.get(path, 0) + times if known else 0
+
+    def follow(self, jaxpr: Any, given: Sequence[Path | None], losses: Sequence[Any]) -> None:
+        """Read off the traced program which parameters each term of the loss depends on, and along
+        which axis of its outputs lie examples that do not depend on one another.
+
+        ``given``: the parameters among the program's inputs, None for others; its outputs are the
+        outputs of ``losses``.
+        """
+        is_parameter = [path is not None for path in given]
+        reached: dict[Path, list[int]] = {path: [] for path in self.reached}
+        found = []
+        for i, term in enumerate(losses):
+            axis, walk, wanted = _examples_axis(jaxpr, is_parameter, i, term.distribution)
+            found.append(LossTerm(type(term.distribution).__name__, axis))
+            for path, demand in zip(given, wanted, strict=True):
+                if path is not None and demand is not None:
+                    reached[path].append(i)
+            for name, demands in walk.marks.items():
+                if name.startswith(_MARK):
+                    mark = self._marks[int(name.removeprefix(_MARK))]
+                    axes = {row_axis(mark, *demand) for demand in demands}
+                    self.example_axes.setdefault(mark.path, set()).update(axes)
+        every = tuple(range(len(found)))
+        self.terms = tuple(found)
+        self.reached = {path: tuple(terms) or every for path, terms in reached.items()}
+
+
+def _examples_axis(
+    jaxpr: Any, is_parameter: Sequence[bool], output: int, distribution: Any
+) -> tuple[int | None, Walk, Demands]:
+    """The first axis of an output along which nothing is mixed, and the walk back that shows it;
+    None and the last walk where there is no such axis."""
+    examples = distribution.examples
+    for axis, size in enumerate(examples or (0,)):
+        walk = Walk(functools.partial(_holds_examples, size))
+        taints = [
+            Taint(own, not own and _holds_examples(size, var.aval, True))
+            for own, var in zip(is_parameter, jaxpr.jaxpr.invars, strict=True)
+        ]
+        outs: list[Demand] = [None] * len(jaxpr.jaxpr.outvars)
+        outs[output] = Along(axis, size) if examples else WHOLE
+        wanted = walk.back(jaxpr.jaxpr, taints, outs)
+        if examples and not walk.mixed:
+            return axis, walk, wanted
+    return None, walk, wanted
+
+
+def _holds_examples(size: int, aval: Any, argument: bool) -> bool:
+    """Whether what goes into the loss is data: an array that has ``size`` elements along some axis,
+    or an argument of several axes; not keys, nor whole numbers that the loss itself holds."""
+    if not hasattr(aval, "shape") or aval.dtype == np.uint32:
+        return False
+    if argument:
+        return size in aval.shape or aval.ndim > 1
+    return size in aval.shape and jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def row_axis(mark: Mark, demand: Demand, shape: tuple[int, ...]) -> int | None:
+    """Which of a call's row axes counts examples, from what the loss demands of its output; −1
+    where ``vmap`` put that axis there, None where the output is needed whole.
+
+    ``shape``: of the output in the traced program.
+    """
+    if not isinstance(demand, Along) or demand.inner != 1 or demand.size != shape[demand.axis]:
+        return None
+    for mapped in stack_candidates(shape, mark.shape):
+        if demand.axis in mapped:
+            return -1
+        axis = demand.axis - sum(a < demand.axis for a in mapped)
+        return mark.rows.index(axis) if axis in mark.rows else None
+    return None
 
 
 def _marks(jaxpr: Any) -> dict[int, int]:
@@ -167,6 +256,7 @@ def to_layer(
         calls=_calls_of_one(seen.calls.get(path, 0), stack),
         positions=seen.positions[path],
         uses=len(seen.uses[path]),
+        example_axis=_only(seen.example_axes.get(path, set()) - {None}),
     )
     if layer.kind == "norm":
         layer = replace(layer, block="full" if layer.size <= MAX_FULL_NORM else "unit")
@@ -176,6 +266,11 @@ def to_layer(
 def parameter_path(path: Path, name: str) -> Path:
     """Where a layer's parameter lies; each matrix of a LoRA pair is a layer and its parameter."""
     return path if path[-1:] in (("lora_a",), ("lora_b",)) else (*path, name)
+
+
+def _only(axes: set[Any]) -> int:
+    """The axis of examples, the leading one where calls have different ones or none."""
+    return next(iter(axes)) if len(axes) == 1 else 0
 
 
 def _calls_of_one(calls: int, stack: tuple[tuple[int, int], ...]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.kinds.regrouped import regrouped
 from natgrad_jax.layer import Layer
 from natgrad_jax.readings import Readings, Wanted, read
 
@@ -51,6 +52,7 @@ def tap(slot: Slot, call: Any, x: jax.Array, s: jax.Array) -> jax.Array:
     """
     wanted = slot.wanted
     if isinstance(wanted, Census):
+        call = regrouped(call, wanted.layer.example_axis, s)
         wanted.examples.add(jax.eval_shape(call.outputs, s).shape[0])
         return s
     shapes = jax.tree.map(jnp.shape, slot.readings)

@@ -128,8 +128,8 @@ def check_statistics(
             f"{type(statistics).__name__}."
         )
     measured = {*statistics.layers, *statistics.reduced}
-    strange = sorted(map(join, measured ^ set(layers) if outputs else set(layers) - measured))
-    if strange:
+    if set(layers) - measured:
+        strange = sorted(map(join, measured ^ set(layers)))
         raise ValueError(
             f"{name} and value_and_grad were given different Layers: {', '.join(strange)} are in "
             "one and not in the other. Pass the same Layers to both."
@@ -148,11 +148,13 @@ def check_statistics(
 def _check_shapes(layer: Layer, sums: Sums) -> None:
     """Raise unless the sums are of this layer: its own factors, or whole ones."""
     sides = {"A": layer.input_side, "G": layer.output_side}
-    lead = layer.stack_sizes + ((layer.uses,) if layer.uses > 1 else ()) + layer.factor_blocks
+    own = layer.stack_sizes + ((layer.uses,) if layer.uses > 1 else ()) + layer.factor_blocks
+    terms = (len(layer.terms),) if len(layer.terms) > 1 else ()
     for name, side in sides.items():
         factor = getattr(sums, name)
         if factor is None or side is None:
             continue
+        lead = terms + own if layer.mixed or name == "G" else own
         wanted = [lead + side.shape, (*lead, side.size, side.size)]
         if tuple(factor.shape) not in wanted:
             raise ValueError(

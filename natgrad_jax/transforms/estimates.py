@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import averages
-from natgrad_jax.averages import Factors, batch_factors, zero_factors
-from natgrad_jax.layer import Layer
+from natgrad_jax.averages import Factors, batch_factors
+from natgrad_jax.layer import Layer, Parameter
 from natgrad_jax.layers import Layers
 from natgrad_jax.paths import Path, join
 from natgrad_jax.statistics import Statistics
@@ -39,15 +39,20 @@ Rate = Callable[..., tuple[jax.Array, jax.Array]]
 def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
     """Before anything was measured."""
     return Estimates(
-        factors={path: zero_factors(x, dtype=factor_dtype) for path, x in layers.items()},
+        factors={path: averages.initial(x, dtype=factor_dtype) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         diagonal={
-            p.path: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))
+            p.path: jnp.zeros(_terms(p) + p.shape, jnp.promote_types(p.dtype, jnp.float32))
             for p in layers.diagonals
         },
-        diagonal_weights={p.path: jnp.zeros((), float) for p in layers.diagonals},
+        diagonal_weights={p.path: jnp.zeros(_terms(p), float) for p in layers.diagonals},
         rejected=jnp.zeros((), jnp.int32),
     )
+
+
+def _terms(parameter: Parameter) -> tuple[int, ...]:
+    """The axis in front of what each of several terms has its own of."""
+    return (len(parameter.terms),) if len(parameter.terms) > 1 else ()
 
 
 def update(state: State, statistics: Statistics, layers: Layers, decay: jax.Array) -> State:
@@ -56,12 +61,17 @@ def update(state: State, statistics: Statistics, layers: Layers, decay: jax.Arra
     def measured() -> State:
         rate = partial(averages.rate, decay=decay)
         new = update_factors(state, statistics, layers, rate)
-        diagonal, diagonal_weights, bad = _diagonals(state, statistics, decay)
+        diagonal, diagonal_weights, bad = _diagonals(state, statistics, layers, decay)
         return new._replace(
             diagonal=diagonal, diagonal_weights=diagonal_weights, rejected=new.rejected + bad
         )
 
-    return jax.lax.cond(statistics.examples > 0, measured, lambda: state)
+    return jax.lax.cond(any_seen(statistics), measured, lambda: state)
+
+
+def any_seen(statistics: Statistics) -> jax.Array:
+    """Whether any example was measured."""
+    return jnp.any(statistics.examples > 0)
 
 
 def update_factors(
@@ -76,11 +86,9 @@ def update_factors(
         sums, old = sums_for(layer, statistics), state.factors[path]
         if layer.block == "kronecker" and old.G is None:
             sums = sums._replace(G=None)  # measured for another transformation
-        new, good = batch_factors(layer, sums, statistics.examples)
-        moves, weights[path] = rate(state.weights[path], informative=good)
-        factors[path] = jax.tree.map(partial(averages.step, moves), old, new)
-        seen = sums.rows if layer.uses == 1 else sums.rows.sum(-1)
-        rejected += jnp.sum((seen != 0) & ~good, dtype=jnp.int32)
+        batch = batch_factors(layer, sums, statistics.examples)
+        factors[path], weights[path] = averages.moved(layer, old, batch, state.weights[path], rate)
+        rejected += jnp.sum(batch.seen & ~batch.good, dtype=jnp.int32)
     return state._replace(factors=factors, weights=weights, rejected=rejected)
 
 
@@ -98,19 +106,23 @@ def sums_for(layer: Layer, statistics: Statistics) -> Sums:
 
 
 def _diagonals(
-    state: Any, statistics: Statistics, decay: jax.Array
+    state: Any, statistics: Statistics, layers: Layers, decay: jax.Array
 ) -> tuple[dict[Path, jax.Array], dict[Path, jax.Array], jax.Array]:
     """The averages after this batch, their weights, and how many were not finite and dropped."""
     assert statistics.leftover is not None  # checked where statistics come in
     new, later, rejected = {}, {}, jnp.zeros((), jnp.int32)
-    measured = statistics.examples > 0
-    for path, old in state.diagonal.items():
-        value = statistics.leftover[path] / jnp.where(measured, statistics.examples, 1)
-        good = jnp.isfinite(jnp.sum(value)) & measured
-        weight = state.diagonal_weights[path]
+    for parameter in layers.diagonals:
+        path = parameter.path
+        count, weight = (
+            averages.counts(statistics.examples, parameter.terms),
+            state.diagonal_weights[path],
+        )
+        measured = count > 0
+        value = averages.over(statistics.leftover[path], jnp.where(measured, count, 1))
+        good = jnp.isfinite(value.sum(tuple(range(weight.ndim, value.ndim)))) & measured
         rate, later[path] = averages.rate(weight, decay, good)
-        new[path] = averages.step(rate, old, value)
-        rejected += jnp.where(measured & ~good, 1, 0)
+        new[path] = averages.step(rate, state.diagonal[path], value)
+        rejected += jnp.sum(measured & ~good, dtype=jnp.int32)
     return new, later, rejected
 
 
@@ -119,14 +131,23 @@ def over_diagonal(state: Any, lam: jax.Array) -> Any:
     the first measurement."""
 
     def scale(path: Path, gradient: jax.Array) -> jax.Array:
-        curvature = state.diagonal[path] + lam.astype(gradient.dtype)
+        curvature, weight = state.diagonal[path], state.diagonal_weights[path]
+        if weight.ndim:  # of several terms
+            curvature, weight = curvature.sum(0), weight.sum(0)
+        curvature = curvature + lam.astype(gradient.dtype)
         scaled = jnp.where(curvature > 0, gradient / jnp.where(curvature > 0, curvature, 1), 0)
-        return jnp.where(state.diagonal_weights[path] > 0, scaled, gradient)
+        return jnp.where(weight > 0, scaled, gradient)
 
     return scale
 
 
-def first_seen(before: dict[Path, jax.Array], after: dict[Path, jax.Array]) -> jax.Array:
-    """Whether anything was measured for the first time."""
-    news = [jnp.any((before[path] == 0) & (after[path] > 0)) for path in before]
+def first_seen(before: Any, after: Any) -> jax.Array:
+    """Whether anything was measured for the first time between two states, of any term."""
+    pairs = zip(_weights(before), _weights(after), strict=True)
+    news = [jnp.any((old == 0) & (new > 0)) for old, new in pairs]
     return jnp.any(jnp.stack(news)) if news else jnp.zeros((), bool)
+
+
+def _weights(state: Any) -> list[jax.Array]:
+    shares = [f.weights for f in state.factors.values() if isinstance(f, averages.FactorsOfTerms)]
+    return [*state.weights.values(), *shares]

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import averages, coordinates as charts
-from natgrad_jax.clock import Clock, due, start
+from natgrad_jax.clock import Clock, due, start, tick
 from natgrad_jax.coordinates import Choice, Coordinates
 from natgrad_jax.layer import Layer
+from natgrad_jax.layers import Layers
 from natgrad_jax.linalg.divided import Devices
 from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import keep_finite
@@ -66,12 +67,12 @@ class Rules(NamedTuple):
 
 
 def initial_state(
-    layers: Mapping[Path, Layer], choice: Choice, request: Request, rank: int | None
+    layers: Layers, choice: Choice, request: Request, rank: int | None
 ) -> InCoordinatesState:
     zero = jnp.zeros((), float)
     return InCoordinatesState(
-        clock=start(),
-        factors={path: averages.zero_factors(x, request.inputs_only) for path, x in layers.items()},
+        clock=start(len(layers.terms)),
+        factors={path: averages.initial(x, request.inputs_only) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         bases={path: charts.start(x, choice, rank) for path, x in layers.items()},
         gathered=zero,
@@ -86,7 +87,7 @@ def average(
     state: InCoordinatesState, statistics: Statistics, layers: Mapping[Path, Layer], rules: Rules
 ) -> InCoordinatesState:
     """The state after this batch's factors, averaged by decay or evenly since the last refresh."""
-    step, examples = state.clock.step, statistics.examples
+    step, examples = state.clock.step, jnp.max(statistics.examples)
     by_decay = partial(averages.rate, decay=at(rules.decay, step))
 
     def evenly(weight: jax.Array, informative: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -102,7 +103,7 @@ def average(
 
     wanted = examples > 0
     if rules.samples is not None:
-        wanted &= state.clock.statistics_due
+        wanted &= jnp.any(state.clock.statistics_due)
     return jax.lax.cond(wanted, measured, lambda: state)
 
 
@@ -143,14 +144,14 @@ def rescaled(
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
             sums = estimates.sums_for(layer, statistics)
-            factors, good = averages.batch_factors(layer, sums, statistics.examples)
+            factors, _, good = averages.batch_factors(layer, sums, statistics.examples)
             new = charts.rescaled(layer, state.bases[path], factors, epsilon)
             bases[path], bad = keep_finite(layer, new, state.bases[path], good.astype(float))
             rejected += bad
         return bases, rejected
 
     bases, rejected = jax.lax.cond(
-        statistics.examples > 0, measured, lambda: (state.bases, state.rejected)
+        estimates.any_seen(statistics), measured, lambda: (state.bases, state.rejected)
     )
     return state._replace(bases=bases, rejected=rejected)
 
@@ -180,12 +181,13 @@ def carried(
     return state._replace(inner=jax.lax.cond(is_due, anew, lambda: state.inner))
 
 
-def ticked(state: InCoordinatesState, rules: Rules) -> InCoordinatesState:
+def ticked(state: InCoordinatesState, rules: Rules, examples: jax.Array) -> InCoordinatesState:
+    """The state after the step; a refresh has statistics of its own batch at least."""
     step = state.clock.step + 1
+    period = at(rules.refresh_period, step).astype(jnp.int32)
     if rules.samples is None:
-        wanted = due(step, at(rules.statistics_period, step))
+        wanted = due(step, at(rules.statistics_period, step)) | due(step, period)
     else:  # as many steps before the next refresh as it takes to see enough examples
-        period = at(rules.refresh_period, step).astype(jnp.int32)
         left = (-step) % period
         wanted = left * state.examples < at(rules.samples, step)
-    return state._replace(clock=Clock(step, wanted))
+    return state._replace(clock=tick(state.clock, wanted, examples))

@@ -81,7 +81,7 @@ def in_coordinates(
         between the sides.
       decay: of the factors: factor = decay · old + (1 − decay) · batch, bias-corrected.
       statistics_period: steps from one measurement to the next, 10 by default and 1 for
-        ``"whitening_plus"``; the first step always measures.
+        ``"whitening_plus"``; the first step always measures, and so does a step that refreshes.
       refresh_period: T, steps from one set of coordinates to the next; the first step always finds
         them (whitened initialization). To whiten by more than its batch, give the first update the
         sum of several batches' statistics.
@@ -123,12 +123,14 @@ def in_coordinates(
     form = approximation(convolution, None, weight_sharing)._replace(centred=choice.centred)
     request = Request(form, inputs_only=not choice.outputs)
     every = layers.approximate(form)
-    own = {path: x for path, x in every.items() if charts.applies(x) and choice.find is not None}
-    measured = every if choice.outputs else own
+    has_some = [path for path, x in every.items() if charts.applies(x) and choice.find is not None]
+    all_own = every.within(has_some)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> InCoordinatesState:
-        state = jax.jit(lambda: following.initial_state(own, choice, request, rank))()
+        # of params only which there are: shapes come from the layers
+        kept = all_own.within(every.of(params))
+        state = jax.jit(lambda: following.initial_state(kept, choice, request, rank))()
         return state._replace(inner=inner.init(params))
 
     def update_fn(
@@ -140,12 +142,14 @@ def in_coordinates(
         **extra: Any,
     ) -> tuple[optax.Updates, InCoordinatesState]:
         blocks.check_paths(paths.leaves(updates), layers)
+        own = all_own.within(state.factors)
         if own:
-            blocks.check_statistics(statistics, measured, "in_coordinates", choice.outputs)
+            blocks.check_statistics(statistics, own, "in_coordinates", choice.outputs)
             assert statistics is not None
             state = _followed(state, statistics, updates, params, inner, own, rules)
         mapped = _run(inner, _frozen(updates, layers), state, params, own, extra)
-        return _frozen(mapped[0], layers), following.ticked(mapped[1], rules)
+        examples = jnp.zeros(()) if statistics is None else statistics.examples
+        return _frozen(mapped[0], layers), following.ticked(mapped[1], rules, examples)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -168,10 +172,10 @@ def _followed(
     rules: following.Rules,
 ) -> InCoordinatesState:
     """The coordinates of this step, and the inner state in them."""
-    old, before = state.bases, state.weights
+    old, before = state.bases, state
     state = following.average(state, statistics, layers, rules)
     refresh = due(state.clock.step, at(rules.refresh_period, state.clock.step))
-    refresh |= estimates.first_seen(before, state.weights)
+    refresh |= estimates.first_seen(before, state)
     state = following.refresh(state, layers, rules, refresh)
     state = following.carried(state, updates, params, inner, layers, old, rules, refresh)
     return following.rescaled(state, statistics, layers, rules) if rules.choice.rescaled else state

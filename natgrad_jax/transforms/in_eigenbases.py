@@ -24,8 +24,9 @@ class EKFACState(NamedTuple):
     refresh, in their columns: all, or the leading ones. ``moments``: S, at the packed coordinates
     of the bases, ``(*stack, *blocks, rows, columns)``, or at those of the leading directions and
     then the mean of all others; ``moment_weights``: how much each has seen, ``(*stack,)``.
-    ``examples``: of the last measured batch, ``()``. ``request``: what it asks of the backward
-    pass, without arrays. The other fields are those of
+    Where several terms of the loss have each an S of its own, both have an axis of terms in front.
+    ``examples``: of the last measured batch, ``()`` or ``(terms,)``. ``request``: what it asks of
+    the backward pass, without arrays. The other fields are those of
     :class:`~natgrad_jax.transforms.estimates.Estimates`.
 
     >>> import natgrad_jax as ng
@@ -59,16 +60,21 @@ def in_eigenbases(
 
     def start(layers: Layers) -> dict[str, Any]:
         starts = {path: initial(layer, rank) for path, layer in layers.items()}
+        several = {path: (len(x.terms),) * (len(x.terms) > 1 and x.block == "kronecker")
+                   for path, x in layers.items() if intra_batch}  # fmt: skip
+        zeros = lambda path, shape, dtype: jnp.zeros(several.get(path, ()) + shape, dtype)
         return {
             "bases": {path: bases for path, (bases, _) in starts.items()},
-            "moments": {path: moments for path, (_, moments) in starts.items()},
-            "moment_weights": {path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
-            "examples": jnp.ones((), float),
+            "moments": {path: zeros(path, S.shape, S.dtype) for path, (_, S) in starts.items()},
+            "moment_weights": {
+                path: zeros(path, x.stack_sizes, float) for path, x in layers.items()
+            },
+            "examples": jnp.ones((len(layers.terms),) if len(layers.terms) > 1 else (), float),
         }
 
     def follow(state: EKFACState, layers: Layers, now: Now) -> EKFACState:
         if intra_batch:
-            state = squares.measure(state, now.statistics, now.decay)
+            state = squares.measure(state, now.statistics, layers, now.decay)
         state = squares.refresh(state, layers, now.decay, now.first, how, rules.turns)
         if intra_batch:
             return state
@@ -80,7 +86,7 @@ def in_eigenbases(
 def _apply(
     layer: Layer, state: EKFACState, path: Path, gradient: jax.Array, damping: jax.Array
 ) -> jax.Array:
-    weight, S = state.moment_weights[path], state.moments[path]
-    known = jnp.expand_dims(weight > 0, tuple(range(weight.ndim, S.ndim)))
+    S, known = squares.total(state, path), squares.has_basis(state, path)
+    known = jnp.expand_dims(known, tuple(range(known.ndim, S.ndim)))
     gains = 1 / jnp.where(known, S + damping.astype(S.dtype), 1)
     return scaled(layer, state.bases[path], gains, gradient)

@@ -60,7 +60,10 @@ def kronecker(
 
 
 def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) -> KFACState:
-    """Inverses that have seen this batch too, by updates of low rank."""
+    """Inverses that have seen this batch too, by updates of low rank.
+
+    The G of a layer that several terms depend on waits for the next refresh.
+    """
     rank, statistics = inversion.rank, now.statistics
     assert rank is not None
 
@@ -72,14 +75,17 @@ def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) ->
                 bases[path] = old
                 continue
             sums = estimates.sums_for(layer, statistics)
-            batch, good = averages.batch_factors(layer, sums, statistics.examples)
-            before = now.weights[path]
+            batch = averages.batch_factors(layer, sums, statistics.examples)
+            factors, good, before = batch.factors, batch.good, now.weights[path]
+            if good.ndim > before.ndim:  # terms, whose shares move at rates of their own
+                own = None if layer.mixed else factors.A
+                factors, good = factors._replace(A=own, G=None), good.any(0)
             rate, _ = averages.rate(before, now.decay, good & (before > 0))
-            new = followed(layer, old, batch, rate, rank)
+            new = followed(layer, old, factors, rate, rank)
             bases[path], _ = keep_finite(layer, new, old, state.weights[path])
         return bases
 
-    bases = jax.lax.cond(statistics.examples > 0, seen, lambda: state.bases)
+    bases = jax.lax.cond(estimates.any_seen(statistics), seen, lambda: state.bases)
     return state._replace(bases=bases)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.clock import start, tick
+from natgrad_jax.clock import due, start, tick
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.paths import Path
@@ -66,12 +66,13 @@ def preconditioner(
     check_positive(trust_radius=1 if radius is None else radius)
     check_period(statistics_period=rules.statistics_period)
     check_fraction(decay=rules.decay)
-    layers = layers.approximate(rules.request.approximation)
+    all_layers = layers.approximate(rules.request.approximation)
 
     def init_fn(params: optax.Params) -> Any:
-        del params  # shapes come from the layers: params may be placeholders
+        # of params only which there are: shapes come from the layers
+        own = all_layers.of(params)
         # one compiled program: op by op, every shape would compile on its own
-        return jax.jit(lambda: _initial_state(layers, rules, method))()
+        return jax.jit(lambda: _initial_state(own, rules, method))()
 
     def update_fn(
         updates: optax.Updates,
@@ -82,23 +83,25 @@ def preconditioner(
         **extra: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra
+        layers = all_layers.within(state.factors, state.diagonal)
         blocks.check_statistics(statistics, layers, rules.name)
         assert statistics is not None
         step = state.clock.step
         lam, decay = at(rules.damping, step), at(rules.decay, step)
-        before = state.weights
+        before = state
         state = estimates.update(state, statistics, layers, decay)
         # what was measured for the first time is refreshed now, not a period later
-        first = estimates.first_seen(before, state.weights)
-        now = Now(updates, statistics, lam, decay, before, first)
+        first = estimates.first_seen(before, state)
+        now = Now(updates, statistics, lam, decay, before.weights, first)
         state = method.follow(state, layers, now)
         of_layer = lambda path, x: method.apply(layers[path], state, path, x, lam)
         over_diagonal = estimates.over_diagonal(state, lam)
         # the natural gradient, and Δᵀ∇ = ΔᵀFΔ of the damped F
-        updates, quadratic = blocks.map_blocks(updates, layers, of_layer, over_diagonal)
+        updates, quadratic = blocks.map_blocks(updates, all_layers, of_layer, over_diagonal)
         if radius is not None:
-            updates = blocks.trust_region(updates, layers, quadratic, at(radius, step))
-        clock = tick(state.clock, at(rules.statistics_period, step + 1))
+            updates = blocks.trust_region(updates, all_layers, quadratic, at(radius, step))
+        wanted = due(step + 1, at(rules.statistics_period, step + 1))
+        clock = tick(state.clock, wanted, statistics.examples)
         rejected = state.rejected + jnp.isnan(quadratic)
         return updates, state._replace(clock=clock, damping=lam, rejected=rejected)
 
@@ -107,7 +110,7 @@ def preconditioner(
 
 def _initial_state(layers: Layers, rules: Rules, method: Method) -> Any:
     return method.state(
-        clock=start(),
+        clock=start(len(layers.terms)),
         damping=at(rules.damping, jnp.zeros((), jnp.int32)),
         request=spell(rules.request),
         **method.start(layers),

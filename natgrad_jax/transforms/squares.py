@@ -15,7 +15,7 @@ from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import keep_finite
 from natgrad_jax.paths import Path
 from natgrad_jax.statistics import Statistics
-from natgrad_jax.transforms import blocks
+from natgrad_jax.transforms import blocks, estimates
 from natgrad_jax.transforms.refreshing import Turns, in_turn
 
 State = TypeVar("State", bound=Any)
@@ -24,16 +24,31 @@ State = TypeVar("State", bound=Any)
 def _averaged(
     state: State, path: Path, new: jax.Array, seen: jax.Array, decay: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """S and its weight after ``new``, where there is a basis; and how many were not finite."""
+    """S and its weight after ``new``, where there is a basis; and how many were not finite.
+
+    ``seen``: by each term, where each has an S of its own.
+    """
     weight = state.moment_weights[path]
-    informative = seen & (weight > 0)
+    informative = seen & has_basis(state, path)
     finite = jnp.isfinite(new.sum(tuple(range(weight.ndim, new.ndim))))
     rate, later = averages.rate(weight, decay, informative & finite)
     bad = jnp.sum(informative & ~finite, dtype=jnp.int32)
     return averages.step(rate, state.moments[path], new), later, bad
 
 
-def measure(state: State, statistics: Statistics, decay: jax.Array) -> State:
+def has_basis(state: State, path: Path) -> jax.Array:
+    """Whether S is known: of any term, ``(*stack,)``."""
+    known = state.moment_weights[path] > 0
+    return known.any(0) if known.ndim > state.weights[path].ndim else known
+
+
+def total(state: Any, path: Path) -> jax.Array:
+    """S of all terms of the loss."""
+    S = state.moments[path]
+    return S.sum(0) if state.moment_weights[path].ndim > state.weights[path].ndim else S
+
+
+def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Array) -> State:
     """S after the squares of this batch's examples, measured in the current bases."""
     found = statistics.moments
     if found is None:
@@ -45,15 +60,15 @@ def measure(state: State, statistics: Statistics, decay: jax.Array) -> State:
 
     def measured() -> State:
         moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
-        for path, added in found.items():
-            new = added / statistics.examples
-            moments[path], weights[path], bad = _averaged(
-                state, path, new, jnp.ones(weights[path].shape, bool), decay
-            )
+        for path in found:
+            count = averages.counts(statistics.examples, layers[path].terms)
+            new = averages.over(found[path], jnp.where(count > 0, count, 1))
+            seen = jnp.expand_dims(count > 0, tuple(range(count.ndim, weights[path].ndim)))
+            moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)
             rejected += bad
         return state._replace(moments=moments, moment_weights=weights, rejected=rejected)
 
-    return jax.lax.cond(statistics.examples > 0, measured, lambda: state)
+    return jax.lax.cond(estimates.any_seen(statistics), measured, lambda: state)
 
 
 def average_gradient(
@@ -63,7 +78,11 @@ def average_gradient(
     layers: Layers,
     decay: jax.Array,
 ) -> State:
-    """S after N times the squared mini-batch gradient, in the current bases."""
+    """S after N times the squared mini-batch gradient, in the current bases.
+
+    Of several terms that a layer depends on N is the largest. A gradient of zero, of a task that is
+    not in this batch, tells nothing.
+    """
     examples = jnp.where(statistics.examples > 0, statistics.examples, state.examples)
     moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
 
@@ -71,14 +90,40 @@ def average_gradient(
         layer = layers[path]
         if layer.block != "kronecker":
             continue
-        new = examples * squares(layer, state.bases[path], gradient)
+        count = averages.counts(examples, layer.terms).max()
+        new = count * squares(layer, state.bases[path], gradient)
+        seen = jnp.any(gradient != 0, axis=tuple(range(len(layer.stack), gradient.ndim)))
         # at the first step S is K-FAC's, and this gradient has made the basis
-        seen = jnp.broadcast_to(state.clock.step > 0, weights[path].shape)
+        seen &= state.clock.step > 0
         moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)
         rejected += bad
     return state._replace(
         moments=moments, moment_weights=weights, rejected=rejected, examples=examples
     )
+
+
+def _renewed(
+    state: State, path: Path, layer: Layer, bases: Any, products: jax.Array
+) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+    """New bases and S in them, each term's portion of ``products``, K-FAC's S, and how many failed.
+
+    S is carried over from the last bases; where there are none it is K-FAC's.
+    """
+    old, S = state.bases[path], state.moments[path]
+    several = state.moment_weights[path].ndim > state.weights[path].ndim
+    portions = averages.portions(layer, state.factors[path]) if several else jnp.ones(())
+    wide = lambda x: jnp.expand_dims(x, tuple(range(x.ndim, products.ndim))).astype(products.dtype)
+    olds = list(S) if several else [S]
+    turned = [wide(p) * products for p in portions] if several else [products]
+    if layer.block == "kronecker":
+        known = wide(has_basis(state, path)) > 0
+        turned = [jnp.where(known, carried(layer, own, old, bases), first)
+                  for own, first in zip(olds, turned, strict=True)]  # fmt: skip
+    # the moments are made of all bases
+    (bases, turned), bad = keep_finite(
+        layer, (bases, turned), (old, olds), state.weights[path], told_by=turned
+    )
+    return bases, jnp.stack(turned) if several else turned[0], portions, bad
 
 
 def refresh(
@@ -87,7 +132,7 @@ def refresh(
     """Bases of the current factors, where due, with S carried over; the last where that fails."""
 
     def unseen(path: Path) -> jax.Array:
-        return (state.moment_weights[path] == 0) & (state.weights[path] > 0)
+        return ~has_basis(state, path) & (state.weights[path] > 0)
 
     def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, Any], jax.Array]:
         new, rejected = {}, jnp.zeros((), jnp.int32)
@@ -100,16 +145,10 @@ def refresh(
         )
         found = solve({path: of(path, layer) for path, layer in due.items()}, when.over)
         for path, layer in due.items():
-            (bases, products), (old, S, weight) = found[path], kept[path]
-            known = jnp.expand_dims(weight > 0, tuple(range(weight.ndim, products.ndim)))
-            turned = products
-            if layer.block == "kronecker":
-                turned = jnp.where(known, carried(layer, S, old, bases), products)
-            weights = state.weights[path]
-            # the moments are made of all bases
-            pair, bad = keep_finite(layer, (bases, turned), (old, S), weights, told_by=turned)
-            started = unseen(path) & (bad == 0)
-            new[path] = (*pair, jnp.where(started, 1 - decay, weight).astype(weight.dtype))
+            bases, S, portions, bad = _renewed(state, path, layer, *found[path])
+            weight = state.moment_weights[path]
+            started = unseen(path) & (portions > 0) & (bad == 0)
+            new[path] = bases, S, jnp.where(started, 1 - decay, weight).astype(weight.dtype)
             rejected += bad
         return new, rejected
 

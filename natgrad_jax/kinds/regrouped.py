@@ -1,0 +1,47 @@
+"""A layer's call whose examples do not lie on its leading axis."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Regrouped:
+    """Any kind of call, its rows grouped by another axis.
+
+    ``axis``: which of the call's row axes counts examples; −1 where none does: all rows are of one
+    example, as inside ``vmap`` over examples. ``sizes``: of the row axes.
+    """
+
+    def __init__(self, call: Any, axis: int, sizes: tuple[int, ...]):
+        self.call, self.axis, self.sizes = call, axis, sizes
+
+    def examples(self, x: jax.Array) -> jax.Array:
+        return self._group(self.call.examples(x))
+
+    def outputs(self, g: jax.Array) -> jax.Array:
+        return self._group(self.call.outputs(g))
+
+    def width(self, x: jax.Array) -> int:
+        own = jax.eval_shape(self.call.examples, x).shape[0]
+        return self.call.width(x) * own // (self.sizes[self.axis] if self.axis >= 0 else 1)
+
+    def _group(self, rows: jax.Array) -> jax.Array:
+        """``(examples, positions, …)`` from the call's own grouping, which has rows in order."""
+        if self.axis < 0:
+            return rows.reshape(1, -1, *rows.shape[2:])
+        count, own = math.prod(self.sizes), rows.shape[0] * rows.shape[1]
+        rows = rows.reshape(*self.sizes, own // count, *rows.shape[2:])
+        rows = jnp.moveaxis(rows, self.axis, 0)
+        return rows.reshape(self.sizes[self.axis], -1, *rows.shape[len(self.sizes) + 1 :])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.call, name)
+
+
+def regrouped(call: Any, axis: int, g: jax.Array) -> Any:
+    """``call`` with examples on that row axis of its output cotangent ``g``."""
+    if axis == 0:
+        return call
+    return Regrouped(call, axis, tuple(g.shape[a] for a in call.row_axes(g.ndim)))

@@ -1,0 +1,161 @@
+"""Which examples an output depends on: a walk back through the traced loss, axis by axis.
+
+Asked about one axis of one output, the walk gives each value that it comes to a *demand*: for the
+output's element n along the axis, element n of the value along an axis of its own suffices
+(``Along``), or all of the value is needed (``WHOLE``). Where everything that depends on parameters
+and on data is demanded along an axis, the elements are examples that do not depend on one another.
+An unknown operation demands the whole of its operands: the answer errs towards dependence.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from natgrad_jax import compat
+from natgrad_jax.tagging.axes import RULES, WHOLE, Along, Demand, Demands, join, through
+
+
+class Taint(NamedTuple):
+    """What a value depends on."""
+
+    params: bool = False
+    data: bool = False
+
+    def __or__(self, other: Any) -> "Taint":
+        return Taint(self.params or other.params, self.data or other.data)
+
+
+class Walk:
+    """One walk. ``is_data(aval, argument)`` tells whether a value that goes in holds examples.
+
+    ``mixed``: whether examples depend on one another. ``marks``: the demands of the values that
+    have a name, by name, each with its shape.
+    """
+
+    def __init__(self, is_data: Callable[[Any, bool], bool]):
+        self.is_data = is_data
+        self.mixed = False
+        self.marks: dict[str, set[tuple[Demand, tuple[int, ...]]]] = {}
+
+    def back(self, jaxpr: Any, taints: Sequence[Taint], outs: Demands) -> Demands:
+        """The demands of the inputs of ``jaxpr`` from those of its outputs."""
+        taint = self._taints(jaxpr, taints)
+        wanted: dict[Any, Demand] = {}
+
+        def want(var: Any, demand: Demand) -> None:
+            if isinstance(var, core.Literal) or not _differentiable(var):
+                return
+            wanted[var] = join(wanted.get(var), demand)
+
+        for var, demand in zip(jaxpr.outvars, outs, strict=True):
+            want(var, demand)
+        for equation in reversed(jaxpr.eqns):
+            own = [wanted.get(v) for v in equation.outvars]
+            if not any(own):
+                continue
+            for var, demand in zip(equation.outvars, own, strict=True):
+                self.mixed |= demand == WHOLE and all(taint[var])
+            given = [taint.get(v, Taint()) if _is_var(v) else Taint() for v in equation.invars]
+            for var, demand in zip(
+                equation.invars, self._through(equation, given, own), strict=True
+            ):
+                want(var, demand)
+        return [wanted.get(v) for v in jaxpr.invars]
+
+    def _taints(self, jaxpr: Any, taints: Sequence[Taint]) -> dict[Any, Taint]:
+        found = dict(zip(jaxpr.invars, taints, strict=True))
+        for var in jaxpr.constvars:
+            found[var] = Taint(data=self.is_data(var.aval, False))
+        for equation in jaxpr.eqns:
+            taint = _all(found[v] for v in equation.invars if _is_var(v))
+            found |= dict.fromkeys(equation.outvars, taint)
+        return found
+
+    def _through(self, equation: Any, taints: list[Taint], outs: Demands) -> Demands:
+        name, params = equation.primitive.name, equation.params
+        if name == "name":
+            shape = equation.outvars[0].aval.shape
+            self.marks.setdefault(params["name"], set()).add((outs[0], shape))
+        if name == "stop_gradient":
+            return [None]
+        if name == "scan":
+            return self._scan(equation, taints, outs)
+        if name == "cond":
+            inner = [self._inside(b, taints[1:], outs) for b in params["branches"]]
+            return [None, *(functools.reduce(join, each) for each in zip(*inner, strict=True))]
+        programs = [] if name in RULES else list(_programs(params))
+        if name == "while" or len(programs) > 1 or (programs and not _same_inputs(equation)):
+            for program in programs:
+                jaxpr = getattr(program, "jaxpr", program)
+                tainted = [_all(taints)] * len(jaxpr.invars)
+                self._inside(program, tainted, [WHOLE] * len(jaxpr.outvars))
+            return [WHOLE] * len(equation.invars)
+        if programs:
+            return self._inside(programs[0], taints, outs)
+        return through(equation, outs)
+
+    def _inside(self, program: Any, taints: Sequence[Taint], outs: Demands) -> Demands:
+        jaxpr = getattr(program, "jaxpr", program)
+        return self.back(jaxpr, taints, outs)
+
+    def _scan(self, equation: Any, taints: list[Taint], outs: Demands) -> Demands:
+        constants, carried = compat.scan_groups(equation.params)
+        program = equation.params["jaxpr"]
+        # what is carried may come to depend on all that goes in
+        through_carry = _all(taints)
+        inside = [
+            t | through_carry if constants <= i < constants + carried else t
+            for i, t in enumerate(taints)
+        ]
+        carry, stacked = outs[:carried], [_unstacked(d) for d in outs[carried:]]
+        while True:
+            found = self._inside(program, inside, [*carry, *stacked])
+            again = [join(a, b) for a, b in zip(carry, found[constants:], strict=False)]
+            if again == carry:
+                break
+            carry = again
+        own, before, along = (found[:constants], carry, found[constants + carried :])
+        return [*own, *before, *map(_stacked, along)]
+
+
+def _all(taints: Iterable[Taint]) -> Taint:
+    return functools.reduce(Taint.__or__, taints, Taint())
+
+
+def _unstacked(demand: Demand) -> Demand:
+    if not isinstance(demand, Along):
+        return demand
+    return demand._replace(axis=demand.axis - 1) if demand.axis else WHOLE
+
+
+def _stacked(demand: Demand) -> Demand:
+    return demand._replace(axis=demand.axis + 1) if isinstance(demand, Along) else demand
+
+
+def _is_var(x: Any) -> bool:
+    return not isinstance(x, core.Literal)
+
+
+def _differentiable(var: Any) -> bool:
+    return jnp.issubdtype(getattr(var.aval, "dtype", np.int32), jnp.inexact)
+
+
+def _programs(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs inside an equation; of a custom derivative only what it computes."""
+    for value in params.values():
+        for x in value if isinstance(value, list | tuple) else [value]:
+            if hasattr(getattr(x, "jaxpr", x), "eqns"):
+                yield x
+
+
+def _same_inputs(equation: Any) -> bool:
+    (program,) = _programs(equation.params)
+    jaxpr = getattr(program, "jaxpr", program)
+    shapes = lambda variables: [getattr(v.aval, "shape", None) for v in variables]
+    return shapes(jaxpr.invars) == shapes(equation.invars) and shapes(jaxpr.outvars) == shapes(
+        equation.outvars
+    )
