@@ -9,10 +9,11 @@ import optax
 
 from natgrad_jax.clock import due
 from natgrad_jax.losses import is_concrete
-from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.scalars import check_fraction, check_period, check_positive
+from natgrad_jax.tagging import as_loss
 from natgrad_jax.transforms.blocks import only_finite
-from natgrad_jax.transforms.extra import needed
+from natgrad_jax.transforms.extra import needed, on_parameters
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 
 # How many values of λ the state remembers.
@@ -166,20 +167,23 @@ def adaptive_damping(
         value: Any = None,
         value_fn: Callable[[Any], Any] | None = None,
         args: Any = None,
+        split: Any = None,
         grad: optax.Updates | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, AdaptiveDampingState]:
-        needed("adaptive_damping", params=params, value=value, value_fn=value_fn, args=args)
-        assert value_fn is not None
+        needed("adaptive_damping", params=params, value=value, args=args)
         grad = updates if grad is None else grad
+        loss_of = on_parameters(loss_fn, args, split)
+        given = None if value_fn is None else on_parameters(value_fn, (), split)
+        value_of = given or (lambda params: as_loss(loss_of(params)).value)
         inner = optax.with_extra_args_support(make(state.level))
-        extra |= {"value": value, "value_fn": value_fn, "args": args, "grad": grad}
+        extra |= {"value": value, "value_fn": value_of, "args": args, "split": split, "grad": grad}
         new, inner_state = inner.update(updates, state.inner, params, **extra)
 
         def look() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-            actual = value_fn(optax.apply_updates(params, new)) - value
+            actual = value_of(optax.apply_updates(params, new)) - value
             actual = jnp.where(only_finite(grad)[1], jnp.nan, actual)  # a zero step proves nothing
-            predicted = _predicted(rule, inner_state, loss_fn, params, args, grad, new)
+            predicted = _predicted(rule, inner_state, loss_of, params, grad, new)
             return judge(rule, new, state, actual, predicted)
 
         kept = (new, state.level, state.ratio, state.refused)
@@ -220,9 +224,8 @@ def judge(
 def _predicted(
     rule: DampingRule,
     inner: Any,
-    loss_fn: Any,
+    loss_of: Callable[[Any], Any],
     params: Any,
-    args: Any,
     grad: Any,
     updates: Any,
 ) -> jax.Array:
@@ -235,4 +238,4 @@ def _predicted(
     slope = jax.tree.reduce(jnp.add, slopes, jnp.zeros((), float))
     if rule.alpha is not None:
         return (1 - rule.alpha / 2) * slope
-    return slope + 0.5 * quadratic_forms(loss_fn, params, *args, vectors=[updates])[0, 0]
+    return slope + 0.5 * forms(model_at(params, loss_of), [updates])[0, 0]

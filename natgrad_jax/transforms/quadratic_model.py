@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.scalars import Scalar, at, check_not_negative
 from natgrad_jax.transforms.blocks import only_finite
-from natgrad_jax.transforms.extra import needed
+from natgrad_jax.transforms.extra import needed, on_parameters
 
 
 class QuadraticModelState(NamedTuple):
@@ -98,13 +98,14 @@ def scale_by_quadratic_model(
         *,
         grad: optax.Updates | None = None,
         args: Any = None,
+        split: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, QuadraticModelState]:
         del extra
         needed("scale_by_quadratic_model", params=params, grad=grad, args=args)
         step = state.step
         vectors = [jax.tree.map(jnp.negative, updates), state.last]
-        F = quadratic_forms(loss_fn, params, *args, vectors=vectors, curvature=curvature)
+        F = forms(model_at(params, on_parameters(loss_fn, args, split)), vectors, curvature)
         dots = jnp.array([[_dot(a, b) for b in vectors] for a in vectors])
         slopes = jnp.array([_dot(grad, v) for v in vectors])
         B = F + at(l2, step) * dots

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.scalars import Scalar, at, check_positive
 from natgrad_jax.transforms.blocks import only_finite
-from natgrad_jax.transforms.extra import needed
+from natgrad_jax.transforms.extra import needed, on_parameters
 
 
 def clip_by_trust_radius(
@@ -52,11 +52,12 @@ def clip_by_trust_radius(
         params: optax.Params | None = None,
         *,
         args: Any = None,
+        split: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
         del extra
         needed("clip_by_trust_radius", params=params, args=args)
-        form = quadratic_forms(loss_fn, params, *args, vectors=[updates])[0, 0]
+        form = forms(model_at(params, on_parameters(loss_fn, args, split)), [updates])[0, 0]
         positive = jnp.where(form > 0, form, 1)
         bound = jnp.sqrt(at(trust_radius, state.count) / positive)
         scale = jnp.where(form > 0, jnp.minimum(1, bound), jnp.where(jnp.isnan(form), jnp.nan, 1))
