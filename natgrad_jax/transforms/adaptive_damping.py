@@ -129,20 +129,31 @@ def adaptive_damping(
       bounds: the least and the largest λ.
 
     Returns:
-      A transformation with ``update(grads, state, params, *, statistics, value, value_fn, args)``:
-      ``value`` the loss at ``params``, ``value_fn`` from parameters to the loss on this batch,
-      ``args`` the arguments of ``loss_fn`` after the parameters, ``(batch,)``; ``grad`` becomes the
-      gradients where it is not given. ``ng.damping(opt_state)`` is λ of the last step.
+      A transformation with ``update(grads, state, params, *, statistics, value, args)``: ``value``
+      the loss at ``params``, ``args`` the arguments of ``loss_fn`` after the parameters,
+      ``(batch,)``. For a ``loss_fn`` of an NNX model also ``split=nnx.split(model)``, beside which
+      ``loss_fn`` and ``value_fn`` are given a copy of the model; with dropout take it before the
+      gradients, ``before = nnx.as_pure(nnx.split(model))``, for its random numbers to be theirs.
+      ``value_fn`` (from parameters to the loss) and ``grad`` are ``loss_fn`` on this batch and the
+      gradients, where they are not given. ``ng.damping(opt_state)`` is λ of the last step.
 
     Raises:
-      ValueError: a missing ``params``, ``value``, ``value_fn`` or ``args``, with the call to write;
-        parameters masked out; numbers out of range.
+      TypeError: a loss of an NNX model without ``split``, or with another.
+      ValueError: a missing ``params``, ``value`` or ``args``, with the call to write; parameters
+        masked out; numbers out of range.
 
     Source: Martens & Grosse 2015, section 6.5; Bernacchia et al. 2018, section 5.
 
-    >>> import natgrad_jax as ng
-    >>> make = lambda damping: ng.kfac(0.1, ng.Layers({}), damping=damping)
-    >>> tx = ng.adaptive_damping(make, ng.levenberg_marquardt(), lambda params, batch: None)
+    >>> import jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
+    >>> layers = ng.find_layers(loss_fn, params, x, y)
+    >>> make = lambda damping: ng.kfac(0.1, layers, damping=damping)
+    >>> tx = ng.adaptive_damping(make, ng.levenberg_marquardt(), loss_fn)
+    >>> state, grad_fn = tx.init(params), ng.value_and_grad(loss_fn, layers)
+    >>> loss, grads, statistics = grad_fn(params, x, y, rng=jax.random.key(0), opt_state=state)
+    >>> extra = {"statistics": statistics, "value": loss, "args": (x, y)}
+    >>> updates, state = tx.update(grads, state, params, **extra)
     """
     low, high = bounds
     check_positive(initial=initial, low=low, high=high, up=rule.up, down=rule.down)

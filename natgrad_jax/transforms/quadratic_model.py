@@ -70,18 +70,21 @@ def scale_by_quadratic_model(
     Returns:
       A transformation with ``update(updates, state, params, *, grad, args)``: ``grad`` are the
       gradients before preconditioning, ``args`` the arguments of ``loss_fn`` after the parameters,
-      ``(batch,)``.
+      ``(batch,)``. For a ``loss_fn`` of an NNX model also ``split=nnx.split(model)``.
 
     Raises:
+      TypeError: a loss of an NNX model without ``split``, or with another.
       ValueError: a missing ``params``, ``grad`` or ``args``; parameters masked out; numbers out of
         range.
 
     Source: Martens & Grosse 2015, sections 6.4 and 7.
 
-    >>> import optax, natgrad_jax as ng
-    >>> loss_fn = lambda params, batch: None
-    >>> layers = ng.Layers({})
-    >>> tx = optax.chain(ng.scale_by_kfac(layers), ng.scale_by_quadratic_model(loss_fn))
+    >>> import jax, jax.numpy as jnp, optax, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
+    >>> tx = optax.chain(optax.scale_by_adam(), ng.scale_by_quadratic_model(loss_fn))
+    >>> grads = jax.grad(lambda p: loss_fn(p, x, y).value)(params)
+    >>> updates, state = tx.update(grads, tx.init(params), params, grad=grads, args=(x, y))
     """
     check_not_negative(damping=damping, l2=l2)
 

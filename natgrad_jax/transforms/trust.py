@@ -30,15 +30,23 @@ def clip_by_trust_radius(
         ``args``: ``tx.update(grads, state, params, args=(batch,))``.
 
     Returns:
-      A transformation with ``update(updates, state, params, *, args)``.
+      A transformation with ``update(updates, state, params, *, args)``; for a ``loss_fn`` of an NNX
+      model also ``split=nnx.split(model)``.
 
     Raises:
+      TypeError: a loss of an NNX model without ``split``, or with another.
       ValueError: κ not positive; no ``params`` or ``args``; parameters masked out.
 
     Source: Ba et al. 2016, section 5; Martens & Grosse 2015, section 6.4 (exact products).
 
-    >>> import natgrad_jax as ng
-    >>> tx = ng.clip_by_trust_radius(1e-3, lambda params, batch: None)
+    >>> import jax.numpy as jnp, optax, natgrad_jax as ng
+    >>> from flax import nnx
+    >>> model, x, y = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda model, x, y: ng.Categorical(model(x)).nll(y)
+    >>> tx = optax.chain(optax.adam(0.1), ng.clip_by_trust_radius(1e-3, loss_fn))
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> grads = nnx.grad(lambda model: loss_fn(model, x, y).value)(model)
+    >>> updates = optimizer.update(model, grads, args=(x, y), split=nnx.split(model))
     """
     check_positive(trust_radius=trust_radius)
 
