@@ -18,7 +18,6 @@ OPENBLAS_NUM_THREADS=1 is then faster. The file tells how that was set.
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -47,7 +46,6 @@ from vgg import VGG11, OneConvolution, make_problem, widths
 import natgrad_jax as ng
 
 LAYER_IMAGE = 8  # pixels a side of the one layer's images: more positions than a patch has inputs
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")  # what decides speed on a CPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "refresh_period": REFRESH_PERIOD,
         "momentum": MOMENTUM,
         "damping": DAMPING,
-        "environment": {name: os.environ.get(name) for name in THREADS},
     }
     measured = [of_runner(runner, timings) for runner in runners if "step" in runner.kinds]
     approximations_report.finish(measured, settings, args.output, console)

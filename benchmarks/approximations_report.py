@@ -75,7 +75,7 @@ def finish(
     plot(rows, settings, figure)
     runs = [Runs(m.name, kind, taken) for m in measured for kind, taken in m.seconds.items()]
     report.write_json(numbers, settings, runs, rows)
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
+    report.tell_files(console, figure, numbers)
 
 
 def summarize(measured: Sequence[Measured], every: int, refresh_every: int) -> list[Row]:

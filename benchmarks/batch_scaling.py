@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "reached": [one._asdict() for one in found],
     }
     report.write_json(numbers, settings, [], [])
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
+    report.tell_files(console, figure, numbers)
 
 
 def told(one: Reached) -> str:

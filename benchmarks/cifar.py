@@ -222,7 +222,7 @@ def compare(methods: dict[str, Method], script: str, doc: str, argv: Sequence[st
         "curves": {name: curve._asdict() for name, curve in curves.items()},
     }  # fmt: skip
     numbers.write_text(json.dumps(settings, indent=1) + "\n")
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
+    report.tell_files(console, figure, numbers)
 
 
 def table_of(curves: dict[str, Curve], rates: dict[str, float], name: str) -> Table:

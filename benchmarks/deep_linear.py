@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"command": shlex.join(["python", "benchmarks/deep_linear.py", *argv]),
                 "alpha": ALPHA, "noise": NOISE, "networks": results}  # fmt: skip
     report.write_json(numbers, settings, [], [])
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
+    report.tell_files(console, figure, numbers)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ larger ones of its method, and named. Writes PREFIX.json and PREFIX.png.
 
 import argparse
 import inspect
-import os
 import shlex
 import sys
 import time
@@ -47,7 +46,6 @@ from natgrad_jax.transforms.refreshing import PERIOD
 WIDTHS, DEPTHS = (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64)
 WIDTH, DEPTH = 256, 4  # of the other series
 LEARNING_RATE = 1e-3
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")  # what decides speed on a CPU
 KINDS = ("refresh", "statistics", "after", *["ordinary"] * 3)  # of step 0, 1, 2, 3, …: in turn
 
 
@@ -252,12 +250,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "limit_seconds": args.limit_seconds,
         "depth_of_widths": DEPTH,
         "width_of_depths": WIDTH,
-        "environment": {name: os.environ.get(name) for name in THREADS},
         "exponents": [slope._asdict() for slope in slopes],
         "skipped": [each._asdict() for each in skipped],
     }
     report.write_json(numbers, settings, [], points)
-    console.print(f"written: {numbers} {figure}", soft_wrap=True)
+    report.tell_files(console, numbers, figure)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

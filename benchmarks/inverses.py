@@ -118,11 +118,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         table.add_row(str(row.size), row.way, f"{1e3 * row.seconds:.3g}", f"{row.ratio:.3g}",
                       f"{row.error:.1e}")  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table)
     numbers = args.output.with_name(args.output.name + ".json")
     numbers.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/inverses.py", *argv])
     report.write_json(numbers, {"command": command}, [], rows)
+    report.tell_files(console, numbers)
 
 
 if __name__ == "__main__":

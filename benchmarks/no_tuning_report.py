@@ -134,4 +134,4 @@ def finish(
     }
     settings = {**settings, "ahead_in_seconds": ahead(found), "tasks": tasks}
     report.write_json(numbers, settings, [], [])
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
+    report.tell_files(console, figure, numbers)

@@ -226,7 +226,7 @@ def finish(pair: Any, curves: Any, args: argparse.Namespace, command: str) -> No
     for name, (_, conditions, losses) in curves.items():
         console.print(f"{name:>10}: {conditions[0]:.4g} at the start, {conditions[-1]:.4g} at the "
                       f"end, loss {losses[-1]:.3f}")  # fmt: skip
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
+    report.tell_files(console, figure, numbers)
 
 
 if __name__ == "__main__":

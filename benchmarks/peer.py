@@ -281,7 +281,7 @@ def finish(
         **found,
     }
     report.write_json(numbers, settings, runs, rows)
-    console.print(f"written: {numbers}" + (f" {figure}" if runs else ""), soft_wrap=True)
+    report.tell_files(console, numbers, *([figure] if runs else []))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

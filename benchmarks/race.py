@@ -219,7 +219,7 @@ def finish(
         "entropy": floor,
     }
     report.write_json(numbers, settings, runs, rows)
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
+    report.tell_files(console, figure, numbers)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 PACKAGES = ("natgrad_jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -179,8 +180,27 @@ def write_json(path: Path, settings: dict[str, Any], runs: Sequence[Run], rows: 
     path.write_text(json.dumps(_rounded(result), indent=1, allow_nan=False) + "\n")
 
 
-# Variables that decide how fast a CPU is: threads, and how the C library keeps memory.
-SPEED = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS", "GLIBC_TUNABLES")
+def tell_files(console: Console, *paths: Path) -> None:
+    """What was written, and by what machine with which variables: the end of every benchmark."""
+    console.print(f"written: {' '.join(map(str, paths))}", soft_wrap=True)
+    machine, told = describe_machine(), variables()
+    where = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    what = " ".join(f"{name}={value}" for name, value in told.items()) or NO_VARIABLES
+    console.print(f"measured on {where}; {what}", soft_wrap=True, highlight=False, markup=False)
+
+
+# Beginnings of the variables that decide how fast a machine is: the threads and kernels of linear
+# algebra, how the C library keeps memory, and what XLA and JAX are told.
+SPEED = (
+    "OPENBLAS_", "GOTO_", "BLIS_", "OMP_", "MKL_", "KMP_", "VECLIB_", "GLIBC_TUNABLES", "MALLOC_",
+    "LD_PRELOAD", "NPROC", "XLA_", "JAX_", "LIBTPU_", "NVIDIA_TF32_",
+)  # fmt: skip
+NO_VARIABLES = "no variables set"
+
+
+def variables() -> dict[str, str]:
+    """Those that are set."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SPEED)}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -192,7 +212,7 @@ def describe_machine() -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
-        "environment": {name: os.environ[name] for name in SPEED if name in os.environ},
+        "environment": variables() or NO_VARIABLES,
     }
 
 

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = prefix.with_name(prefix.name + ".json")
     path.write_text(json.dumps({**settings, "verdict": found, "samples": rows}, indent=1) + "\n")
     plot(samples, args.optimizer, prefix.with_name(prefix.name + ".png"))
-    console.print(f"written: {path}", soft_wrap=True)
+    report.tell_files(console, path)
     if not all(row["ok"] for row in found.values()):
         raise SystemExit(1)
 

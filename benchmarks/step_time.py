@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     path = args.output.with_name(args.output.name + ".json")
     path.write_text(json.dumps({**settings, "batches": results}, indent=1) + "\n")
-    console.print(f"written: {path}", soft_wrap=True)
+    report.tell_files(console, path)
 
 
 def measure(names: Sequence[str], size: int, rounds: int, data: str) -> dict[str, Timed]:

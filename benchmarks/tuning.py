@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"command": command, "data": args.data, "batch_sizes": args.batch_size,
                 "experiments": found}  # fmt: skip
     report.write_json(numbers, settings, [], [])
-    console.print(f"written: {figure} {numbers}", soft_wrap=True)
+    report.tell_files(console, figure, numbers)
 
 
 if __name__ == "__main__":

@@ -99,10 +99,15 @@ def quadratic_forms(
     >>> ng.quadratic_forms(loss_fn, params, x, y, vectors=[params]).shape
     (1, 1)
     """
+    return forms(model_of(loss_fn, params, args), vectors, curvature)
+
+
+def forms(model: Model, vectors: Sequence[Any], curvature: str = "fisher") -> jax.Array:
+    """:func:`quadratic_forms` of a model that is read already."""
     if curvature not in OF_OUTPUT:
         known = " or ".join(map(repr, OF_OUTPUT))
         raise ValueError(f"curvature must be {known}; got {curvature!r}.")
-    model, of_output = model_of(loss_fn, params, args), OF_OUTPUT[curvature]
+    of_output = OF_OUTPUT[curvature]
     outputs = [jax.jvp(model.naturals, (model.tree,), (v,))[1] for v in vectors]
     curved = [
         [_weigh(term, of_output(term, u)) for term, u in zip(model.loss.terms, out, strict=True)]
@@ -118,7 +123,12 @@ def model_of(loss_fn: Any, params: Any, args: Any) -> Model:
     """The loss of ``loss_fn(params, *args)`` at these parameters."""
     frontend = frontend_of(params)
     tree, rest = frontend.split(params)
-    loss = lambda tree: as_loss(frontend.instrument(loss_fn, tree, rest, {}, args)[0])
+    return model_at(tree, lambda tree: frontend.instrument(loss_fn, tree, rest, {}, args)[0])
+
+
+def model_at(tree: Any, loss_of: Callable[[Any], Any]) -> Model:
+    """The loss of ``loss_of(tree)`` at this tree of parameters."""
+    loss = lambda tree: as_loss(loss_of(tree))
     naturals = lambda tree: tuple(t.distribution.natural for t in loss(tree).terms)
     return Model(tree, naturals, loss(tree))
 

@@ -1,15 +1,19 @@
-"""Flax's TrainState, with statistics."""
+"""Flax's TrainState, with statistics and what else a transformation reads."""
 
 from typing import Any
 
 import optax
 from flax.training import train_state
 
+# Keywords that are read by transformations, of ours and of optax; the others replace fields.
+EXTRA = ("args", "grad", "value", "value_fn")
+
 
 class TrainState(train_state.TrainState):
     """``flax.training.train_state.TrainState`` whose ``apply_gradients`` takes ``statistics``.
 
-    In the training step: ``state.apply_gradients(grads=grads, statistics=statistics)``.
+    In the training step: ``state.apply_gradients(grads=grads, statistics=statistics)``; with
+    :func:`natgrad_jax.adaptive_kfac` also ``value=loss, args=(batch,)``.
 
     >>> import natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}))
@@ -22,8 +26,12 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads, statistics: from :func:`natgrad_jax.value_and_grad`.
+          value, value_fn, grad, args: where the transformation asks for them.
         """
         tx = optax.with_extra_args_support(self.tx)
-        updates, opt_state = tx.update(grads, self.opt_state, self.params, statistics=statistics)
+        extra = {key: kwargs.pop(key) for key in EXTRA if key in kwargs}
+        updates, opt_state = tx.update(
+            grads, self.opt_state, self.params, statistics=statistics, **extra
+        )
         params = optax.apply_updates(self.params, updates)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)

@@ -2,20 +2,24 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from transformations import (
     BASE,
     TABLE,
     Batch,
     Poison,
     Setting,
+    asks,
     assert_types_stay,
     batch,
     compiled,
@@ -23,6 +27,7 @@ from transformations import (
     fresh,
     run_steps,
     setting,
+    setting_nnx,
     signature,
     stepper,
 )
@@ -170,6 +175,68 @@ def test_double_precision_trains(name: str, float64: None) -> None:
     s = setting(jnp.float64)
     params, _, _ = run_steps(TABLE[name].make(s), s, [batch(), batch(1)])
     assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(params))
+
+
+# ----------------------------------------------------------------------------- who takes the steps
+
+
+def by_train_state(name: str) -> tuple[Any, Callable[..., Any], Callable[[Any], Any]]:
+    s = setting()
+    grad_fn = ng.value_and_grad(s.loss_fn, s.layers)
+    state = ng.TrainState.create(apply_fn=None, params=s.params, tx=TABLE[name].make(s))
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state: Any, own: Batch, key: jax.Array) -> Any:
+        asking = asks(state.opt_state)
+        loss, grads, statistics = grad_fn(state.params, own, rng=key, opt_state=asking)
+        return state.apply_gradients(
+            grads=grads, statistics=statistics, value=loss, grad=grads, args=(own,)
+        )
+
+    return state, step, lambda state: state.params
+
+
+def by_nnx_optimizer(name: str) -> tuple[Any, Callable[..., Any], Callable[[Any], Any]]:
+    s = setting_nnx()
+    grad_fn = ng.value_and_grad(s.loss_fn, s.layers)
+    optimizer = nnx.Optimizer(s.params, TABLE[name].make(s), wrt=nnx.Param)
+
+    @nnx.jit
+    @chex.assert_max_traces(n=1)
+    def step(both: Any, own: Batch, key: jax.Array) -> Any:
+        model, optimizer = both
+        asking = asks(optimizer.opt_state)
+        loss, grads, statistics = grad_fn(model, own, rng=key, opt_state=asking)
+        optimizer.update(
+            model, grads, statistics=statistics, value=loss, grad=grads, args=(own,),
+            split=nnx.split(model),
+        )  # fmt: skip
+        return model, optimizer
+
+    pure = lambda both: nnx.to_pure_dict(nnx.state(both[0], nnx.Param))
+    return (s.params, optimizer), step, pure
+
+
+@functools.cache
+def after_plain_steps(name: str) -> Any:
+    s, state, step = compiled(name)
+    params = s.params
+    for i in range(3):
+        params, state, *_ = step(params, state, batch(i), jax.random.key(i), Poison())
+    return params
+
+
+@each_row
+@pytest.mark.parametrize("driver", [by_train_state, by_nnx_optimizer])
+def test_whoever_takes_the_steps_they_are_those_of_plain_optax(driver: Any, name: str) -> None:
+    """Flax's holders of parameters compile once too, and need no more than the batch."""
+    chex.clear_trace_counter()
+    carry, step, params_of = driver(name)
+    for i in range(3):
+        carry = step(carry, batch(i), jax.random.key(i))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, params_of(carry), after_plain_steps(name))
 
 
 # ------------------------------------------------------------------------------ optax's wrappers

@@ -526,26 +526,6 @@ def test_extra_arguments_of_other_transformations_pass_by():
 # ----------------------------------------------------------------------------------------- Flax
 
 
-def test_train_state_takes_statistics():
-    params, layers, grad_fn = setting()
-    tx = ng.kfac(0.1, layers)
-    state = ng.TrainState.create(apply_fn=Net().apply, params=params, tx=tx)
-
-    @jax.jit
-    def step(state, x, y, key):
-        _, grads, statistics = grad_fn(state.params, x, y, rng=key, opt_state=state.opt_state)
-        return state.apply_gradients(grads=grads, statistics=statistics)
-
-    for i in range(2):
-        state = step(state, *batch(), jax.random.key(i))
-    expected, opt_state, plain = params, tx.init(params), training_step(tx, grad_fn)
-    for i in range(2):
-        expected, opt_state, _ = plain(expected, opt_state, *batch(), jax.random.key(i))
-    assert int(state.step) == 2 and step._cache_size() <= 2  # Flax starts with step a Python int
-    assert_close(state.params, expected)
-    assert_close(ng.factors(state.opt_state), ng.factors(opt_state))
-
-
 def test_train_state_trains_with_other_transformations_too():
     params = setting().params
     state = ng.TrainState.create(apply_fn=Net().apply, params=params, tx=optax.sgd(0.5))

@@ -364,7 +364,7 @@ def test_missing_arguments_show_the_call() -> None:
     model = ng.scale_by_quadratic_model(own.loss_fn)
     trust = ng.clip_by_trust_radius(1.0, own.loss_fn)
     for tx, message in (
-        (damped, "value, value_fn, args: write tx.update.*value=loss, value_fn=lambda params"),
+        (damped, "value, args: write tx.update.*value=loss, args="),
         (model, "grad, args: write .*grad=grads, args="),
         (trust, "needs args"),
     ):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import natgrad_jax as ng
 
@@ -35,6 +36,22 @@ class Net(nn.Module):
             x = nn.tanh(nn.Dense(5, name=f"hidden_{i}")(x))
         x = OwnNorm(use_bias=False, name="norm")(x)
         return nn.Dense(CLASSES, name="head")(x)
+
+
+class OwnNormNNX(nnx.LayerNorm):
+    """The same in NNX."""
+
+
+class NetNNX(nnx.Module):
+    """The same in NNX, of depth 1, at parameters of the Linen net's."""
+
+    def __init__(self, params: Any):
+        self.norm = OwnNormNNX(INPUTS, use_bias=False, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(INPUTS, CLASSES, rngs=nnx.Rngs(0))
+        nnx.update(self, fresh(params))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.norm(x))
 
 
 class Batch(NamedTuple):
@@ -70,6 +87,16 @@ def setting(dtype: Any = jnp.float32, depth: int = 1) -> Setting:
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(random.normal(size=s.shape) / 2, dtype), shapes)
     return Setting(params, find_layers(loss_fn, params, batch()), loss_fn)
+
+
+def setting_nnx() -> Setting:
+    """The setting whose parameters are a model."""
+
+    def loss_fn(model: NetNNX, batch: Batch) -> ng.Loss:
+        return ng.Categorical(model(batch.x)).nll(batch.y, where=batch.where)
+
+    model = NetNNX(setting().params)
+    return Setting(model, find_layers(loss_fn, model, batch()), loss_fn)
 
 
 def find_layers(*args: Any) -> ng.Layers:

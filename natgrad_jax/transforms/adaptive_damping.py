@@ -9,10 +9,11 @@ import optax
 
 from natgrad_jax.clock import due
 from natgrad_jax.losses import is_concrete
-from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.scalars import check_fraction, check_period, check_positive
+from natgrad_jax.tagging import as_loss
 from natgrad_jax.transforms.blocks import only_finite
-from natgrad_jax.transforms.extra import needed
+from natgrad_jax.transforms.extra import needed, on_parameters
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 
 # How many values of λ the state remembers.
@@ -128,20 +129,31 @@ def adaptive_damping(
       bounds: the least and the largest λ.
 
     Returns:
-      A transformation with ``update(grads, state, params, *, statistics, value, value_fn, args)``:
-      ``value`` the loss at ``params``, ``value_fn`` from parameters to the loss on this batch,
-      ``args`` the arguments of ``loss_fn`` after the parameters, ``(batch,)``; ``grad`` becomes the
-      gradients where it is not given. ``ng.damping(opt_state)`` is λ of the last step.
+      A transformation with ``update(grads, state, params, *, statistics, value, args)``: ``value``
+      the loss at ``params``, ``args`` the arguments of ``loss_fn`` after the parameters,
+      ``(batch,)``. For a ``loss_fn`` of an NNX model also ``split=nnx.split(model)``, beside which
+      ``loss_fn`` and ``value_fn`` are given a copy of the model; with dropout take it before the
+      gradients, ``before = nnx.as_pure(nnx.split(model))``, for its random numbers to be theirs.
+      ``value_fn`` (from parameters to the loss) and ``grad`` are ``loss_fn`` on this batch and the
+      gradients, where they are not given. ``ng.damping(opt_state)`` is λ of the last step.
 
     Raises:
-      ValueError: a missing ``params``, ``value``, ``value_fn`` or ``args``, with the call to write;
-        parameters masked out; numbers out of range.
+      TypeError: a loss of an NNX model without ``split``, or with another.
+      ValueError: a missing ``params``, ``value`` or ``args``, with the call to write; parameters
+        masked out; numbers out of range.
 
     Source: Martens & Grosse 2015, section 6.5; Bernacchia et al. 2018, section 5.
 
-    >>> import natgrad_jax as ng
-    >>> make = lambda damping: ng.kfac(0.1, ng.Layers({}), damping=damping)
-    >>> tx = ng.adaptive_damping(make, ng.levenberg_marquardt(), lambda params, batch: None)
+    >>> import jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
+    >>> layers = ng.find_layers(loss_fn, params, x, y)
+    >>> make = lambda damping: ng.kfac(0.1, layers, damping=damping)
+    >>> tx = ng.adaptive_damping(make, ng.levenberg_marquardt(), loss_fn)
+    >>> state, grad_fn = tx.init(params), ng.value_and_grad(loss_fn, layers)
+    >>> loss, grads, statistics = grad_fn(params, x, y, rng=jax.random.key(0), opt_state=state)
+    >>> extra = {"statistics": statistics, "value": loss, "args": (x, y)}
+    >>> updates, state = tx.update(grads, state, params, **extra)
     """
     low, high = bounds
     check_positive(initial=initial, low=low, high=high, up=rule.up, down=rule.down)
@@ -166,20 +178,23 @@ def adaptive_damping(
         value: Any = None,
         value_fn: Callable[[Any], Any] | None = None,
         args: Any = None,
+        split: Any = None,
         grad: optax.Updates | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, AdaptiveDampingState]:
-        needed("adaptive_damping", params=params, value=value, value_fn=value_fn, args=args)
-        assert value_fn is not None
+        needed("adaptive_damping", params=params, value=value, args=args)
         grad = updates if grad is None else grad
+        loss_of = on_parameters(loss_fn, args, split)
+        given = None if value_fn is None else on_parameters(value_fn, (), split)
+        value_of = given or (lambda params: as_loss(loss_of(params)).value)
         inner = optax.with_extra_args_support(make(state.level))
-        extra |= {"value": value, "value_fn": value_fn, "args": args, "grad": grad}
+        extra |= {"value": value, "value_fn": value_of, "args": args, "split": split, "grad": grad}
         new, inner_state = inner.update(updates, state.inner, params, **extra)
 
         def look() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-            actual = value_fn(optax.apply_updates(params, new)) - value
+            actual = value_of(optax.apply_updates(params, new)) - value
             actual = jnp.where(only_finite(grad)[1], jnp.nan, actual)  # a zero step proves nothing
-            predicted = _predicted(rule, inner_state, loss_fn, params, args, grad, new)
+            predicted = _predicted(rule, inner_state, loss_of, params, grad, new)
             return judge(rule, new, state, actual, predicted)
 
         kept = (new, state.level, state.ratio, state.refused)
@@ -220,9 +235,8 @@ def judge(
 def _predicted(
     rule: DampingRule,
     inner: Any,
-    loss_fn: Any,
+    loss_of: Callable[[Any], Any],
     params: Any,
-    args: Any,
     grad: Any,
     updates: Any,
 ) -> jax.Array:
@@ -235,4 +249,4 @@ def _predicted(
     slope = jax.tree.reduce(jnp.add, slopes, jnp.zeros((), float))
     if rule.alpha is not None:
         return (1 - rule.alpha / 2) * slope
-    return slope + 0.5 * quadratic_forms(loss_fn, params, *args, vectors=[updates])[0, 0]
+    return slope + 0.5 * forms(model_at(params, loss_of), [updates])[0, 0]

@@ -46,7 +46,7 @@ def adaptive_kfac(
 
     Args:
       layers: from :func:`natgrad_jax.find_layers`.
-      loss_fn: the same loss.
+      loss_fn: the same loss, of parameters or of an NNX model.
       rule: how λ follows, :func:`levenberg_marquardt` by default.
       initial, bounds: of λ.
       l2: coefficient of ``½ l2 ‖θ‖²`` in the objective.
@@ -55,16 +55,30 @@ def adaptive_kfac(
         :func:`scale_by_kfac`.
 
     Returns:
-      A transformation with ``update(grads, state, params, *, statistics, value, value_fn, args)``,
-      as :func:`adaptive_damping`.
+      A transformation with ``update(grads, state, params, *, statistics, value, args)``, for an NNX
+      model also ``split=nnx.split(model)``: as :func:`adaptive_damping`.
 
     Raises:
-      ValueError: as those three.
+      TypeError, ValueError: as those three.
 
     Source: Martens & Grosse 2015, algorithm 2.
 
-    >>> import natgrad_jax as ng
-    >>> tx = ng.adaptive_kfac(ng.Layers({}), lambda params, batch: None)
+    >>> import jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> from flax import nnx
+    >>> model, x, y = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda model, x, y: ng.Categorical(model(x)).nll(y)
+    >>> layers = ng.find_layers(loss_fn, model, x, y)
+    >>> optimizer = nnx.Optimizer(model, ng.adaptive_kfac(layers, loss_fn), wrt=nnx.Param)
+    >>> @nnx.jit
+    ... def step(model, optimizer, x, y, key):
+    ...     grad_fn = ng.value_and_grad(loss_fn, layers)
+    ...     loss, grads, statistics = grad_fn(model, x, y, rng=key, opt_state=optimizer.opt_state)
+    ...     extra = {"value": loss, "args": (x, y), "split": nnx.split(model)}
+    ...     optimizer.update(model, grads, statistics=statistics, **extra)
+    ...     return loss
+    >>> losses = [step(model, optimizer, x, y, jax.random.key(i)) for i in range(2)]
+    >>> bool(losses[1] < losses[0])
+    True
     """
     check_layers(layers)
 

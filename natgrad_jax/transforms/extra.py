@@ -1,9 +1,11 @@
-"""Extra arguments of ``update`` that a transformation cannot do without."""
+"""Extra arguments of ``update``: how they are read, and what to write where one is missing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+from flax import nnx
 
 # How each of them is had.
 HOW = {
@@ -11,8 +13,9 @@ HOW = {
     "args": "args=(batch,)",
     "grad": "grad=grads",
     "value": "value=loss",
-    "value_fn": "value_fn=lambda params: loss_fn(params, batch).value",
 }
+
+WITH_MODEL = "optimizer.update(model, grads, …, split=nnx.split(model))"
 
 
 def needed(name: str, **given: Any) -> None:
@@ -22,8 +25,7 @@ def needed(name: str, **given: Any) -> None:
     if missing:
         call = ", ".join(HOW[key] for key in given if key != "params")
         raise ValueError(
-            f"{name} needs {', '.join(missing)}: write tx.update(grads, opt_state, params, "
-            f"statistics=statistics, {call})."
+            f"{name} needs {', '.join(missing)}: write {_call(given['params'], call)}."
         )
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     if any(map(is_masked, jax.tree.leaves(given["params"], is_leaf=is_masked))):
@@ -33,3 +35,41 @@ def needed(name: str, **given: Any) -> None:
             "optax.chain(optax.masked(ng.scale_by_kfac(layers), mask), …), or "
             "make=lambda damping: optax.masked(ng.kfac(0.1, layers, damping=damping), mask)."
         )
+
+
+def on_parameters(fn: Callable[..., Any], args: Any, split: Any) -> Callable[[Any], Any]:
+    """From parameters to ``fn(params, *args)``; with the extra argument ``split``, which is
+    ``nnx.split(model)``, to ``fn(model, *args)`` on a copy of the model that holds them.
+
+    What ``fn`` changes in the copy (batch statistics, rng counts) stays in it.
+    """
+    if split is None:
+        return lambda params: _on_state(fn, params, args)
+    if not (isinstance(split, tuple) and split and isinstance(split[0], nnx.GraphDef)):
+        raise TypeError(
+            "the extra argument split must be nnx.split(model), a graph and its state; got "
+            f"{type(split).__name__}. Write {WITH_MODEL}."
+        )
+    graph, *states = split
+    whole = lambda params: nnx.merge(graph, nnx.merge_state(*states, params), copy=True)
+    return lambda params: fn(whole(params), *args)
+
+
+def _on_state(fn: Callable[..., Any], params: Any, args: Any) -> Any:
+    """``fn(params, *args)``; where it fails on an ``nnx.State``, it is the model that it wants."""
+    try:
+        return fn(params, *args)
+    except (TypeError, AttributeError) as e:
+        if not isinstance(params, nnx.State):
+            raise
+        raise TypeError(
+            f"the loss was given an nnx.State of parameters and raised {type(e).__name__}: {e}. "
+            f"Where it takes the model, write {WITH_MODEL}."
+        ) from e
+
+
+def _call(params: Any, extra: str) -> str:
+    """The call to write, of an NNX optimizer or of the transformation itself."""
+    if isinstance(params, nnx.State):
+        return WITH_MODEL.replace("…", f"statistics=statistics, {extra}")
+    return f"tx.update(grads, opt_state, params, statistics=statistics, {extra})"

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.scalars import Scalar, at, check_not_negative
 from natgrad_jax.transforms.blocks import only_finite
-from natgrad_jax.transforms.extra import needed
+from natgrad_jax.transforms.extra import needed, on_parameters
 
 
 class QuadraticModelState(NamedTuple):
@@ -70,18 +70,21 @@ def scale_by_quadratic_model(
     Returns:
       A transformation with ``update(updates, state, params, *, grad, args)``: ``grad`` are the
       gradients before preconditioning, ``args`` the arguments of ``loss_fn`` after the parameters,
-      ``(batch,)``.
+      ``(batch,)``. For a ``loss_fn`` of an NNX model also ``split=nnx.split(model)``.
 
     Raises:
+      TypeError: a loss of an NNX model without ``split``, or with another.
       ValueError: a missing ``params``, ``grad`` or ``args``; parameters masked out; numbers out of
         range.
 
     Source: Martens & Grosse 2015, sections 6.4 and 7.
 
-    >>> import optax, natgrad_jax as ng
-    >>> loss_fn = lambda params, batch: None
-    >>> layers = ng.Layers({})
-    >>> tx = optax.chain(ng.scale_by_kfac(layers), ng.scale_by_quadratic_model(loss_fn))
+    >>> import jax, jax.numpy as jnp, optax, natgrad_jax as ng
+    >>> params, x, y = {"kernel": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda p, x, y: ng.Categorical(x @ p["kernel"]).nll(y)
+    >>> tx = optax.chain(optax.scale_by_adam(), ng.scale_by_quadratic_model(loss_fn))
+    >>> grads = jax.grad(lambda p: loss_fn(p, x, y).value)(params)
+    >>> updates, state = tx.update(grads, tx.init(params), params, grad=grads, args=(x, y))
     """
     check_not_negative(damping=damping, l2=l2)
 
@@ -98,13 +101,14 @@ def scale_by_quadratic_model(
         *,
         grad: optax.Updates | None = None,
         args: Any = None,
+        split: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, QuadraticModelState]:
         del extra
         needed("scale_by_quadratic_model", params=params, grad=grad, args=args)
         step = state.step
         vectors = [jax.tree.map(jnp.negative, updates), state.last]
-        F = quadratic_forms(loss_fn, params, *args, vectors=vectors, curvature=curvature)
+        F = forms(model_at(params, on_parameters(loss_fn, args, split)), vectors, curvature)
         dots = jnp.array([[_dot(a, b) for b in vectors] for a in vectors])
         slopes = jnp.array([_dot(grad, v) for v in vectors])
         B = F + at(l2, step) * dots

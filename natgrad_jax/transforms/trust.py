@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.quadratic import quadratic_forms
+from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.scalars import Scalar, at, check_positive
 from natgrad_jax.transforms.blocks import only_finite
-from natgrad_jax.transforms.extra import needed
+from natgrad_jax.transforms.extra import needed, on_parameters
 
 
 def clip_by_trust_radius(
@@ -30,15 +30,23 @@ def clip_by_trust_radius(
         ``args``: ``tx.update(grads, state, params, args=(batch,))``.
 
     Returns:
-      A transformation with ``update(updates, state, params, *, args)``.
+      A transformation with ``update(updates, state, params, *, args)``; for a ``loss_fn`` of an NNX
+      model also ``split=nnx.split(model)``.
 
     Raises:
+      TypeError: a loss of an NNX model without ``split``, or with another.
       ValueError: κ not positive; no ``params`` or ``args``; parameters masked out.
 
     Source: Ba et al. 2016, section 5; Martens & Grosse 2015, section 6.4 (exact products).
 
-    >>> import natgrad_jax as ng
-    >>> tx = ng.clip_by_trust_radius(1e-3, lambda params, batch: None)
+    >>> import jax.numpy as jnp, optax, natgrad_jax as ng
+    >>> from flax import nnx
+    >>> model, x, y = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    >>> loss_fn = lambda model, x, y: ng.Categorical(model(x)).nll(y)
+    >>> tx = optax.chain(optax.adam(0.1), ng.clip_by_trust_radius(1e-3, loss_fn))
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> grads = nnx.grad(lambda model: loss_fn(model, x, y).value)(model)
+    >>> updates = optimizer.update(model, grads, args=(x, y), split=nnx.split(model))
     """
     check_positive(trust_radius=trust_radius)
 
@@ -52,11 +60,12 @@ def clip_by_trust_radius(
         params: optax.Params | None = None,
         *,
         args: Any = None,
+        split: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
         del extra
         needed("clip_by_trust_radius", params=params, args=args)
-        form = quadratic_forms(loss_fn, params, *args, vectors=[updates])[0, 0]
+        form = forms(model_at(params, on_parameters(loss_fn, args, split)), [updates])[0, 0]
         positive = jnp.where(form > 0, form, 1)
         bound = jnp.sqrt(at(trust_radius, state.count) / positive)
         scale = jnp.where(form > 0, jnp.minimum(1, bound), jnp.where(jnp.isnan(form), jnp.nan, 1))
