@@ -28,9 +28,7 @@ def sampled(loss: Loss, axes: Sequence[str], key: jax.Array, samples: int) -> Se
 def observed(loss: Loss, axes: Sequence[str], key: jax.Array) -> Seeds:
     """``∇ −log p(y)`` at the true labels, each example with a random sign: mode "empirical"."""
     seeds = _gradients(loss, axes, [t.targets for t in loss.terms], 1.0)
-    return tuple(
-        _random_signs(seed, key, axes, t.part) for seed, t in zip(seeds, loss.terms, strict=True)
-    )
+    return tuple(_random_signs(s, key, axes, t) for s, t in zip(seeds, loss.terms, strict=True))
 
 
 def exact_columns(
@@ -51,8 +49,8 @@ def exact_columns(
         def seed(index: jax.Array) -> Seeds:
             root = term.distribution.root_column(index % columns)
             at = jax.nn.one_hot(index // columns, positions, dtype=root.dtype)
-            root = root * at.reshape(*examples[1:], 1)
-            root = _random_signs(root, jax.random.fold_in(key, index), axes, term.part)
+            root = root * term.distribution.beside_event(at.reshape(examples[1:]))
+            root = _random_signs(root, jax.random.fold_in(key, index), axes, term)
             seeds = [jnp.zeros_like(t.distribution.natural) for t in loss.terms]
             seeds[i] = _weigh(root, term, loss, axes, 1.0)
             return tuple(seeds)
@@ -91,17 +89,15 @@ def _example_keys(
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(sharded_like(index, natural))
 
 
-def _random_signs(
-    seed: jax.Array, key: jax.Array, axes: Sequence[str], part: Part | None
-) -> jax.Array:
+def _random_signs(seed: jax.Array, key: jax.Array, axes: Sequence[str], term: Term) -> jax.Array:
     """A sign for each element of the leading axis.
 
     Outer products stay as they are, and the squared sum over examples (the diagonal blocks)
     becomes an unbiased estimate of the sum of squares.
     """
-    if seed.ndim == 1:
+    if not term.distribution.examples:
         return seed
-    keys = _example_keys(key, seed, axes, part)
+    keys = _example_keys(key, seed, axes, term.part)
     signs = jax.vmap(lambda k: jax.random.rademacher(k, (), seed.dtype))(keys)
     return seed * signs.reshape(-1, *[1] * (seed.ndim - 1))
 
@@ -126,6 +122,6 @@ def _weigh(seed: jax.Array, term: Term, loss: Loss, axes: Sequence[str], share: 
     ratio = positive(whole_count(loss.terms[0], axes)) / positive(whole_count(term, axes))
     factor = jnp.sqrt(jnp.maximum(term.scale * ratio * share, 0)).astype(seed.dtype)
     if term.weight is not None:
-        weight = jnp.sqrt(term.weight)[..., None].astype(seed.dtype)
+        weight = jnp.sqrt(term.distribution.beside_event(term.weight)).astype(seed.dtype)
         seed = jnp.where(weight > 0, seed * weight, 0)
     return (seed * factor).astype(term.distribution.natural.dtype)

@@ -172,6 +172,21 @@ DISTRIBUTIONS = [
         r"the shape of mean, \(8, 3\); got \(3,\)"),
     Bad("Gaussian variance", lambda: ng.Gaussian(LOGITS, jnp.ones(2)).nll(LOGITS).value, ValueError,
         r"a scalar, \(3,\) or a covariance \(3, 3\); got shape \(2,\)"),
+    Bad("Gaussian of one axis", lambda: ng.Gaussian(LOGITS[:, 0]).nll(LOGITS[:, 0]), ValueError,
+        r"Gaussian\(mean, event_ndims=0\) is 8 examples of one number each, and "
+        r"Gaussian\(mean, event_ndims=1\) one example of 8 numbers, as inside vmap"),
+    Bad("Bernoulli of one axis", lambda: jax.eval_shape(
+        lambda z: ng.Bernoulli(z).nll(z).value, LOGITS[:, 0]), ValueError,
+        r"Bernoulli\(logits, event_ndims=0\) is 8 examples"),
+    Bad("column and one axis", lambda: ng.Gaussian(LOGITS[:, :1]).nll(LOGITS[:, 0]),
+        ValueError, r"the shape of mean, \(8, 1\); got \(8,\)\. Write targets\[\.\.\., None\]"),
+    Bad("more event axes than axes", lambda: ng.Gaussian(LOGITS, event_ndims=3).nll(LOGITS),
+        ValueError, r"0 to 2 for shape \(8, 3\); got 3"),
+    Bad("event axes as a bool", lambda: ng.Gaussian(LOGITS, event_ndims=True).nll(LOGITS),
+        ValueError, "got True"),
+    Bad("variances of single numbers", lambda: ng.Gaussian(
+        LOGITS[0], LOGITS[0], event_ndims=0).nll(LOGITS[0]).value, ValueError,
+        r"with event_ndims=0 the variance is a scalar; got shape \(3,\)"),
     Bad("negative weights", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=-jnp.ones(8)),
         ValueError, "must not be negative.*where="),
     Bad("weights of another shape", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=jnp.ones(7)),
