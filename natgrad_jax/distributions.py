@@ -91,10 +91,12 @@ class Distribution:
           targets: what was observed; for :class:`Categorical` class numbers ``(*examples,)`` or
             probabilities ``(*examples, C)``, otherwise an array of the natural output's shape.
           where: optional mask, broadcastable to ``(*examples,)``.
-          weights: optional nonnegative weights, broadcastable to ``(*examples,)``.
+          weights: optional nonnegative weights, broadcastable to ``(*examples,)``. Under ``jit``,
+            where nothing can raise, negative ones make loss and gradients NaN.
 
         Raises:
-          ValueError: targets of another shape, or out of range where they are concrete.
+          ValueError: targets of another shape, or targets or weights out of range where they are
+            concrete.
         """
         targets = jnp.asarray(targets)
         weight = example_weights(self.examples, where, weights)
@@ -327,8 +329,8 @@ class Gaussian(_OfNumbers):
         return mean + (noise @ root.T if correlated else noise * root)
 
     def root_column(self, column: jax.Array | int) -> jax.Array:
-        unit = self._unit(column, _wide(self.mean).dtype)
-        return jnp.broadcast_to(self._solve(unit, transpose=True), self.natural.shape)
+        nothing = jnp.zeros_like(_wide(self.mean))  # sharded as the mean is
+        return nothing + self._solve(self._unit(column, nothing.dtype), transpose=True)
 
 
 def _wide(x: jax.Array) -> jax.Array:

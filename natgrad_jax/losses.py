@@ -44,8 +44,8 @@ class Term:
     def total(self) -> jax.Array:
         """``scale · Σ w (−log p)``."""
         losses = self.distribution.nll_per_example(self.targets)
-        if self.weight is not None:
-            losses = jnp.where(self.weight > 0, losses * self.weight.astype(losses.dtype), 0)
+        if self.weight is not None:  # NaN where it was negative: that must show
+            losses = jnp.where(self.weight == 0, 0, losses * self.weight.astype(losses.dtype))
         return jnp.asarray(self.scale, losses.dtype) * losses.sum()
 
 
@@ -131,10 +131,23 @@ def example_weights(examples: tuple[int, ...], where: Any, weights: Any) -> jax.
             raise ValueError(
                 f"nll: {name} must broadcast to the examples' shape {examples}; got {value.shape}."
             )
-        if name == "weights" and is_concrete(value) and value_range(value)[0] < 0:
-            raise ValueError("nll: weights must not be negative; mask examples out with where=.")
-        weight = weight * value
+        weight = weight * (value if value.dtype == bool else _not_negative(name, value))
     return jax.lax.stop_gradient(jnp.broadcast_to(weight, examples))
+
+
+def _not_negative(name: str, value: jax.Array) -> jax.Array:
+    """``value``, checked; under ``jit``, where nothing can raise, NaN where it is negative."""
+    if not is_concrete(value):
+        return jnp.where(value < 0, jnp.nan, value)
+    low, high = value_range(value) if value.size else (0, 0)
+    if not low >= 0:
+        raise ValueError(
+            f"nll: {name} must not be negative (nor NaN); got values from {low:g} to {high:g}. "
+            "They say how often an example counts: 0, or where=mask, leaves one out. With signed "
+            "weights (advantages, policy gradients) the sum is no likelihood of anything, and has "
+            "no Fisher."
+        )
+    return value
 
 
 def _scalar(value: Any, doing: str) -> jax.Array:
@@ -158,7 +171,7 @@ def whole_count(term: Term, axes: Sequence[str]) -> jax.Array:
 
 def positive(count: jax.Array) -> jax.Array:
     """``count`` made safe to divide by: nothing divided by no examples is nothing."""
-    return jnp.where(count > 0, count, 1)
+    return jnp.where(count == 0, 1, count)  # NaN, of negative weights, stays
 
 
 def is_concrete(x: Any) -> bool:

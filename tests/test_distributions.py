@@ -122,3 +122,18 @@ def test_losses_add_and_scale() -> None:
 def test_half_precision_logits_are_summed_in_single() -> None:
     loss = ng.Categorical(LOGITS.astype(jnp.bfloat16)).nll(LABELS)
     assert loss.value.dtype == jnp.float32
+
+
+@each_case
+def test_negative_weights_under_jit_are_nan(case: str) -> None:
+    """Nothing can raise there, and the value must not look like a loss; zero is no weight."""
+    distribution, targets, _ = CASES[case]
+
+    def loss(z: Any, weights: Any) -> Any:
+        return distribution.with_natural(z).nll(targets, weights=weights).value
+
+    step = jax.jit(jax.value_and_grad(loss))
+    value, gradient = step(LOGITS, WEIGHTS.at[0].set(-0.1))
+    assert np.isnan(value) and np.isnan(gradient).all()
+    value, gradient = step(LOGITS, WEIGHTS.at[0].set(0))
+    assert np.isfinite(value) and np.isfinite(gradient).all() and not gradient[0].any()

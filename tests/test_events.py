@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgrad_jax as ng
 from natgrad_jax.quadratic import gauss_newton_vector_product, quadratic_forms
@@ -142,3 +143,18 @@ def test_distributions_are_pytrees_whatever_their_leaves() -> None:
     without = ng.Gaussian(z[0])
     assert jax.tree.map(lambda x: None, without).mean is None
     assert jax.tree.structure(make(z[0])) != jax.tree.structure(without)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_numbers_on_explicit_mesh_axes(fisher: str) -> None:
+    """A batch of numbers divided over devices is that on one device."""
+    x, w = jnp.asarray(random(0, 8, 3)), jnp.asarray(random(1, 3))
+    loss_fn = lambda w, x: ng.Gaussian(x @ w["w"], event_ndims=0).nll(x[:, 0])
+    grad_fn = jax.jit(
+        ng.value_and_grad(loss_fn, ng.find_layers(loss_fn, {"w": w}, x), fisher=fisher)
+    )
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    whole = grad_fn({"w": w}, x, rng=KEY)
+    with jax.set_mesh(mesh):
+        w, x = jax.device_put((w, x), (NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))))
+        close(grad_fn({"w": w}, x, rng=KEY), whole, fisher)
