@@ -62,8 +62,10 @@ def find_layers(
       params: the parameters (Linen: nested dicts, of one model or several) or the NNX model;
         arrays or ``jax.ShapeDtypeStruct``.
       *args: the other arguments, e.g. a batch; arrays or ``jax.ShapeDtypeStruct``.
-      blocks: other blocks than the default ones, as by :meth:`Layers.replace`, in this order:
-        ``{"*/bias": "frozen", ("head",): "full"}``.
+      blocks: other blocks than the default ones, as by one :meth:`Layers.replace` after another; of
+        two choices for a parameter the later holds: ``{"*": "diagonal", "head": "full"}``. Keys are
+        paths, patterns or predicates ``(path, record) -> bool``:
+        ``{lambda path, record: "head" in path: "full"}``.
 
     Returns:
       :class:`~natgrad_jax.Layers`: path → record. ``print`` it: it is the coverage table.
