@@ -16,6 +16,7 @@ from natgrad_jax.paths import Path, join, leaves
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS
 from natgrad_jax.tagging.sightings import (
+    HELD,
     Sightings,
     parameter_path,
     stack_candidates,
@@ -238,14 +239,15 @@ def _resolve(
     for path, sighting in seen.layers.items():
         if path in seen.refused:
             continue
-        mains[path] = parameter_path(path, sighting.names[0])
+        name = sighting.names[0]
+        mains[path] = parameter_path(path, name)
         main = parameters.get(mains[path])
         if main is None:
-            seen.refused[path] = "its kernel is no parameter of its own: held fixed, or shared"
+            seen.refused[path] = HELD.format(name)
             continue
         candidates[path] = stack_candidates(main.shape, sighting.shape)
         if not candidates[path] or sighting.probe_shape != sighting.shape:
-            seen.refused[path] = "its kernel reaches it in another shape than its parameter's"
+            seen.refused[path] = f"its {name} reaches it in another shape than its parameter's"
             del candidates[path]
     choice = {path: axes[0] for path, axes in candidates.items()}
     ambiguous = {path: axes for path, axes in candidates.items() if len(axes) > 1}
@@ -288,12 +290,28 @@ def _reason(parameter: Parameter, seen: Sightings) -> str:
     for at in (path[:-1], path):
         if at in seen.refused:
             return seen.refused[at]
+    if owner in KINDS and path[:-1] in seen.layers:
+        return f"it is none of the parameters of its {owner.__name__}"
     if owner in KINDS:
         return f"its {owner.__name__} is never called"
     parent = next((k for k in KINDS if owner is not None and issubclass(owner, k)), None)
     if owner is not None and parent is not None:
-        return f"{owner.__name__} is a subclass of {parent.__name__}: only exact types are known"
+        return f"{_name(owner)} is a subclass of {parent.__name__}: only exact types are known"
     if owner is not None and issubclass(owner, _WRAPPERS):
         return f"no block for {owner.__name__}"
-    whose = "of no Flax module that loss_fn calls" if owner is None else f"of {owner.__name__}"
-    return f"{whose}; {parameter.size:,} numbers, a full block takes at most {MAX_FREE}"
+    above = (seen.owners.get(path[:n]) for n in reversed(range(len(path))))
+    nearest = next((x for x in above if x is not None), None)
+    if owner is not None:
+        whose = f"of {_name(owner)}"
+    elif nearest is not None:  # in a pytree that one parameter is, or in a module never called
+        whose = f"in {_name(nearest)}, of no known layer that it calls"
+    else:
+        whose = "of no known layer that loss_fn calls"
+    size = f"{parameter.size:,} numbers"
+    return f"{whose}; {size}, a full block unasked is of at most {MAX_FREE}"
+
+
+def _name(owner: type) -> str:
+    """The type's name, with its module's where it is called as a known layer but is none."""
+    own = owner not in KINDS and owner.__name__ in {kind.__name__ for kind in KINDS}
+    return f"{owner.__module__}.{owner.__qualname__}" if own else owner.__name__

@@ -21,6 +21,10 @@ _MARK = "natgrad_call:"
 MAX_FULL_NORM = 512
 
 
+# Why a layer has no block whose kernel does not train by itself.
+HELD = "its {} is no parameter of its own: held fixed, or shared"
+
+
 class Sighting(NamedTuple):
     """A layer as one of its calls saw it: shapes are what is left after scans and vmaps sliced."""
 
@@ -85,7 +89,7 @@ class Sightings:
         shape = tuple(shapes[names[0]])
         sighting = Sighting(geometry.kind, names, geometry.layouts, tuple(probe.shape), shape)
         if self.layers.setdefault(path, sighting) != sighting:
-            self.refused[path] = "it is called in two ways that read its kernel differently"
+            self.refused[path] = f"it is called in two ways that read its {names[0]} differently"
         self.positions[path] = max(self.positions.get(path, 1), geometry.call.positions(x))
         self.uses.setdefault(path, set()).add(getattr(geometry.call, "swapped", False))
         self._marks.append(path)
