@@ -127,6 +127,7 @@ def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Arra
 def _passes(loss: Loss, fisher: str, rng: Any, samples: int) -> list[_Pass]:
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
+    seeds.check_key(rng)
     signs = jax.random.key(0)
     # without any example axis the output is one example, not D of them
     lengths = [(*t.distribution.examples, 1)[0] for t in loss.terms]

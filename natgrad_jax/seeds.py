@@ -18,6 +18,21 @@ from natgrad_jax.parallel import devices_along, sharded_like
 Seeds = tuple[jax.Array, ...]
 
 
+def check_key(rng: Any) -> None:
+    """Raise unless ``rng`` is one key, of either kind, or None."""
+    dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        good = shape == ()
+    else:  # a key as jax.random.PRNGKey makes it
+        good = dtype == jnp.uint32 and len(shape or ()) == 1
+    if not (good or rng is None):
+        came = f"an array of {dtype}, shape {shape}" if dtype is not None else repr(rng)
+        raise TypeError(
+            f"rng takes one key, as jax.random.key(0) makes it; got {came}. Split it for each "
+            "step: key, now = jax.random.split(key)."
+        )
+
+
 def sampled(loss: Loss, axes: Sequence[str], key: jax.Array, samples: int) -> Seeds:
     """``∇ −log p(ŷ)`` at labels ŷ drawn from the model: mode "mc", one draw of ``samples``."""
     keys = jax.random.split(key, len(loss.terms))
