@@ -99,7 +99,7 @@ class Distribution:
             concrete.
         """
         targets = jnp.asarray(targets)
-        weight = example_weights(self.examples, where, weights)
+        weight = example_weights(self, where, weights)
         if weight is not None and targets.shape[: len(self.examples)] == self.examples:
             # what masked examples hold (−1, NaN) must not get anywhere
             counts = weight > 0
@@ -112,7 +112,7 @@ class Distribution:
                 f"{type(self).__name__}.nll got an empty batch: its {self.natural_name} have "
                 f"shape {self.natural.shape}. Skip empty batches before the loss."
             )
-        return Loss((Term(self, targets, weight, jnp.asarray(1.0)),))
+        return Loss((Term(self, targets, weight),))
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ from flax import linen as flax_linen, nnx as flax_nnx
 
 from natgrad_jax.layer import Layer, Parameter, free_layer
 from natgrad_jax.layers import Layers, Leftover
-from natgrad_jax.losses import Loss
+from natgrad_jax.losses import Loss, is_concrete
 from natgrad_jax.paths import Path, join, leaves
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS
@@ -33,7 +33,8 @@ _WRAPPERS = (flax_linen.WeightNorm, flax_linen.SpectralNorm, *nnx_frontend.NORMA
 
 
 class UncoveredWarning(UserWarning):
-    """Some parameters have no block of their own and fall to the diagonal of the Fisher.
+    """Some parameters have no block of their own and fall to the diagonal of the Fisher, or a term
+    of the loss is scaled by zero and has no Fisher.
 
     Silence it for parameters that are meant to, by ``blocks={"embedding": "diagonal"}`` in
     :func:`find_layers`, which chooses that block.
@@ -106,11 +107,19 @@ def find_layers(
     layers = Layers(found | free, tuple(leftover))
     for where, block in (blocks or {}).items():
         layers = layers.replace(where, block)
-    _warn(layers, len(parameters))
+    _warn(layers, len(parameters), seen.zero)
     return layers
 
 
-def _warn(layers: Layers, total: int) -> None:
+def _warn(layers: Layers, total: int, zero: list[str]) -> None:
+    if zero:
+        warnings.warn(
+            f"scaled by 0, and so without gradient and Fisher, of the terms of the loss: "
+            f"{', '.join(zero)}. Leave them out; a scale that changes in training is an argument "
+            "of loss_fn.",
+            UncoveredWarning,
+            stacklevel=3,
+        )
     left = [x for x in layers.leftover if not x.chosen]
     if left:
         names = "; ".join(f"{join(x.path)} ({x.reason})" for x in left)
@@ -195,7 +204,11 @@ def _trace(
     """Run ``loss_fn`` abstractly with tags in place of slots."""
 
     def run(params: Any, *args: Any) -> jax.Array:
-        return as_loss(loss_fn(params, *args)).value
+        loss = as_loss(loss_fn(params, *args))
+        named = [f"{i} ({type(t.distribution).__name__})" for i, t in enumerate(loss.terms)]
+        known = [is_concrete(t.scale) and float(t.scale) == 0 for t in loss.terms]
+        seen.zero = [name for name, zero in zip(named, known, strict=True) if zero]
+        return loss.value
 
     tagged, run_watched, seen = frontend.watched(run, params, probes)
     flat, tree = jax.tree.flatten(args)

@@ -41,7 +41,8 @@ class Sightings:
 
     ``owners``: the type of the module at each tagged path; ``layers``: sightings; ``refused``:
     why a known layer has no block; ``positions``: the most of one call; ``uses``: in which ways
-    the parameters are used; ``calls``: how often, 0 where that cannot be told.
+    the parameters are used; ``calls``: how often, 0 where that cannot be told; ``zero``: terms of
+    the loss that are known to be scaled by zero.
     """
 
     owners: dict[Path, type] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Sightings:
     positions: dict[Path, int] = field(default_factory=dict)
     uses: dict[Path, set[bool]] = field(default_factory=dict)
     calls: dict[Path, int] = field(default_factory=dict)
+    zero: list[str] = field(default_factory=list)
     _refusal: str | None = None
     _marks: list[Path] = field(default_factory=list)
 
