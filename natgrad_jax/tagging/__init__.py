@@ -33,11 +33,11 @@ _WRAPPERS = (flax_linen.WeightNorm, flax_linen.SpectralNorm, *nnx_frontend.NORMA
 
 
 class UncoveredWarning(UserWarning):
-    """Some parameters have no block of their own and fall to the diagonal of the Fisher, or a term
-    of the loss is scaled by zero and has no Fisher.
+    """Something has no curvature of its own.
 
-    Silence it for parameters that are meant to, by ``blocks={"embedding": "diagonal"}`` in
-    :func:`find_layers`, which chooses that block.
+    Parameters without a block, which fall to the diagonal of the Fisher; or a term of the loss that
+    is scaled by zero. Silence it for parameters that are meant to, by
+    ``blocks={"embedding": "diagonal"}`` in :func:`find_layers`, which chooses that block.
 
     >>> import natgrad_jax as ng
     >>> issubclass(ng.UncoveredWarning, UserWarning)
