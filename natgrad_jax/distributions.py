@@ -5,7 +5,7 @@ is what the Fisher samples labels from. Losses keep every distribution they came
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax
@@ -20,14 +20,14 @@ class Distribution:
     """A predictive distribution over targets, one for each example.
 
     Its first field is the natural output of the network (logits or mean), of shape
-    ``(*examples, D)``; all leading axes are examples.
+    ``(*examples, *event)``: the last ``event_axes`` axes are one example, all others are examples.
     """
 
     natural_name: ClassVar[str]
 
     @property
     def natural(self) -> jax.Array:
-        """The natural output of the network, ``(*examples, D)``."""
+        """The natural output of the network, ``(*examples, *event)``."""
         return getattr(self, self.natural_name)
 
     def with_natural(self, natural: jax.Array) -> "Distribution":
@@ -35,14 +35,32 @@ class Distribution:
         return replace(self, **{self.natural_name: natural})
 
     @property
+    def event_axes(self) -> int:
+        """How many trailing axes of the natural output are one example."""
+        return 1
+
+    @property
     def examples(self) -> tuple[int, ...]:
-        """The shape of the examples: all axes but the last."""
-        return self.natural.shape[:-1]
+        """The shape of the examples: all axes before the event's."""
+        return self.natural.shape[: self.natural.ndim - self.event_axes]
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return self.natural.shape[self.natural.ndim - self.event_axes :]
 
     @property
     def columns(self) -> int:
         """Columns of the square root of one example's output Hessian."""
-        return self.natural.shape[-1]
+        return math.prod(self.event)
+
+    def beside_event(self, x: jax.Array) -> jax.Array:
+        """``x``, a number for each example, with unit axes for the event: to weigh outputs by."""
+        return jnp.expand_dims(x, tuple(range(-self.event_axes, 0)))
+
+    def over_event(self, x: jax.Array, keepdims: bool = False) -> jax.Array:
+        """The sum of ``x``, of the natural output's shape, over each example's own axes."""
+        return jnp.sum(x, axis=tuple(range(-self.event_axes, 0)), keepdims=keepdims)
 
     def nll_per_example(self, targets: jax.Array) -> jax.Array:
         """``−log p(target)`` of each example: ``(*examples,)``, without additive constants."""
@@ -53,7 +71,7 @@ class Distribution:
         raise NotImplementedError
 
     def root_column(self, column: jax.Array | int) -> jax.Array:
-        """One column of a square root R of each output Hessian ``R Rᵀ``: ``(*examples, D)``."""
+        """One column of a square root R of each output Hessian ``R Rᵀ``, in the output's shape."""
         raise NotImplementedError
 
     def check(self, targets: Any) -> None:
@@ -62,9 +80,9 @@ class Distribution:
     def nll(self, targets: Any, where: Any = None, weights: Any = None) -> "Loss":
         """The mean negative log-likelihood over examples, as a :class:`Loss`.
 
-        ``Σ w (−log p) / Σ w`` over all leading axes, with ``w = where · weights`` (one each where
-        absent; constants: no gradient flows into them). Masked examples add nothing to the loss,
-        to the output factors and to the example count; what layers see of them still enters
+        ``Σ w (−log p) / Σ w`` over all axes of examples, with ``w = where · weights`` (one each
+        where absent; constants: no gradient flows into them). Masked examples add nothing to the
+        loss, to the output factors and to the example count; what layers see of them still enters
         the input factors, as a mean over all rows that a layer was run on.
 
         Negative multiples of a loss have a gradient and no curvature.
@@ -73,16 +91,20 @@ class Distribution:
           targets: what was observed; for :class:`Categorical` class numbers ``(*examples,)`` or
             probabilities ``(*examples, C)``, otherwise an array of the natural output's shape.
           where: optional mask, broadcastable to ``(*examples,)``.
-          weights: optional nonnegative weights, broadcastable to ``(*examples,)``.
+          weights: optional nonnegative weights, broadcastable to ``(*examples,)``. Under ``jit``,
+            where nothing can raise, negative ones make loss and gradients NaN.
 
         Raises:
-          ValueError: targets of another shape, or out of range where they are concrete.
+          ValueError: targets of another shape, or targets or weights out of range where they are
+            concrete.
         """
         targets = jnp.asarray(targets)
-        weight = example_weights(self.examples, where, weights)
+        weight = example_weights(self, where, weights)
         if weight is not None and targets.shape[: len(self.examples)] == self.examples:
             # what masked examples hold (−1, NaN) must not get anywhere
-            counts = weight > 0 if targets.ndim == len(self.examples) else (weight > 0)[..., None]
+            counts = weight > 0
+            if targets.ndim > counts.ndim:
+                counts = self.beside_event(counts)
             targets = jnp.where(counts, targets, jnp.zeros((), targets.dtype))
         self.check(targets)
         if not math.prod(self.natural.shape):
@@ -90,7 +112,7 @@ class Distribution:
                 f"{type(self).__name__}.nll got an empty batch: its {self.natural_name} have "
                 f"shape {self.natural.shape}. Skip empty batches before the loss."
             )
-        return Loss((Term(self, targets, weight, jnp.asarray(1.0)),))
+        return Loss((Term(self, targets, weight),))
 
 
 @jax.tree_util.register_dataclass
@@ -145,20 +167,71 @@ class Categorical(Distribution):
                 )
 
 
+@dataclass(frozen=True)
+class _OfNumbers(Distribution):
+    """A distribution over numbers, where shapes alone do not tell what one example is."""
+
+    event_ndims: int | None = field(default=None, kw_only=True, metadata={"static": True})
+
+    def with_natural(self, natural: jax.Array) -> "Distribution":
+        # mapped over examples, each has as many axes of its own as before
+        return replace(self, **{self.natural_name: natural}, event_ndims=self.event_axes)
+
+    @property
+    def event_axes(self) -> int:
+        # not checked when constructed: JAX constructs pytrees around anything, also inside vmap
+        ndim, given = self.natural.ndim, self.event_ndims
+        if given is None and ndim == 1:
+            name, n = f"{type(self).__name__}({self.natural_name}", self.natural.shape[0]
+            raise ValueError(
+                f"{name}) with {self.natural_name} of shape ({n},) can be two things; say which: "
+                f"{name}, event_ndims=0) is {n} examples of one number each, and "
+                f"{name}, event_ndims=1) one example of {n} numbers, as inside vmap."
+            )
+        known = min(ndim, 1) if given is None else given
+        if isinstance(known, bool) or not isinstance(known, int) or not 0 <= known <= ndim:
+            raise ValueError(
+                f"{type(self).__name__}: event_ndims says how many trailing axes of "
+                f"{self.natural_name} are one example: 0 to {ndim} for shape {self.natural.shape}; "
+                f"got {known!r}."
+            )
+        return known
+
+    def _unit(self, column: jax.Array | int, dtype: Any) -> jax.Array:
+        """One number of an example: 1 there and 0 elsewhere, in the shape of one example."""
+        return jax.nn.one_hot(column, self.columns, dtype=dtype).reshape(self.event)
+
+    def check(self, targets: Any) -> None:
+        if targets.shape != self.natural.shape:
+            shape, column = self.natural.shape, (*targets.shape, 1) == self.natural.shape
+            raise ValueError(
+                f"{type(self).__name__}.nll: targets must have the shape of {self.natural_name}, "
+                f"{shape}; got {targets.shape}." + " Write targets[..., None]." * column
+            )
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Bernoulli(Distribution):
-    """Independent Bernoulli variables, from logits; the last axis belongs to one example.
+class Bernoulli(_OfNumbers):
+    """Independent Bernoulli variables, from logits.
 
     ``−log p(y) = Σ_d softplus(z_d) − y_d z_d``; equals ``optax.sigmoid_binary_cross_entropy``
-    summed over the last axis.
+    summed over the axes of one example.
 
     Args:
-      logits: ``(*examples, D)``.
+      logits: ``(*examples, *event)``.
+      event_ndims: how many trailing axes are one example; the others are examples. 1 where logits
+        have at least two axes; one axis alone needs it said: 0 for N examples of one number each,
+        1 for one example of N numbers.
+
+    Raises:
+      ValueError: (from ``nll``) one-dimensional logits without ``event_ndims``.
 
     >>> import jax.numpy as jnp
     >>> float(Bernoulli(jnp.zeros((2, 3))).nll(jnp.ones((2, 3))).value)  # 3 log 2
     2.0794...
+    >>> float(Bernoulli(jnp.zeros(6), event_ndims=0).nll(jnp.ones(6)).value)  # log 2
+    0.6931...
     """
 
     logits: jax.Array
@@ -167,7 +240,7 @@ class Bernoulli(Distribution):
     def nll_per_example(self, targets: jax.Array) -> jax.Array:
         logits = _wide(self.logits)
         losses = optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
-        return losses.sum(-1)
+        return self.over_event(losses)
 
     def sample(self, key: jax.Array) -> jax.Array:
         p = jax.nn.sigmoid(_wide(self.logits))
@@ -175,10 +248,10 @@ class Bernoulli(Distribution):
 
     def root_column(self, column: jax.Array | int) -> jax.Array:
         p = jax.nn.sigmoid(_wide(self.logits))
-        return jnp.sqrt(p * (1 - p)) * jax.nn.one_hot(column, p.shape[-1], dtype=p.dtype)
+        return jnp.sqrt(p * (1 - p)) * self._unit(column, p.dtype)
 
     def check(self, targets: Any) -> None:
-        _same_shape(self, targets)
+        super().check(targets)
         if is_concrete(targets) and targets.size:
             low, high = value_range(targets)
             if not (low >= 0 and high <= 1):
@@ -190,74 +263,74 @@ class Bernoulli(Distribution):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Gaussian(Distribution):
-    """A Gaussian around a predicted mean; the last axis belongs to one example.
+class Gaussian(_OfNumbers):
+    """A Gaussian around a predicted mean.
 
-    ``−log p(y) = ½ (y − μ)ᵀ Σ⁻¹ (y − μ) + ½ log |Σ|``, the constant ``½ D log 2π`` left out; with
-    the default variance it equals ``optax.l2_loss`` summed over the last axis.
+    ``−log p(y) = ½ (y − μ)ᵀ Σ⁻¹ (y − μ) + ½ log |Σ|``, the constant ``½ D log 2π`` left out, of the
+    D numbers of one example; with the default variance it equals ``optax.l2_loss`` summed over
+    them.
 
     Args:
-      mean: ``(*examples, D)``.
-      variance: a scalar, ``(D,)`` for each dimension, or a covariance ``(D, D)``; in units of the
-        target squared. Its curvature is not part of the Fisher.
+      mean: ``(*examples, *event)``.
+      variance: a scalar, or with one event axis ``(D,)`` for each dimension or a covariance
+        ``(D, D)``; in units of the target squared. Its curvature is not part of the Fisher.
+      event_ndims: how many trailing axes are one example; the others are examples. 1 where the mean
+        has at least two axes (0 where it has none); one axis alone needs it said: 0 for N examples
+        of one number each, 1 for one example of N numbers. 3 for images ``(N, H, W, C)``, each
+        one example.
+
+    Raises:
+      ValueError: (from ``nll``) a one-dimensional mean without ``event_ndims``, or a variance of
+        another shape.
 
     >>> import jax.numpy as jnp
     >>> float(Gaussian(jnp.zeros((2, 3)), variance=1.0).nll(jnp.ones((2, 3))).value)
     1.5
+    >>> float(Gaussian(jnp.zeros(6), event_ndims=0).nll(jnp.ones(6)).value)
+    0.5
     """
 
     mean: jax.Array
     variance: jax.Array | float = 1.0
     natural_name: ClassVar[str] = "mean"
 
-    def _root(self) -> jax.Array:
-        """L with ``L Lᵀ = Σ``: standard deviations, or the Cholesky factor."""
+    def _root(self) -> tuple[jax.Array, bool]:
+        """L with ``L Lᵀ = Σ``: the Cholesky factor, or standard deviations in the event's shape;
+        and whether it is a Cholesky factor."""
         variance = _wide(jnp.asarray(self.variance, _wide(self.mean).dtype))
-        d = self.natural.shape[-1]
-        if variance.shape not in ((), (d,), (d, d)):
+        d, vector = self.columns, self.event_axes == 1
+        if variance.shape not in ((), *((d,), (d, d)) * vector):
+            also = f", ({d},) or a covariance ({d}, {d})" if vector else ""
             raise ValueError(
-                f"Gaussian: for a mean of shape {self.natural.shape} the variance is a scalar, "
-                f"({d},) or a covariance ({d}, {d}); got shape {variance.shape}."
+                f"Gaussian: for a mean of shape {self.natural.shape} with event_ndims="
+                f"{self.event_axes} the variance is a scalar{also}; got shape {variance.shape}."
             )
         if variance.ndim == 2:
-            return jnp.linalg.cholesky(variance)
-        return jnp.broadcast_to(jnp.sqrt(variance), (d,))
+            return jnp.linalg.cholesky(variance), True
+        return jnp.broadcast_to(jnp.sqrt(variance), self.event), False
 
     def _solve(self, x: jax.Array, transpose: bool = False) -> jax.Array:
-        root = self._root()
-        if root.ndim == 1:
+        root, correlated = self._root()
+        if not correlated:
             return x / root
         flat = x.reshape(-1, x.shape[-1]).T
         solved = jax.scipy.linalg.solve_triangular(root, flat, lower=True, trans=int(transpose))
         return solved.T.reshape(x.shape)
 
     def nll_per_example(self, targets: jax.Array) -> jax.Array:
-        mean, root = _wide(self.mean), self._root()
+        mean, (root, correlated) = _wide(self.mean), self._root()
         white = self._solve(targets.astype(mean.dtype) - mean)
-        diagonal = jnp.diagonal(root) if root.ndim == 2 else root
-        return 0.5 * jnp.sum(white**2, axis=-1) + jnp.sum(jnp.log(diagonal))
+        deviations = jnp.diagonal(root) if correlated else root
+        return 0.5 * self.over_event(white**2) + jnp.sum(jnp.log(deviations))
 
     def sample(self, key: jax.Array) -> jax.Array:
-        mean, root = _wide(self.mean), self._root()
+        mean, (root, correlated) = _wide(self.mean), self._root()
         noise = jax.random.normal(key, mean.shape, mean.dtype)
-        return mean + (noise * root if root.ndim == 1 else noise @ root.T)
+        return mean + (noise @ root.T if correlated else noise * root)
 
     def root_column(self, column: jax.Array | int) -> jax.Array:
-        d = self.natural.shape[-1]
-        unit = jax.nn.one_hot(column, d, dtype=_wide(self.mean).dtype)
-        return jnp.broadcast_to(self._solve(unit[None], transpose=True)[0], self.natural.shape)
-
-    def check(self, targets: Any) -> None:
-        _same_shape(self, targets)
-
-
-def _same_shape(distribution: Distribution, targets: jax.Array) -> None:
-    if targets.shape != distribution.natural.shape:
-        name = type(distribution).__name__
-        raise ValueError(
-            f"{name}.nll: targets must have the shape of {distribution.natural_name}, "
-            f"{distribution.natural.shape}; got {targets.shape}."
-        )
+        nothing = jnp.zeros_like(_wide(self.mean))  # sharded as the mean is
+        return nothing + self._solve(self._unit(column, nothing.dtype), transpose=True)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -128,6 +128,7 @@ def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Arra
 def _passes(loss: Loss, fisher: str, rng: Any, samples: int) -> list[_Pass]:
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
+    seeds.check_key(rng)
     signs, leading = jax.random.key(0), [0] * len(loss.terms)
     if fisher == "exact":
         columns = enumerate(seeds.exact_columns(loss, (), signs, leading))

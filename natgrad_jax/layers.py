@@ -1,6 +1,7 @@
 """The layers of a model, and what becomes of the parameters outside them."""
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -18,6 +19,9 @@ LEFTOVER_BLOCKS = ("diagonal", "gradient", "frozen")
 # Largest full block that can be asked for: its inverse takes about a second on one core.
 MAX_FULL = 8192
 
+# Most numbers that the full or unit blocks of one layer may have together.
+MAX_NUMBERS = 2**29
+
 Where = Path | str | Callable[[Path, Any], bool]
 
 
@@ -25,13 +29,15 @@ class Leftover(NamedTuple):
     """A parameter outside every layer's block, and why.
 
     ``block``: ``"diagonal"`` (of its Fisher), ``"gradient"`` (passes unchanged) or ``"frozen"``
-    (its update is zero). ``chosen``: whether the user asked for that.
+    (its update is zero). ``chosen``: whether the user asked for that. ``layer``: the whole layer
+    that it was taken out of, to which :meth:`Layers.replace` can return it.
     """
 
     parameter: Parameter
     reason: str
     block: str = "diagonal"
     chosen: bool = False
+    layer: Layer | None = None
 
     @property
     def path(self) -> Path:
@@ -109,6 +115,8 @@ class Layers(Mapping[Path, Layer]):
     def select(self, predicate: Callable[[Path, Layer], bool]) -> "Layers":
         """The layers for which ``predicate(path, layer)`` holds; the others become leftover.
 
+        ``path`` is a tuple of str, ``layer`` the :class:`Layer` there.
+
         >>> import natgrad_jax as ng
         >>> len(ng.Layers({}).select(lambda path, layer: "head" not in path))
         0
@@ -118,21 +126,29 @@ class Layers(Mapping[Path, Layer]):
             if predicate(path, layer):
                 kept[path] = layer
             else:
-                dropped += [Leftover(p, "left out by select") for p in layer.parameters]
+                dropped += [Leftover(p, "left out by select", layer=layer)
+                            for p in layer.parameters]  # fmt: skip
         return Layers(kept, self._leftover + tuple(dropped), self._terms)
 
     def replace(self, where: Where, block: str) -> "Layers":
         """These layers with another block where ``where`` holds.
 
+        The last choice for a parameter holds, whatever was chosen before: choose for many first and
+        for few after, ``layers.replace("*", "diagonal").replace("head", "full")``.
+
         Args:
-          where: a path (what lies at it or below: a layer, a parameter, a part of the model), a
-            pattern of it as people write it (``"*/bias"``, ``"encoder/*"``), or a predicate of path
-            and record (a :class:`Layer`, or the record of a leftover parameter).
+          where: a path, ``("encoder", "head")`` or ``"encoder/head"``: what lies at it or below (a
+            layer, a parameter, a part of the model); a pattern of the whole path, ``"*/bias"`` or
+            ``"encoder/*"``, whose ``*`` matches ``/`` too; or a predicate, called as
+            ``where(path, record)``: with each layer's path and its :class:`Layer`, and with the
+            path and the record of each parameter that is in no block (``record.reason`` says why).
+            Paths are tuples of str: ``lambda path, record: "head" in path``.
           block: ``"kronecker"`` (A ⊗ G; where the layer has inputs and outputs), ``"full"`` (one
             matrix over all parameters of the layer, exact), ``"unit"`` (one for each of the layer's
             own blocks: the scale and bias of one unit of a normalization, one group of a
             convolution), ``"diagonal"`` (of the Fisher), ``"gradient"`` (the plain gradient passes)
-            or ``"frozen"`` (the update is zero).
+            or ``"frozen"`` (the update is zero). The first three are blocks of a layer, of all its
+            parameters but for those that another choice took out; the others are of parameters.
 
         Raises:
           ValueError: an unknown block, nothing there, or a block that cannot be had there.
@@ -144,34 +160,28 @@ class Layers(Mapping[Path, Layer]):
         if block not in BLOCKS + LEFTOVER_BLOCKS:
             known = ", ".join(map(repr, BLOCKS + LEFTOVER_BLOCKS))
             raise ValueError(f"block must be one of {known}; got {block!r}.")
+        outside = {x.path: x for x in self._leftover}
         layers: dict[Path, Layer] = {}
         leftover: list[Leftover] = []
-        found = callable(where)
-        for path, layer in self._layers.items():
-            hit = _matches(where, path, layer)
-            hits = [hit or (not callable(where) and _matches(where, p.path, layer))
-                    for p in layer.parameters]  # fmt: skip
-            found = found or any(hits)
-            if not any(hits):
-                layers[path] = layer
-            elif block in BLOCKS:
-                layers[path] = _with_block(layer, block)
-            else:
-                kept = _without(layer, hits)
-                layers |= {} if kept is None else {path: kept}
-                leftover += [Leftover(p, "chosen", block, True)
-                             for p, h in zip(layer.parameters, hits, strict=True) if h]  # fmt: skip
-        for record in self._leftover:
-            if not _matches(where, record.path, record):
-                leftover.append(record)
-                continue
-            found = True
-            if block in BLOCKS:
-                layers[record.path] = _with_block(free_layer(record.parameter), block)
-            else:
-                leftover.append(Leftover(record.parameter, "chosen", block, True))
+        found = callable(where)  # a predicate may find nothing
+        for path, whole in self._wholes().items():
+            now = self._layers.get(path)
+            inside = set() if now is None else {p.path for p in now.parameters}
+            hits = _hits(where, whole, now, outside)
+            found = found or bool(hits)
+            kept = inside | hits if block in BLOCKS else inside - hits
+            if now is not None and not hits:
+                layers[path] = now
+            elif kept:
+                own = block if now is None or block in BLOCKS else now.block
+                layers[path] = _part(whole, kept, own)
+            leftover += [
+                Leftover(p, "chosen", block, True, whole) if p.path in hits else outside[p.path]
+                for p in whole.parameters
+                if p.path not in kept
+            ]
         if not found:
-            name = join(where) if isinstance(where, tuple) else where
+            name = where if isinstance(where, str) or callable(where) else join(_path(where))
             known = ", ".join([*map(join, self._layers), *(join(x.path) for x in self._leftover)])
             raise ValueError(f"nothing to give the block {block!r} at {name!r}; there are: {known}")
         return Layers(layers, tuple(leftover), self._terms)
@@ -192,6 +202,16 @@ class Layers(Mapping[Path, Layer]):
         left = [p.path for p in self.diagonals if p.path in given]
         known = kept or any(x.path in given for x in self._leftover)
         return self.within(kept, left) if known else self
+
+    def _wholes(self) -> dict[Path, Layer]:
+        """Every layer by path with all parameters that it was found with; one that never was in a
+        layer is a free one."""
+        wholes = dict(self._layers)
+        for record in self._leftover:
+            layer = record.layer or free_layer(record.parameter)
+            if len(layer.parameters) > len(getattr(wholes.get(layer.path), "parameters", ())):
+                wholes[layer.path] = layer
+        return wholes
 
     def approximate(self, approximation: Approximation) -> "Layers":
         """These layers with that Kronecker approximation, where it makes a difference."""
@@ -221,12 +241,43 @@ def _approximate(layers: Layers, approximation: Approximation) -> Layers:
     return Layers(own, layers.leftover, layers.terms)
 
 
-def _matches(where: Where, path: Path, record: Any) -> bool:
-    if callable(where):
-        return bool(where(path, record))
-    if isinstance(where, str):
+def _hits(
+    where: Where, whole: Layer, now: Layer | None, outside: Mapping[Path, Leftover]
+) -> set[Path]:
+    """The parameters of a layer that ``where`` means; ``now``: what of the layer has a block."""
+    own = [p.path for p in whole.parameters]
+    if not callable(where):
+        return {path for path in own if _names(where, path) or _names(where, whole.path)}
+    hits = {path for path in own if path in outside and where(path, outside[path])}
+    if now is not None and where(now.path, now):
+        hits |= {p.path for p in now.parameters}
+    return hits
+
+
+def _path(keys: tuple[Any, ...]) -> Path:
+    return tuple(map(str, keys))
+
+
+def _names(where: Path | str, path: Path) -> bool:
+    """Whether a path or a pattern means ``path``: a path means all that is below it too."""
+    if not isinstance(where, str):
+        return path[: len(where)] == _path(where)
+    if any(c in where for c in "*?["):
         return fnmatchcase(join(path), where)
-    return path[: len(where)] == tuple(where)
+    return where == "." or f"{join(path)}/".startswith(where.rstrip("/") + "/")
+
+
+def _part(whole: Layer, kept: set[Path], block: str) -> Layer:
+    """The layer with these of its parameters, as such a block."""
+    if whole.kernel.path not in kept and whole.kind != "norm":
+        raise ValueError(
+            f"{join(whole.path)}: its kernel cannot leave the block without its bias, nor its bias "
+            'have a block alone; name the layer, or give the bias alone "diagonal", '
+            '"gradient" or "frozen".'
+        )
+    pairs = zip(whole.parameters, whole.layouts, strict=True)
+    parameters, layouts = zip(*(pair for pair in pairs if pair[0].path in kept), strict=True)
+    return _with_block(replace(whole, parameters=parameters, layouts=layouts), block)
 
 
 def _with_block(layer: Layer, block: str) -> Layer:
@@ -235,29 +286,15 @@ def _with_block(layer: Layer, block: str) -> Layer:
             f"{join(layer.path)} ({layer.kind}) has no inputs and outputs to make a Kronecker "
             'product of: choose "full", "unit" or "diagonal".'
         )
-    if block == "full" and layer.size > MAX_FULL:
+    layer = replace(layer, block=block)
+    n = layer.input_side.width
+    copies = math.prod(layer.stack_sizes + layer.factor_blocks)
+    if block != "kronecker" and (n > MAX_FULL or copies * n**2 > MAX_NUMBERS):
         raise ValueError(
-            f"{join(layer.path)} has {layer.size:,} parameters: its full block would be a matrix "
-            f"of that size squared. The limit is {MAX_FULL:,}; choose another block."
+            f'{join(layer.path)}: its block "{block}" would be {copies:,} × a matrix of {n:,}². '
+            f"The limit is {MAX_FULL:,}², and {4 * MAX_NUMBERS >> 30} GB together; choose another."
         )
-    return replace(layer, block=block)
-
-
-def _without(layer: Layer, dropped: list[bool]) -> Layer | None:
-    """The layer without these parameters; None where nothing of it is left."""
-    if all(dropped):
-        return None
-    if dropped[0] and layer.kind != "norm":
-        raise ValueError(
-            f"{join(layer.path)}: its kernel cannot leave the block without its bias; name the "
-            "layer, or the bias alone."
-        )
-    kept = [not d for d in dropped]
-    return replace(
-        layer,
-        parameters=tuple(p for p, k in zip(layer.parameters, kept, strict=True) if k),
-        layouts=tuple(x for x, k in zip(layer.layouts, kept, strict=True) if k),
-    )
+    return layer
 
 
 def check_layers(layers: Any) -> None:

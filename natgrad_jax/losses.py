@@ -25,12 +25,14 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Term:
     """One negative log-likelihood inside a loss: ``scale · Σ w (−log p) / Σ w``; of a micro-batch
-    (``part``), its share of that: the lower sum is over the whole batch."""
+    (``part``), its share of that: the lower sum is over the whole batch.
+
+    ``scale`` is a Python number where it is known, also while ``loss_fn`` is traced."""
 
     distribution: Any
     targets: jax.Array
     weight: jax.Array | None
-    scale: jax.Array
+    scale: jax.Array | float = 1.0
     part: Part | None = None
 
     @property
@@ -44,8 +46,8 @@ class Term:
     def total(self) -> jax.Array:
         """``scale · Σ w (−log p)``."""
         losses = self.distribution.nll_per_example(self.targets)
-        if self.weight is not None:
-            losses = jnp.where(self.weight > 0, losses * self.weight.astype(losses.dtype), 0)
+        if self.weight is not None:  # NaN where it was negative: that must show
+            losses = jnp.where(self.weight == 0, 0, losses * self.weight.astype(losses.dtype))
         return jnp.asarray(self.scale, losses.dtype) * losses.sum()
 
 
@@ -57,10 +59,15 @@ class Loss:
     Losses add to one another and to scalars, and scale by scalars. The scalar itself is
     ``loss.value``. Added scalars (weight decay, …) take part in the gradient, not in the Fisher.
 
+    Raises:
+      TypeError: from arithmetic with anything else, and from ``float(loss)``.
+
     >>> import jax.numpy as jnp, natgrad_jax as ng
     >>> loss = 2.0 * ng.Gaussian(jnp.zeros((2, 3))).nll(jnp.ones((2, 3))) + 0.5
     >>> float(loss.value)
     3.5
+    >>> loss
+    Loss(Gaussian nll of mean (2, 3) + scalar): differentiate it with ng.value_and_grad(...
     """
 
     terms: tuple[Term, ...]
@@ -102,7 +109,9 @@ class Loss:
 
     def __mul__(self, other: Any) -> "Loss":
         factor = _scalar(other, "multiply a Loss by")
-        terms = tuple(replace(t, scale=t.scale * factor) for t in self.terms)
+        # not as an array: within a trace it would no longer be known
+        known = float(other) if is_concrete(other) else factor
+        terms = tuple(replace(t, scale=t.scale * known) for t in self.terms)
         return Loss(terms, None if self.scalar is None else self.scalar * factor)
 
     __rmul__ = __mul__
@@ -114,11 +123,32 @@ class Loss:
         return self + (-other)
 
     def __truediv__(self, other: Any) -> "Loss":
-        return self * (1 / _scalar(other, "divide a Loss by"))
+        _scalar(other, "divide a Loss by")
+        return self * (1 / other)
+
+    def __float__(self) -> float:
+        raise TypeError(
+            "a Loss is no number: write float(loss.value). What ng.value_and_grad(loss_fn, layers) "
+            "returns first is the number itself."
+        )
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
+
+    def __repr__(self) -> str:
+        # whatever the leaves are: errors of JAX print a Loss of tracers, shapes or objects
+        names = [f"{type(x).__name__} nll of {x.natural_name} {getattr(x.natural, 'shape', '?')}"
+                 for x in (t.distribution for t in self.terms)]  # fmt: skip
+        parts = " + ".join(names + ["scalar"] * (self.scalar is not None))
+        how = (
+            "differentiate it with ng.value_and_grad(loss_fn, layers), or loss.value with jax.grad"
+        )
+        return f"Loss({parts}): {how}"
 
 
-def example_weights(examples: tuple[int, ...], where: Any, weights: Any) -> jax.Array | None:
+def example_weights(distribution: Any, where: Any, weights: Any) -> jax.Array | None:
     """The mask and the weights of ``nll`` as one array of the examples' shape, or None."""
+    examples = distribution.examples
     if where is None and weights is None:
         return None
     weight = jnp.ones((), float)
@@ -128,13 +158,41 @@ def example_weights(examples: tuple[int, ...], where: Any, weights: Any) -> jax.
         value = jnp.asarray(value)
         lined_up = zip(reversed(value.shape), reversed(examples), strict=False)
         if value.ndim > len(examples) or any(n not in (1, m) for n, m in lined_up):
+            whole = value.shape == distribution.natural.shape
             raise ValueError(
                 f"nll: {name} must broadcast to the examples' shape {examples}; got {value.shape}."
+                + _for_each_output(name, distribution) * whole
             )
-        if name == "weights" and is_concrete(value) and value_range(value)[0] < 0:
-            raise ValueError("nll: weights must not be negative; mask examples out with where=.")
-        weight = weight * value
+        weight = weight * (value if value.dtype == bool else _not_negative(name, value))
     return jax.lax.stop_gradient(jnp.broadcast_to(weight, examples))
+
+
+def _for_each_output(name: str, distribution: Any) -> str:
+    """What to write instead of a mask of single outputs."""
+    reduced = f"{name}.any(-1)" if name == "where" else f"{name}.mean(-1)"
+    told = f" It is one number for each example, such as {reduced}."
+    if not hasattr(distribution, "event_ndims"):
+        return told
+    kind, natural = type(distribution).__name__, distribution.natural_name
+    return told + (
+        f" For each output apart, let every number be an example: ng.{kind}({natural}, "
+        f"event_ndims=0).nll(targets, {name}={name}); its mean is over numbers."
+    )
+
+
+def _not_negative(name: str, value: jax.Array) -> jax.Array:
+    """``value``, checked; under ``jit``, where nothing can raise, NaN where it is negative."""
+    if not is_concrete(value):
+        return jnp.where(value < 0, jnp.nan, value)
+    low, high = value_range(value) if value.size else (0, 0)
+    if not low >= 0:
+        raise ValueError(
+            f"nll: {name} must not be negative (nor NaN); got values from {low:g} to {high:g}. "
+            "They say how often an example counts: 0, or where=mask, leaves one out. With signed "
+            "weights (advantages, policy gradients) the sum is no likelihood of anything, and has "
+            "no Fisher."
+        )
+    return value
 
 
 def _scalar(value: Any, doing: str) -> jax.Array:
@@ -158,7 +216,7 @@ def whole_count(term: Term, axes: Sequence[str]) -> jax.Array:
 
 def positive(count: jax.Array) -> jax.Array:
     """``count`` made safe to divide by: nothing divided by no examples is nothing."""
-    return jnp.where(count > 0, count, 1)
+    return jnp.where(count == 0, 1, count)  # NaN, of negative weights, stays
 
 
 def is_concrete(x: Any) -> bool:

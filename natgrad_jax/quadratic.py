@@ -150,7 +150,9 @@ def _product(
 
 def _weigh(term: Term, u: jax.Array) -> jax.Array:
     """As the seeds are weighed: nothing of masked examples, nor of negative multiples."""
-    weight = jnp.ones(()) if term.weight is None else term.weight[..., None]
+    weight = jnp.ones(())
+    if term.weight is not None:
+        weight = term.distribution.beside_event(term.weight)
     factor = jnp.maximum(term.scale, 0) * weight / positive(term.count)
     return jnp.where(weight > 0, u * factor, 0).astype(term.distribution.natural.dtype)
 
@@ -161,7 +163,7 @@ def _fisher_of_output(term: Term, u: jax.Array) -> jax.Array:
 
     def add(column: jax.Array, total: jax.Array) -> jax.Array:
         r = term.distribution.root_column(column)
-        return total + r * jnp.sum(r * u, axis=-1, keepdims=True)
+        return total + r * term.distribution.over_event(r * u, keepdims=True)
 
     return jax.lax.fori_loop(0, term.distribution.columns, add, jnp.zeros_like(u))
 

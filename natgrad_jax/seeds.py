@@ -21,6 +21,21 @@ Seeds = tuple[jax.Array, ...]
 Axes = Sequence[int | None]
 
 
+def check_key(rng: Any) -> None:
+    """Raise unless ``rng`` is one key, of either kind, or None."""
+    dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        good = shape == ()
+    else:  # a key as jax.random.PRNGKey makes it
+        good = dtype == jnp.uint32 and len(shape or ()) == 1
+    if not (good or rng is None):
+        came = f"an array of {dtype}, shape {shape}" if dtype is not None else repr(rng)
+        raise TypeError(
+            f"rng takes one key, as jax.random.key(0) makes it; got {came}. Split it for each "
+            "step: key, now = jax.random.split(key)."
+        )
+
+
 def sampled(
     loss: Loss, axes: Sequence[str], key: jax.Array, samples: int, of: Axes, terms: Sequence[int]
 ) -> Seeds:
@@ -42,7 +57,7 @@ def observed(
     """``∇ −log p(y)`` at the true labels, each example with a random sign: mode "empirical"."""
 
     def seed(i: int, term: Term) -> jax.Array:
-        return _random_signs(_gradient(term, term.targets, 1.0), key, axes, term.part, of[i] or 0)
+        return _random_signs(_gradient(term, term.targets, 1.0), key, axes, term, of[i] or 0)
 
     return _only(loss, terms, seed)
 
@@ -66,9 +81,9 @@ def exact_columns(
         def seed(index: jax.Array) -> Seeds:
             root = term.distribution.root_column(index % columns)
             at = jax.nn.one_hot(index // columns, positions, dtype=root.dtype)
-            root = root * at.reshape(*apart, 1)
+            root = root * term.distribution.beside_event(at.reshape(apart))
             key_of_column = jax.random.fold_in(key, index)
-            root = _random_signs(root, key_of_column, axes, term.part, of[i] or 0)
+            root = _random_signs(root, key_of_column, axes, term, of[i] or 0)
             return _only(loss, (i,), lambda _, term: _weigh(root, term, 1.0))
 
         return columns * positions, seed
@@ -107,16 +122,16 @@ def _example_keys(
 
 
 def _random_signs(
-    seed: jax.Array, key: jax.Array, axes: Sequence[str], part: Part | None, axis: int
+    seed: jax.Array, key: jax.Array, axes: Sequence[str], term: Term, axis: int
 ) -> jax.Array:
     """A sign for each element of the examples' axis.
 
     Outer products stay as they are, and the squared sum over examples (the diagonal blocks)
     becomes an unbiased estimate of the sum of squares.
     """
-    if seed.ndim == 1:
+    if not term.distribution.examples:
         return seed
-    keys = _example_keys(key, seed, axes, part, axis)
+    keys = _example_keys(key, seed, axes, term.part, axis)
     signs = jax.vmap(lambda k: jax.random.rademacher(k, (), seed.dtype))(keys)
     return seed * signs.reshape(-1, *[1] * (seed.ndim - axis - 1))
 
@@ -138,6 +153,6 @@ def _weigh(seed: jax.Array, term: Term, share: float) -> jax.Array:
     """The seed times the root of its weight: outer products then carry the weight itself."""
     factor = jnp.sqrt(jnp.maximum(term.scale * share, 0)).astype(seed.dtype)
     if term.weight is not None:
-        weight = jnp.sqrt(term.weight)[..., None].astype(seed.dtype)
+        weight = jnp.sqrt(term.distribution.beside_event(term.weight)).astype(seed.dtype)
         seed = jnp.where(weight > 0, seed * weight, 0)
     return (seed * factor).astype(term.distribution.natural.dtype)

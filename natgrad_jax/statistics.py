@@ -90,7 +90,7 @@ def value_and_grad(
 
     Raises:
       ValueError: unknown ``fisher``, fewer than one sample, a missing rng, layers of another model.
-      TypeError: ``loss_fn`` returns something else than a Loss.
+      TypeError: ``loss_fn`` returns something else than a Loss; ``rng`` is no key.
 
     Source: Martens & Grosse 2015, sections 3 and 5 (the sampled Fisher); Eschenhagen et al. 2023.
 
@@ -131,6 +131,7 @@ def of_one_part(
                 'fisher="mc" samples labels from the model and needs a key: call '
                 "grad_fn(params, batch, rng=key), with another key each step."
             )
+        seeds.check_key(rng)
         frontend = frontend_of(params)
         tree, rest = frontend.split(params)
         _check_layers(layers, tree)

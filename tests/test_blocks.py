@@ -126,6 +126,80 @@ def test_frozen_and_plain_gradients() -> None:
     assert "frozen" in str(chosen) and "gradient" in str(chosen)
 
 
+def normed_layers() -> ng.Layers:
+    x = random(0, N, 4)
+    return ng.find_layers(categorical(Normed()), filled(Normed(), x), x)
+
+
+def table_of(layers: ng.Layers) -> dict[str, str]:
+    """The block of every parameter."""
+    blocks = {"/".join(p.path): layer.block for layer in layers.values() for p in layer.parameters}
+    return blocks | {"/".join(x.path): x.block for x in layers.leftover}
+
+
+EVERY = ("norm/scale", "norm/bias", "head/kernel", "head/bias")
+
+# choices one after another, and what becomes of EVERY parameter
+CHOICES: dict[str, tuple[list[tuple[Any, str]], tuple[str, ...]]] = {
+    "few after all": ([("*", "diagonal"), ("head", "full")],
+                      ("diagonal", "diagonal", "full", "full")),
+    "all after few": ([("head", "full"), ("*", "diagonal")], ("diagonal",) * 4),
+    "frozen, then a layer again": ([("*", "frozen"), ("head", "kronecker"), ("norm", "full")],
+                                   ("full", "full", "kronecker", "kronecker")),
+    "a bias, then its layer": ([("*/bias", "frozen"), ("head", "kronecker")],
+                               ("full", "frozen", "kronecker", "kronecker")),
+    "a bias, then its kernel": ([("*/bias", "frozen"), ("head/kernel", "full")],
+                                ("full", "frozen", "full", "frozen")),
+    "a bias, then another block of its layer": ([("head/bias", "gradient"), ("head", "full"),
+                                                 ("head/bias", "frozen")],
+                                                ("full", "full", "full", "frozen")),
+    "a bias back into its layer": ([("head/bias", "frozen"), ("head/bias", "kronecker")],
+                                   ("full", "full", "kronecker", "kronecker")),
+    "scale and bias apart": ([("norm/scale", "frozen"), ("norm/bias", "unit")],
+                             ("frozen", "unit", "kronecker", "kronecker")),
+    "a predicate of layers": ([(lambda path, record: path == ("head",), "full")],
+                              ("full", "full", "full", "full")),
+    "a predicate of what is left": ([("*/bias", "frozen"), (
+        lambda path, record: getattr(record, "block", "") == "frozen" and "head" in path, "diagonal"
+    )], ("full", "frozen", "kronecker", "diagonal")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_last_choice_holds(name: str) -> None:
+    choices, wanted = CHOICES[name]
+    layers = normed_layers()
+    for where, block in choices:
+        layers = layers.replace(where, block)
+    assert table_of(layers) == dict(zip(EVERY, wanted, strict=True))
+    assert layers.uncovered == ()
+
+
+def test_layers_come_back_whole() -> None:
+    """Those that choices or select took out are again what was found."""
+    found = normed_layers()
+    out = found.replace("head/bias", "gradient").replace("*", "frozen")
+    assert not out and dict(out.replace("head", "kronecker").replace("norm", "full")) == dict(found)
+    left = found.select(lambda path, layer: path != ("head",))
+    assert left.uncovered and dict(left.replace("head", "kronecker")) == dict(found)
+
+
+@pytest.mark.parametrize("name", ["head", "head/bias", "."])
+def test_a_string_without_wildcards_is_the_path(name: str) -> None:
+    """What lies there and below, in blocks= as in replace."""
+    path = tuple(name.split("/")) if name != "." else ()
+    x = random(0, N, 4)
+    loss_fn, params = categorical(Normed()), filled(Normed(), x)
+    found = normed_layers()
+    by_name, by_path = (ng.find_layers(loss_fn, params, x, blocks={where: "gradient"})
+                        for where in (name, path))  # fmt: skip
+    assert by_name == by_path == found.replace(name, "gradient") == found.replace(path, "gradient")
+    changed = {p for p, block in table_of(by_name).items() if block == "gradient"}
+    assert changed == {p for p in EVERY if name == "." or f"{p}/".startswith(f"{name}/")}
+    with pytest.raises(ValueError, match="there are: norm, head"):
+        found.replace("hea", "gradient")
+
+
 def test_blocks_that_cannot_be_had_are_refused() -> None:
     loss_fn, x = categorical(Normed()), random(0, N, 4)
     layers = ng.find_layers(loss_fn, filled(Normed(), x), x)
@@ -139,8 +213,23 @@ def test_blocks_that_cannot_be_had_are_refused() -> None:
         layers.replace(("head", "kernel"), "frozen")
     wide = nn.Dense(100)
     layers = ng.find_layers(categorical(wide), filled(wide, jnp.ones((2, 100))), jnp.ones((2, 100)))
-    with pytest.raises(ValueError, match="The limit is 8,192"):
-        layers.replace(lambda path, layer: True, "full")
+    for block in ("full", "unit"):  # of a dense layer one and the same
+        with pytest.raises(ValueError, match=f'"{block}" would be 1 × .* 10,100².*limit is 8,192²'):
+            layers.replace(lambda path, layer: True, block)
+    with pytest.raises(ValueError, match="nor its bias have a block alone"):
+        normed_layers().replace("*", "diagonal").replace("head/bias", "full")
+
+
+def test_blocks_that_are_too_many_are_refused() -> None:
+    groups = nn.Conv(2**16, (3, 3), feature_group_count=2**9)  # 512 blocks of 1280²
+    x = jax.ShapeDtypeStruct((1, 4, 4, 2**9), jnp.float32)
+    params = jax.eval_shape(groups.init, KEY, x)["params"]
+    loss_fn = lambda p, x: ng.Gaussian(groups.apply({"params": p}, x), event_ndims=3).nll(
+        jnp.zeros((1, 4, 4, 2**16))
+    )
+    layers = ng.find_layers(loss_fn, params, x)
+    with pytest.raises(ValueError, match=r"512 × a matrix of 1,280².* 2 GB together"):
+        layers.replace(".", "unit")
 
 
 def test_a_free_parameter_has_the_outer_product_of_its_gradient() -> None:

@@ -108,7 +108,7 @@ def test_training_compiles_once_and_takes_donated_memory(name: str) -> None:
 def test_no_gradient_is_no_step(name: str) -> None:
     """No example counts: nothing is measured, and at first nothing moves but by weight decay."""
     s, state, step = compiled(name)
-    nothing = batch()._replace(where=jnp.zeros_like(batch().where))
+    nothing = batch()._replace(weights=jnp.zeros_like(batch().weights))
     _, later, updates, loss = step(s.params, state, nothing, KEY, Poison())
     assert finite((updates, later)) and float(loss) == 0
     if "weight decay" not in name:

@@ -115,10 +115,52 @@ def test_losses_add_and_scale() -> None:
     loss = sum([2.0 * a, b / 4, 1.5], start=a * 0.0)
     assert len(loss.terms) == 3
     np.testing.assert_allclose(loss.value, 2 * a.value + b.value / 4 + 1.5, rtol=1e-6)
-    through_jit = jax.jit(lambda x: x)(loss)
-    np.testing.assert_allclose(through_jit.value, loss.value, rtol=1e-6)
+
+
+def test_losses_are_pytrees() -> None:
+    """Out of jit, vmap, scan and cond they have the value that they went in with."""
+    make = lambda z: 2.0 * ng.Gaussian(z).nll(REAL) - ng.Categorical(z).nll(LABELS) / 4 + 1.5
+    wanted = make(LOGITS).value
+    one = lambda loss: jax.tree.map(lambda x: x[0], loss)
+    carry, stacked = jax.lax.scan(lambda _, z: (make(z), make(z)), make(0 * LOGITS), LOGITS[None])
+    losses = {
+        "jit": jax.jit(make)(LOGITS),
+        "vmap": one(jax.vmap(make)(LOGITS[None])),
+        "scan": one(stacked),
+        "carry": carry,
+        "cond": jax.lax.cond(wanted > 0, make, lambda z: make(2 * z), LOGITS),
+    }
+    for name, loss in losses.items():
+        np.testing.assert_allclose(loss.value, wanted, rtol=1e-6, err_msg=name)
+
+
+def test_a_term_scaled_by_zero_is_told() -> None:
+    """Where the zero is known; it has no Fisher, and no gradient either."""
+    params = {"w": jnp.ones((5, 5))}
+    part = lambda p: ng.Gaussian(LOGITS @ p["w"]).nll(REAL)
+    whole = lambda p, beta: ng.Categorical(LOGITS @ p["w"]).nll(LABELS) + beta * part(p)
+    with pytest.warns(ng.UncoveredWarning, match=r"scaled by 0.*: 1 \(Gaussian\)\. Leave"):
+        ng.find_layers(lambda p: whole(p, 0.0), params)
+    with pytest.warns(ng.UncoveredWarning, match=r": 1 \(Gaussian\)"):
+        ng.find_layers(lambda p: 2 * whole(p, np.zeros(())), params)
+    ng.find_layers(whole, params, jnp.zeros(()))  # traced: it may be another one later
 
 
 def test_half_precision_logits_are_summed_in_single() -> None:
     loss = ng.Categorical(LOGITS.astype(jnp.bfloat16)).nll(LABELS)
     assert loss.value.dtype == jnp.float32
+
+
+@each_case
+def test_negative_weights_under_jit_are_nan(case: str) -> None:
+    """Nothing can raise there, and the value must not look like a loss; zero is no weight."""
+    distribution, targets, _ = CASES[case]
+
+    def loss(z: Any, weights: Any) -> Any:
+        return distribution.with_natural(z).nll(targets, weights=weights).value
+
+    step = jax.jit(jax.value_and_grad(loss))
+    value, gradient = step(LOGITS, WEIGHTS.at[0].set(-0.1))
+    assert np.isnan(value) and np.isnan(gradient).all()
+    value, gradient = step(LOGITS, WEIGHTS.at[0].set(0))
+    assert np.isfinite(value) and np.isfinite(gradient).all() and not gradient[0].any()

@@ -172,16 +172,51 @@ DISTRIBUTIONS = [
         r"the shape of mean, \(8, 3\); got \(3,\)"),
     Bad("Gaussian variance", lambda: ng.Gaussian(LOGITS, jnp.ones(2)).nll(LOGITS).value, ValueError,
         r"a scalar, \(3,\) or a covariance \(3, 3\); got shape \(2,\)"),
+    Bad("Gaussian of one axis", lambda: ng.Gaussian(LOGITS[:, 0]).nll(LOGITS[:, 0]), ValueError,
+        r"Gaussian\(mean, event_ndims=0\) is 8 examples of one number each, and "
+        r"Gaussian\(mean, event_ndims=1\) one example of 8 numbers, as inside vmap"),
+    Bad("Bernoulli of one axis", lambda: jax.eval_shape(
+        lambda z: ng.Bernoulli(z).nll(z).value, LOGITS[:, 0]), ValueError,
+        r"Bernoulli\(logits, event_ndims=0\) is 8 examples"),
+    Bad("column and one axis", lambda: ng.Gaussian(LOGITS[:, :1]).nll(LOGITS[:, 0]),
+        ValueError, r"the shape of mean, \(8, 1\); got \(8,\)\. Write targets\[\.\.\., None\]"),
+    Bad("more event axes than axes", lambda: ng.Gaussian(LOGITS, event_ndims=3).nll(LOGITS),
+        ValueError, r"0 to 2 for shape \(8, 3\); got 3"),
+    Bad("event axes as a bool", lambda: ng.Gaussian(LOGITS, event_ndims=True).nll(LOGITS),
+        ValueError, "got True"),
+    Bad("variances of single numbers", lambda: ng.Gaussian(
+        LOGITS[0], LOGITS[0], event_ndims=0).nll(LOGITS[0]).value, ValueError,
+        r"with event_ndims=0 the variance is a scalar; got shape \(3,\)"),
     Bad("negative weights", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=-jnp.ones(8)),
-        ValueError, "must not be negative.*where="),
+        ValueError, "weights must not be negative.*from -1 to -1.*where=mask.*no Fisher"),
+    Bad("NaN weights", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=jnp.nan), ValueError,
+        "weights must not be negative"),
+    Bad("negative mask", lambda: ng.Gaussian(LOGITS).nll(LOGITS, where=LOGITS[:, 0] - 1),
+        ValueError, "where must not be negative"),
+    Bad("weights of an empty batch", lambda: ng.Gaussian(LOGITS[:0]).nll(
+        LOGITS[:0], weights=LOGITS[:0, 0]), ValueError, "empty batch"),
     Bad("weights of another shape", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=jnp.ones(7)),
         ValueError, r"weights.*\(8,\).*\(7,\)"),
-    Bad("mask with an axis too many", lambda: ng.Gaussian(LOGITS).nll(LOGITS, where=LOGITS > 0),
-        ValueError, r"where.*\(8,\).*\(8, 3\)"),
+    Bad("mask of outputs", lambda: ng.Gaussian(LOGITS).nll(LOGITS, where=LOGITS > 0), ValueError,
+        r"where.*\(8,\).*\(8, 3\).*where\.any\(-1\).*"
+        r"ng\.Gaussian\(mean, event_ndims=0\)\.nll\(targets, where=where\)"),
+    Bad("weights of outputs", lambda: ng.Bernoulli(LOGITS).nll(LOGITS, weights=LOGITS), ValueError,
+        r"weights\.mean\(-1\).*ng\.Bernoulli\(logits, event_ndims=0\)\.nll\(targets, weights=w"),
+    Bad("mask of classes", lambda: ng.Categorical(LOGITS).nll(Y, where=LOGITS > 0), ValueError,
+        r"such as where\.any\(-1\)\.$"),
+    Bad("mask with an axis too many", lambda: ng.Gaussian(LOGITS).nll(
+        LOGITS, where=LOGITS[None] > 0), ValueError, r"got \(1, 8, 3\)\.$"),
     Bad("empty batch", lambda: ng.Categorical(LOGITS[:0]).nll(Y[:0]), ValueError,
         "empty batch.*before the loss"),
     Bad("product of losses", lambda: ng.Gaussian(LOGITS).nll(LOGITS)
         * ng.Gaussian(LOGITS).nll(LOGITS), TypeError, "multiply a Loss by a Loss"),
+    Bad("float of a loss", lambda: float(ng.Categorical(LOGITS).nll(Y)), TypeError,
+        r"float\(loss\.value\)"),
+    Bad("loss in a format", lambda: f"{ng.Categorical(LOGITS).nll(Y):.3f}", TypeError,
+        r"float\(loss\.value\)"),
+    Bad("gradient of a loss", lambda: jax.grad(lambda z: ng.Categorical(z).nll(Y) + 1.0)(LOGITS),
+        TypeError, r"Output was Loss\(Categorical nll of logits \(8, 3\) \+ scalar\): "
+        r"differentiate it with ng\.value_and_grad\(loss_fn, layers\), or loss\.value"),
     Bad("sum with a vector", lambda: ng.Gaussian(LOGITS).nll(LOGITS) + jnp.ones(3), TypeError,
         r"scale by scalars.*shape \(3,\)"),
 ]  # fmt: skip
@@ -193,6 +228,14 @@ STATISTICS = [
     Bad("half a sample", lambda: call(samples=1.5), ValueError, "whole number.*1.5"),
     Bad("missing rng", lambda: call(rng=None), ValueError, r"rng=key"),
     Bad("bare scalar", lambda: call(bare_scalar), TypeError, r"must return a natgrad_jax\.Loss"),
+    Bad("rng as a seed", lambda: call(rng=0), TypeError, r"jax\.random\.key\(0\).*got 0"),
+    Bad("several keys", lambda: call(rng=jax.random.split(KEY)), TypeError,
+        r"one key.*got an array of key<fry>, shape \(2,\)"),
+    Bad("rng as an array", lambda: call(rng=jnp.zeros(2)), TypeError, "array of float32"),
+    Bad("rng of accumulate as a seed", lambda: ng.accumulate(model().loss_fn, model().layers)(
+        model().params, X[None], Y[None], rng=np.uint32(0)), TypeError, "one key"),
+    Bad("rng of fisher as a seed", lambda: ng.fisher(
+        model().loss_fn, model().params, X, Y, fisher="mc", rng=0), TypeError, "got 0"),
     Bad("aux not announced", lambda: call(pair), TypeError, r"Pass has_aux=True"),
     Bad("aux not given", lambda: call(has_aux=True), TypeError, "Drop has_aux, or"),
     Bad("label out of range", lambda: call(args=(X, Y + 1)), ValueError, r"lie in 0\.\.2"),
@@ -285,6 +328,7 @@ def test_bad_input_is_told(bad):
 def test_the_good_calls_of_this_file_pass():
     """Each error above comes from what was changed."""
     assert np.isfinite(call()[0])
+    assert np.isfinite(call(rng=jax.random.PRNGKey(0))[0])
     assert np.isfinite(call(pair, has_aux=True)[0][0])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(update()[0]))
     assert in_shard_map("data").shape == ()

@@ -58,6 +58,9 @@ DEGENERATE: dict[str, Fault] = {
 # What is not finite in the data, and in what was measured.
 DATA = {f"{value} in the activations": at_inputs(lambda x, v=value: x.at[0, 0].set(v))
         for value in (np.nan, np.inf)}  # fmt: skip
+DATA["negative weights"] = lambda params, own: (
+    params, own._replace(weights=own.weights.at[0].set(-0.5))
+)  # fmt: skip
 POISONS = {f"{value} in {field}": Poison(**{field: value})
            for field in Poison._fields for value in (np.nan, np.inf)}  # fmt: skip
 
@@ -171,7 +174,7 @@ def test_a_basis_that_cannot_be_found_leaves_the_last(name: str) -> None:
         return x._replace(factors=x.factors | {("head",): nan})
 
     bad = jax.tree.map(spoiled, due(state), is_leaf=is_ours)
-    nothing = batch(1)._replace(where=jnp.zeros_like(batch(1).where))  # measures no new factor
+    nothing = batch(1)._replace(weights=jnp.zeros_like(batch(1).weights))  # measures no new factor
     later = bad
     for _ in range(PERIOD):  # by then it was every layer's turn
         _, later, updates, _ = step(params, later, nothing, jax.random.key(1), Poison())

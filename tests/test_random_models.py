@@ -66,7 +66,7 @@ class Drawn(NamedTuple):
         model, own = Model(tuple(self.layers), self.classes), self.batch(dtype)
 
         def loss_fn(params: Any, own: Batch) -> ng.Loss:
-            return ng.Categorical(model.apply({"params": params}, own.x)).nll(own.y, own.where)
+            return ng.Categorical(model.apply({"params": params}, own.x)).nll(own.y, own.weights)
 
         shapes = jax.eval_shape(model.init, jax.random.key(0), own.x)["params"]
         random = np.random.default_rng(self.seed + 1)
@@ -140,7 +140,7 @@ def test_masked_examples_are_as_if_absent(drawn: Drawn) -> None:
     jax.config.update("jax_enable_x64", True)
     try:
         s, own = drawn.setting(jnp.float64), drawn.batch(jnp.float64)
-        whole, part = measured(s, own), measured(s, jax.tree.map(lambda x: x[own.where], own))
+        whole, part = measured(s, own), measured(s, jax.tree.map(lambda x: x[own.weights], own))
     finally:
         jax.config.update("jax_enable_x64", False)
     assert_near(whole[:2], part[:2])

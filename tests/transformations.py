@@ -55,18 +55,18 @@ class NetNNX(nnx.Module):
 
 
 class Batch(NamedTuple):
-    """``y``: probabilities of the classes; ``where``: which examples count."""
+    """``y``: probabilities of the classes; ``weights``: how much examples count."""
 
     x: jax.Array
     y: jax.Array
-    where: jax.Array
+    weights: jax.Array
 
 
 def batch(seed: int = 0, n: int = EXAMPLES) -> Batch:
     random = np.random.default_rng(seed)
     x = jnp.asarray(random.normal(size=(n, INPUTS)), jnp.float32)
     y = jnp.asarray(np.eye(CLASSES)[random.integers(CLASSES, size=n)], jnp.float32)
-    return Batch(x, y, jnp.ones(n, bool))
+    return Batch(x, y, jnp.ones(n))
 
 
 class Setting(NamedTuple):
@@ -81,7 +81,7 @@ def setting(dtype: Any = jnp.float32, depth: int = 1) -> Setting:
     def loss_fn(params: Any, batch: Batch) -> ng.Loss:
         x = batch.x.astype(params["norm"]["scale"].dtype)  # half precision throughout
         logits = net.apply({"params": params}, x)
-        return ng.Categorical(logits).nll(batch.y, where=batch.where)
+        return ng.Categorical(logits).nll(batch.y, weights=batch.weights)
 
     shapes = jax.eval_shape(net.init, jax.random.key(0), batch().x)["params"]
     random = np.random.default_rng(0)

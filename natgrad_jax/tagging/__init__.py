@@ -11,11 +11,12 @@ from flax import linen as flax_linen, nnx as flax_nnx
 
 from natgrad_jax.layer import Layer, Parameter, free_layer
 from natgrad_jax.layers import Layers, Leftover
-from natgrad_jax.losses import Loss
+from natgrad_jax.losses import Loss, is_concrete
 from natgrad_jax.paths import Path, join, leaves, normalize
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS
 from natgrad_jax.tagging.sightings import (
+    HELD,
     Sightings,
     parameter_path,
     stack_candidates,
@@ -32,10 +33,11 @@ _WRAPPERS = (flax_linen.WeightNorm, flax_linen.SpectralNorm, *nnx_frontend.NORMA
 
 
 class UncoveredWarning(UserWarning):
-    """Some parameters have no block of their own and fall to the diagonal of the Fisher.
+    """Something has no curvature of its own.
 
-    Silence it for parameters that are meant to, by ``blocks={"embedding": "diagonal"}`` in
-    :func:`find_layers`, which chooses that block.
+    Parameters without a block, which fall to the diagonal of the Fisher; or a term of the loss that
+    is scaled by zero. Silence it for parameters that are meant to, by
+    ``blocks={"embedding": "diagonal"}`` in :func:`find_layers`, which chooses that block.
 
     >>> import natgrad_jax as ng
     >>> issubclass(ng.UncoveredWarning, UserWarning)
@@ -62,8 +64,10 @@ def find_layers(
       params: the parameters (Linen: nested dicts, of one model or several) or the NNX model;
         arrays or ``jax.ShapeDtypeStruct``.
       *args: the other arguments, e.g. a batch; arrays or ``jax.ShapeDtypeStruct``.
-      blocks: other blocks than the default ones, as by :meth:`Layers.replace`, in this order:
-        ``{"*/bias": "frozen", ("head",): "full"}``.
+      blocks: other blocks than the default ones, as by one :meth:`Layers.replace` after another; of
+        two choices for a parameter the later holds: ``{"*": "diagonal", "head": "full"}``. Keys are
+        paths, patterns or predicates ``(path, record) -> bool``:
+        ``{lambda path, record: "head" in path: "full"}``.
 
     Returns:
       :class:`~natgrad_jax.Layers`: path → record. ``print`` it: it is the coverage table.
@@ -104,11 +108,19 @@ def find_layers(
     layers = Layers(found | free, tuple(leftover), seen.terms)
     for where, block in (blocks or {}).items():
         layers = layers.replace(where, block)
-    _warn(layers, len(parameters))
+    _warn(layers, len(parameters), seen.zero)
     return layers
 
 
-def _warn(layers: Layers, total: int) -> None:
+def _warn(layers: Layers, total: int, zero: list[str]) -> None:
+    if zero:
+        warnings.warn(
+            f"scaled by 0, and so without gradient and Fisher, of the terms of the loss: "
+            f"{', '.join(zero)}. Leave them out; a scale that changes in training is an argument "
+            "of loss_fn.",
+            UncoveredWarning,
+            stacklevel=3,
+        )
     left = [x for x in layers.leftover if not x.chosen]
     if left:
         names = "; ".join(f"{join(x.path)} ({x.reason})" for x in left)
@@ -196,6 +208,9 @@ def _trace(
 
     def run(params: Any, *args: Any) -> Any:
         losses[:] = as_loss(loss_fn(params, *args)).terms
+        named = [f"{i} ({type(t.distribution).__name__})" for i, t in enumerate(losses)]
+        known = [is_concrete(t.scale) and float(t.scale) == 0 for t in losses]
+        seen.zero = [name for name, zero in zip(named, known, strict=True) if zero]
         return [term.distribution.natural for term in losses]
 
     tagged, run_watched, seen = frontend.watched(run, params, probes)
@@ -246,14 +261,15 @@ def _resolve(
     for path, sighting in seen.layers.items():
         if path in seen.refused:
             continue
-        mains[path] = parameter_path(path, sighting.names[0])
+        name = sighting.names[0]
+        mains[path] = parameter_path(path, name)
         main = parameters.get(mains[path])
         if main is None:
-            seen.refused[path] = "its kernel is no parameter of its own: held fixed, or shared"
+            seen.refused[path] = HELD.format(name)
             continue
         candidates[path] = stack_candidates(main.shape, sighting.shape)
         if not candidates[path] or sighting.probe_shape != sighting.shape:
-            seen.refused[path] = "its kernel reaches it in another shape than its parameter's"
+            seen.refused[path] = f"its {name} reaches it in another shape than its parameter's"
             del candidates[path]
     choice = {path: axes[0] for path, axes in candidates.items()}
     ambiguous = {path: axes for path, axes in candidates.items() if len(axes) > 1}
@@ -296,12 +312,28 @@ def _reason(parameter: Parameter, seen: Sightings) -> str:
     for at in (path[:-1], path):
         if at in seen.refused:
             return seen.refused[at]
+    if owner in KINDS and path[:-1] in seen.layers:
+        return f"it is none of the parameters of its {owner.__name__}"
     if owner in KINDS:
         return f"its {owner.__name__} is never called"
     parent = next((k for k in KINDS if owner is not None and issubclass(owner, k)), None)
     if owner is not None and parent is not None:
-        return f"{owner.__name__} is a subclass of {parent.__name__}: only exact types are known"
+        return f"{_name(owner)} is a subclass of {parent.__name__}: only exact types are known"
     if owner is not None and issubclass(owner, _WRAPPERS):
         return f"no block for {owner.__name__}"
-    whose = "of no Flax module that loss_fn calls" if owner is None else f"of {owner.__name__}"
-    return f"{whose}; {parameter.size:,} numbers, a full block takes at most {MAX_FREE}"
+    above = (seen.owners.get(path[:n]) for n in reversed(range(len(path))))
+    nearest = next((x for x in above if x is not None), None)
+    if owner is not None:
+        whose = f"of {_name(owner)}"
+    elif nearest is not None:  # in a pytree that one parameter is, or in a module never called
+        whose = f"in {_name(nearest)}, of no known layer that it calls"
+    else:
+        whose = "of no known layer that loss_fn calls"
+    size = f"{parameter.size:,} numbers"
+    return f"{whose}; {size}, a full block unasked is of at most {MAX_FREE}"
+
+
+def _name(owner: type) -> str:
+    """The type's name, with its module's where it is called as a known layer but is none."""
+    own = owner not in KINDS and owner.__name__ in {kind.__name__ for kind in KINDS}
+    return f"{owner.__module__}.{owner.__qualname__}" if own else owner.__name__

@@ -14,7 +14,7 @@ from flax import nnx
 
 from natgrad_jax.paths import Path
 from natgrad_jax.tagging.modules import DENSE, KINDS, Kind, call_input, describe, kind_of
-from natgrad_jax.tagging.sightings import Sightings
+from natgrad_jax.tagging.sightings import HELD, Sightings
 from natgrad_jax.tagging.slots import SLOT, Slot, tap
 
 NORMALIZERS = (nnx.WeightNorm, nnx.SpectralNorm)
@@ -59,6 +59,7 @@ def _watch(
     layer = (*path, name) if name in PAIR else path
     probe = getattr(module, _slot_name(name), None)
     if probe is None:
+        seen.refused.setdefault(layer, HELD.format(name))
         return s
     shapes = _shapes(module, kind, name)
     return seen.record(layer, kind, probe[...], shapes, module, x, s, *call)

@@ -26,6 +26,10 @@ _MARK = "natgrad_call:"
 MAX_FULL_NORM = 512
 
 
+# Why a layer has no block whose kernel does not train by itself.
+HELD = "its {} is no parameter of its own: held fixed, or shared"
+
+
 class Mark(NamedTuple):
     """One call: of which layer, the axes of its output that are rows, and its output's shape."""
 
@@ -52,7 +56,8 @@ class Sightings:
     why a known layer has no block; ``positions``: the most of one call; ``uses``: in which ways
     the parameters are used; ``calls``: how often, 0 where that cannot be told; ``terms``: of the
     loss; ``reached``: for each parameter the terms that depend on it; ``example_axes``: of each
-    layer the row axes that count examples, as its calls have them.
+    layer the row axes that count examples, as its calls have them; ``zero``: terms
+    that are known to be scaled by zero.
     """
 
     owners: dict[Path, type] = field(default_factory=dict)
@@ -64,6 +69,7 @@ class Sightings:
     terms: tuple[LossTerm, ...] = ()
     reached: dict[Path, tuple[int, ...]] = field(default_factory=dict)
     example_axes: dict[Path, set[int | None]] = field(default_factory=dict)
+    zero: list[str] = field(default_factory=list)
     _refusal: str | None = None
     _marks: list["Mark"] = field(default_factory=list)
 
@@ -103,7 +109,7 @@ class Sightings:
         shape = tuple(shapes[names[0]])
         sighting = Sighting(geometry.kind, names, geometry.layouts, tuple(probe.shape), shape)
         if self.layers.setdefault(path, sighting) != sighting:
-            self.refused[path] = "it is called in two ways that read its kernel differently"
+            self.refused[path] = f"it is called in two ways that read its {names[0]} differently"
         self.positions[path] = max(self.positions.get(path, 1), geometry.call.positions(x))
         self.uses.setdefault(path, set()).add(getattr(geometry.call, "swapped", False))
         self._marks.append(Mark(path, geometry.call.row_axes(s.ndim), s.shape))
