@@ -38,7 +38,19 @@ def coverage_table(layers: Any) -> str:
         f"{len(layers)} {cover} {covered:,} of {total:,} parameters ({share:.1f} %); "
         f"{len(layers.leftover)} left over."
     )
+    lines += _terms(layers.terms)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _terms(terms: Any) -> list[str]:
+    """A line for each term of the loss, where they are not one whose examples come first."""
+    if len(terms) == 1 and terms[0].examples == 0:
+        return []
+    told = lambda axis: (
+        "its examples depend on one another" if axis is None else f"examples on axis {axis}"
+    )
+    return [f"term {i} of the loss: {t.distribution}, {told(t.examples)}."
+            for i, t in enumerate(terms)]  # fmt: skip
 
 
 def _cell(text: str, width: int, column: int) -> str:

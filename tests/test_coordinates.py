@@ -490,3 +490,25 @@ def test_paths_of_a_state_are_those_of_the_layers() -> None:
     own = problem(jnp.float32)
     state = ng.prong(0.1, own.layers).init(own.params)
     assert set(ng.bases(state)) == set(own.layers) == set(ng.factors(state))
+
+
+def test_a_refresh_measures_its_own_batch() -> None:
+    """Also where statistics are wanted less often, and on other steps."""
+    own, epsilon, random = problem(jnp.float32), 1e-2, np.random.default_rng(1)
+    tx = ng.prong(
+        0.01, own.layers, statistics_period=3, refresh_period=2, decay=0.0, epsilon=epsilon
+    )
+    state, measured = tx.init(own.params), []
+    step = jax.jit(lambda state, batch: own.grad_fn(own.params, batch, opt_state=state)[1:])
+    for i in range(7):
+        batch = (jnp.asarray(random.normal(size=own.batch[0].shape), jnp.float32), own.batch[1])
+        grads, statistics = step(state, batch)
+        measured.append(bool(statistics.examples > 0))
+        _, state = tx.update(grads, state, own.params, statistics=statistics)
+        if i % 2 == 0:
+            white = ng.whitening(statistics, own.layers, epsilon)
+            for path, now in ng.bases(state).items():
+                np.testing.assert_allclose(
+                    now.U.mT @ now.U, white[path].U.mT @ white[path].U, rtol=1e-3, atol=1e-3
+                )
+    assert measured == [i % 3 == 0 or i % 2 == 0 for i in range(7)]
