@@ -257,3 +257,18 @@ def test_another_number_of_terms_is_told() -> None:
     grad_fn = ng.value_and_grad(in_order((0, 1)), layers)
     with pytest.raises(ValueError, match=r"(?s)3 terms \(Categorical.*2 \(Cat.*where=mask"):
         grad_fn(start(), *whole_batch(), rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize("make", ["kfac", "ekfac", "both sides"])
+def test_the_state_can_be_read(make: str) -> None:
+    loss_fn = in_order((0, 1, 2))
+    layers = layers_of(loss_fn)
+    layers = layers.replace(("norm",), "diagonal")
+    tx, grad_fn = MAKE[make](layers), ng.value_and_grad(loss_fn, layers, fisher="exact")
+    state = tx.init(start())
+    _, grads, statistics = grad_fn(start(), *whole_batch(), opt_state=state)
+    updates, state = tx.update(grads, state, start(), statistics=statistics)
+    report = ng.diagnostics.report(layers, state, updates=updates, spectra=True)
+    assert all(np.isfinite(x) for x in report.scalars().values())
+    text = str(layers)
+    assert "term 1 of the loss: Gaussian, examples on axis 0." in text

@@ -20,6 +20,7 @@ from natgrad_jax.statistics import value_and_grad
 from natgrad_jax.tagging import find_layers
 from natgrad_jax.transforms.ekfac import scale_by_ekfac
 from natgrad_jax.transforms.in_eigenbases import EKFACState
+from natgrad_jax.transforms.squares import total_moments
 
 # Forms of the factors beside the whole ones.
 FORMS = {
@@ -141,7 +142,7 @@ def _kfac(layer: Layer, factors: Any) -> jax.Array:
 
 
 def _ekfac(layer: Layer, state: EKFACState, path: Path) -> jax.Array:
-    bases, S = state.bases[path], state.moments[path]
+    bases, S = state.bases[path], total_moments(state, path)
     return dense(layer, lambda x: scaled(layer, bases, S, x))
 
 

@@ -20,7 +20,9 @@ from natgrad_jax.paths import Path
 from natgrad_jax.requests import parse, plain
 from natgrad_jax.transforms import blocks
 from natgrad_jax.transforms.adaptive_damping import AdaptiveDampingState
+from natgrad_jax.transforms.estimates import diagonal_of
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
+from natgrad_jax.transforms.squares import total_moments
 
 # What other states tell: numbers, and counted events.
 OTHERS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -172,7 +174,8 @@ def _rows(found: Found, updates: Any, grads: Any, spectra: bool) -> dict[Path, M
         given = change.get(x.path), gradient.get(x.path)
         rows[x.path] = measures.of_update(*given, 0)
         if x.path in diagonal and given[0] is not None:
-            rows[x.path]["kl"] = jnp.sum(diagonal[x.path] * jnp.square(given[0])) / 2
+            own = diagonal_of(state, x.path)
+            rows[x.path]["kl"] = jnp.sum(own * jnp.square(given[0])) / 2
     return rows
 
 
@@ -188,7 +191,7 @@ def _of_kind(found: Found, path: Path, update: jax.Array | None) -> Measures:
     own = measures.of_factors(layer, factors)
     if found.kind == "ekfac":
         drifts, diagonals = measures.of_bases(layer, factors, bases)
-        S = state.moments[path]
+        S = total_moments(state, path)
         whole = everywhere(layer, bases, S)
         own |= drifts | measures.of_moments(layer, whole, diagonals, state.damping)
         return own | _with_kl(measures.kl_of_moments, layer, bases, S, update=update)

@@ -15,6 +15,7 @@ from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.paths import Path
 from natgrad_jax.sides import Side
+from natgrad_jax.transforms.squares import total_moments
 
 
 class Spectra(NamedTuple):
@@ -73,7 +74,7 @@ def of_layer(found: Found, path: Path) -> Spectra:
     G = _eigenvalues(layer.output_side, factors.G, None)
     block = A[..., :, None] * G[..., None, :]
     if found.kind == "ekfac":
-        bases, moments = found.state.bases[path], found.state.moments[path]
+        bases, moments = found.state.bases[path], total_moments(found.state, path)
         block = layer.unpack(everywhere(layer, bases, moments))
     return Spectra(*(_ascending(layer, x) for x in (A, G, block)))
 

@@ -126,17 +126,21 @@ def _diagonals(
     return new, later, rejected
 
 
+def diagonal_of(state: Any, path: Path) -> jax.Array:
+    """The diagonal of a leftover parameter's Fisher, of all terms of the loss."""
+    diagonal = state.diagonal[path]
+    return diagonal.sum(0) if state.diagonal_weights[path].ndim else diagonal
+
+
 def over_diagonal(state: Any, lam: jax.Array) -> Any:
     """``(path, gradient) → gradient / (diagonal + λ)``, 0 where that divides by 0; unchanged before
     the first measurement."""
 
     def scale(path: Path, gradient: jax.Array) -> jax.Array:
-        curvature, weight = state.diagonal[path], state.diagonal_weights[path]
-        if weight.ndim:  # of several terms
-            curvature, weight = curvature.sum(0), weight.sum(0)
-        curvature = curvature + lam.astype(gradient.dtype)
+        known = jnp.any(state.diagonal_weights[path] > 0)
+        curvature = diagonal_of(state, path) + lam.astype(gradient.dtype)
         scaled = jnp.where(curvature > 0, gradient / jnp.where(curvature > 0, curvature, 1), 0)
-        return jnp.where(weight > 0, scaled, gradient)
+        return jnp.where(known, scaled, gradient)
 
     return scale
 

@@ -86,7 +86,7 @@ def in_eigenbases(
 def _apply(
     layer: Layer, state: EKFACState, path: Path, gradient: jax.Array, damping: jax.Array
 ) -> jax.Array:
-    S, known = squares.total(state, path), squares.has_basis(state, path)
+    S, known = squares.total_moments(state, path), squares.has_basis(state, path)
     known = jnp.expand_dims(known, tuple(range(known.ndim, S.ndim)))
     gains = 1 / jnp.where(known, S + damping.astype(S.dtype), 1)
     return scaled(layer, state.bases[path], gains, gradient)

@@ -42,7 +42,7 @@ def has_basis(state: State, path: Path) -> jax.Array:
     return known.any(0) if known.ndim > state.weights[path].ndim else known
 
 
-def total(state: Any, path: Path) -> jax.Array:
+def total_moments(state: Any, path: Path) -> jax.Array:
     """S of all terms of the loss."""
     S = state.moments[path]
     return S.sum(0) if state.moment_weights[path].ndim > state.weights[path].ndim else S
