@@ -93,7 +93,7 @@ def setting_nnx() -> Setting:
     """The setting whose parameters are a model."""
 
     def loss_fn(model: NetNNX, batch: Batch) -> ng.Loss:
-        return ng.Categorical(model(batch.x)).nll(batch.y, where=batch.where)
+        return ng.Categorical(model(batch.x)).nll(batch.y, weights=batch.weights)
 
     model = NetNNX(setting().params)
     return Setting(model, find_layers(loss_fn, model, batch()), loss_fn)
