@@ -1,6 +1,5 @@
 """Factors: bias-corrected moving averages of what batches measured."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -33,28 +32,6 @@ class FactorsAndBias(NamedTuple):
     bias: jax.Array
 
 
-class Shares(NamedTuple):
-    """What each term of the loss has of a layer's factors, ``(terms, *stack, …)``."""
-
-    A: jax.Array | None
-    G: jax.Array | None
-
-
-class FactorsOfTerms(NamedTuple):
-    """Factors of a layer that several terms of the loss depend on: of all terms, and term by term.
-
-    ``A``, ``G``, ``bias``: as in the others, G (or whatever is made of gradients) summed over the
-    terms. ``shares``: each term's own, with an axis of terms in front; None what has no term.
-    ``weights``: how much each share has seen, ``(terms, *stack)``.
-    """
-
-    A: jax.Array
-    G: jax.Array | None
-    bias: jax.Array | None
-    shares: Shares
-    weights: jax.Array
-
-
 def pair(A: Any, G: Any = None, bias: Any = None) -> Any:
     """The factors, with a bias apart where there is one."""
     return Factors(A, G) if bias is None else FactorsAndBias(A, G, bias)
@@ -74,17 +51,6 @@ def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> 
         None if outputs is None else zeros(outputs),
         zeros(layer.factor_blocks) if layer.input_side.bias else None,
     )
-
-
-def initial(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> Any:
-    """A state's factors before anything was measured, with shares where several terms have them."""
-    zeros, terms = zero_factors(layer, inputs_only, dtype), len(layer.terms)
-    if terms == 1 or inputs_only:
-        return zeros
-    repeated = lambda x: None if x is None else jnp.zeros((terms, *x.shape), x.dtype)
-    own = Shares(repeated(zeros.A) if layer.mixed else None, repeated(zeros.G))
-    weights = jnp.zeros((terms, *layer.stack_sizes), float)
-    return FactorsOfTerms(zeros.A, zeros.G, bias_of(zeros), own, weights)
 
 
 def stored_as(dtype: Any) -> Any:
@@ -112,69 +78,10 @@ class Batch(NamedTuple):
     good: jax.Array
 
 
-def counts(examples: jax.Array, terms: tuple[int, ...]) -> jax.Array:
-    """The examples of those terms: ``()`` of one term, else ``(terms,)``."""
-    if not examples.ndim:
-        return examples
-    return examples[terms[0]] if len(terms) == 1 else examples[jnp.array(terms)]
-
-
-def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
-    """What one batch says of a layer's factors; ``examples``: of each term of the loss."""
-    count = counts(examples, layer.terms)
-    if not count.ndim:
-        return _of_one_term(layer, sums, count)
-    if sums.G is None and not layer.mixed:  # inputs alone: of all terms
-        return _of_one_term(layer, sums, count.max())
-    return _of_several_terms(layer, sums, count)
-
-
-def _of_several_terms(layer: Layer, sums: Sums, count: jax.Array) -> Batch:
-    """Each term's factors; where inputs have a factor of their own it is one for all terms, over
-    all examples that the layer saw."""
-    own = [
-        Sums(sums.A[i] if layer.mixed else sums.A, None if sums.G is None else sums.G[i],
-             sums.rows[i] if layer.mixed else sums.rows)
-        for i in range(len(count))
-    ]  # fmt: skip
-    rows = own[0].rows if layer.uses == 1 else own[0].rows.sum(-1)
-    saw = None if layer.mixed else jnp.where(rows > 0, rows, 1) / layer.positions
-    found = [_of_one_term(layer, s, n, saw) for s, n in zip(own, count, strict=True)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *found)
-    shares = Shares(stacked.factors.A if layer.mixed else None, stacked.factors.G)
-    A, G = summed(layer, found[0].factors.A, shares)
-    factors = FactorsOfTerms(A, G, bias_of(found[0].factors), shares, stacked.good.astype(float))
-    return Batch(factors, stacked.seen, stacked.good)
-
-
-def summed(layer: Layer, A: jax.Array, shares: Shares) -> tuple[jax.Array, jax.Array | None]:
-    """The factors of all terms from those of each; ``A``: of the inputs, where no term has one."""
-    if shares.A is None:
-        assert shares.G is not None
-        return A, shares.G.sum(0)
-    if shares.G is None:
-        return shares.A.sum(0), None
-    return _partial_traces(layer, shares.A, shares.G, 0)
-
-
-def portions(layer: Layer, factors: FactorsOfTerms) -> jax.Array:
-    """Each term's part of the layer's curvature, by traces: ``(terms, *stack)``, summing to 1."""
-    A, G = factors.shares
-    traces = jnp.ones((), float)
-    if A is not None:
-        traces = traces * layer.input_side.trace(A, None)
-    if G is not None:
-        assert layer.output_side is not None
-        traces = traces * layer.output_side.trace(G, None)
-    traces = traces.sum(tuple(range(factors.weights.ndim, traces.ndim)))
-    total = traces.sum(0)
-    return traces / jnp.where(total > 0, total, 1)
-
-
-def _of_one_term(
+def of_one_term(
     layer: Layer, sums: Sums, examples: jax.Array, saw: jax.Array | None = None
 ) -> Batch:
-    """The factors of one term, which has so many examples.
+    """The factors of one batch, of one term of the loss, which has so many examples.
 
     With N examples and T positions, ``A ⊗ G = Σ ā āᵀ ⊗ Σ g gᵀ / (N · N T)``. Convolutions put the
     positions' share on G (``A = Σ ā āᵀ / N``: Grosse & Martens 2016), other layers on A
@@ -214,11 +121,11 @@ def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
     one = jnp.where(sums.rows > 0, sums.rows, 1)
     G = _form(layer.output_side, sums.G, (*layer.stack_sizes, layer.uses))
     A_i, G_i = over(sums.A, one), over(G, jnp.where(examples > 0, examples, 1))
-    factors = Factors(*_partial_traces(layer, A_i, G_i, axis))
+    factors = Factors(*partial_traces(layer, A_i, G_i, axis))
     return Batch(factors, seen, seen & _finite(layer, factors))
 
 
-def _partial_traces(
+def partial_traces(
     layer: Layer, A_i: jax.Array, G_i: jax.Array, axis: int
 ) -> tuple[jax.Array, jax.Array]:
     """One Kronecker product for a sum of them over an axis, ``F = Σ Aᵢ ⊗ Gᵢ``.
@@ -258,22 +165,6 @@ def _finite(layer: Layer, factors: Any) -> jax.Array:
     if factors.G is not None and layer.output_side is not None:
         traces = traces + layer.output_side.trace(factors.G, None)
     return jnp.isfinite(traces.sum(tuple(range(len(layer.stack), traces.ndim))))
-
-
-def moved(layer: Layer, old: Any, batch: Batch, weight: jax.Array, rate: Any) -> tuple[Any, Any]:
-    """Factors after one more batch, and their weight: ``rate(weight, informative=…)`` tells how far
-    an average moves. Each term's share moves by itself, the rest where any term has examples."""
-    new = batch.factors
-    if not isinstance(old, FactorsOfTerms):
-        moves, later = rate(weight, informative=batch.good)
-        return jax.tree.map(functools.partial(step, moves), old, new), later
-    moves, weights = rate(old.weights, informative=batch.good)
-    shares = jax.tree.map(functools.partial(step, moves), old.shares, new.shares)
-    moves, later = rate(weight, informative=batch.good.any(0))
-    A = old.A if layer.mixed else step(moves, old.A, new.A)
-    bias = None if old.bias is None else step(moves, old.bias, new.bias)
-    A, G = summed(layer, A, shares)
-    return FactorsOfTerms(A, G, bias, shares, weights), later
 
 
 def rate(

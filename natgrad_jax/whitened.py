@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from natgrad_jax import coordinates as charts, maps
 from natgrad_jax.approximations import Approximation
-from natgrad_jax.averages import batch_factors
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.kinds.conv import conv, padded
 from natgrad_jax.layer import Layer
@@ -17,6 +16,7 @@ from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.paths import Path
 from natgrad_jax.scalars import check_positive
+from natgrad_jax.shares import batch_factors
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms.blocks import check_statistics, map_layers
 

@@ -1,6 +1,7 @@
 """Losses of several terms: each counts its own examples, whatever batch they are in."""
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -204,12 +205,38 @@ def test_a_batch_without_a_task_leaves_its_curvature_where_it_is() -> None:
         own = lambda state: next(s for s in state if _is_ours(s))
         for field in ("factors", "weights", "moments", "moment_weights"):
             values = [getattr(own(s), field, {}).get(("mean",)) for s in (before, after)]
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), *values)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-12, 1e-14), *values)
         shares = [own(s).factors[("conv",)].shares.G for s in (before, after)]
         np.testing.assert_array_equal(shares[0][1:], shares[1][1:])  # absent
         weights = [own(s).factors[("conv",)].weights for s in (before, after)]
         assert (weights[0] < weights[1]).tolist() == [True, False, False]
         assert int(own(after).rejected) == 0
+
+
+def balanced(factors: Any) -> list[jax.Array]:
+    """Each times the other's trace: a Kronecker product is one however its scale is divided."""
+    own = (factors.A, factors.G)
+    traces = [1 if x is None else x.sum() if x.ndim == 1 else jnp.einsum("...ii->", x) for x in own]
+    pairs = zip(own, traces[::-1], strict=True)
+    return [x * other for x, other in pairs if x is not None]
+
+
+@pytest.mark.parametrize("name", ["kfac", "both sides"])
+@pytest.mark.parametrize("task", range(3))
+def test_a_batch_of_one_task_is_measured_as_by_its_own_loss(name: str, task: int) -> None:
+    batch = one_task_batches()[task]
+    found = []
+    for loss_fn in (in_order((0, 1, 2)), in_order((task,))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ng.UncoveredWarning)
+            layers = layers_of(loss_fn)
+        tx, grad_fn = MAKE[name](layers), ng.value_and_grad(loss_fn, layers, fisher="exact")
+        _, grads, s = grad_fn(start(), *batch, opt_state=tx.init(start()))
+        factors = ng.factors(tx.update(grads, tx.init(start()), start(), statistics=s)[1])
+        kept = found[0] if found else [p for p in factors if task in layers[p].terms]
+        found.append({path: balanced(f) for path, f in factors.items() if path in kept})
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    jax.tree.map(close, *found)
 
 
 def test_a_task_that_was_absent_when_due_is_measured_when_it_comes() -> None:

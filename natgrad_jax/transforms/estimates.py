@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import averages
-from natgrad_jax.averages import Factors, batch_factors
+from natgrad_jax import averages, shares
+from natgrad_jax.averages import Factors
 from natgrad_jax.layer import Layer, Parameter
 from natgrad_jax.layers import Layers
 from natgrad_jax.paths import Path, join
@@ -39,7 +39,7 @@ Rate = Callable[..., tuple[jax.Array, jax.Array]]
 def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
     """Before anything was measured."""
     return Estimates(
-        factors={path: averages.initial(x, dtype=factor_dtype) for path, x in layers.items()},
+        factors={path: shares.initial(x, dtype=factor_dtype) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         diagonal={
             p.path: jnp.zeros(_terms(p) + p.shape, jnp.promote_types(p.dtype, jnp.float32))
@@ -86,8 +86,8 @@ def update_factors(
         sums, old = sums_for(layer, statistics), state.factors[path]
         if layer.block == "kronecker" and old.G is None:
             sums = sums._replace(G=None)  # measured for another transformation
-        batch = batch_factors(layer, sums, statistics.examples)
-        factors[path], weights[path] = averages.moved(layer, old, batch, state.weights[path], rate)
+        batch = shares.batch_factors(layer, sums, statistics.examples)
+        factors[path], weights[path] = shares.moved(layer, old, batch, state.weights[path], rate)
         rejected += jnp.sum(batch.seen & ~batch.good, dtype=jnp.int32)
     return state._replace(factors=factors, weights=weights, rejected=rejected)
 
@@ -114,7 +114,7 @@ def _diagonals(
     for parameter in layers.diagonals:
         path = parameter.path
         count, weight = (
-            averages.counts(statistics.examples, parameter.terms),
+            shares.counts(statistics.examples, parameter.terms),
             state.diagonal_weights[path],
         )
         measured = count > 0
@@ -153,5 +153,5 @@ def first_seen(before: Any, after: Any) -> jax.Array:
 
 
 def _weights(state: Any) -> list[jax.Array]:
-    shares = [f.weights for f in state.factors.values() if isinstance(f, averages.FactorsOfTerms)]
-    return [*state.weights.values(), *shares]
+    own = [f.weights for f in state.factors.values() if isinstance(f, shares.FactorsOfTerms)]
+    return [*state.weights.values(), *own]

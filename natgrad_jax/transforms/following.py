@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages, coordinates as charts
+from natgrad_jax import averages, coordinates as charts, shares
 from natgrad_jax.clock import Clock, due, start, tick
 from natgrad_jax.coordinates import Choice, Coordinates
 from natgrad_jax.layer import Layer
@@ -72,7 +72,7 @@ def initial_state(
     zero = jnp.zeros((), float)
     return InCoordinatesState(
         clock=start(len(layers.terms)),
-        factors={path: averages.initial(x, request.inputs_only) for path, x in layers.items()},
+        factors={path: shares.initial(x, request.inputs_only) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         bases={path: charts.start(x, choice, rank) for path, x in layers.items()},
         gathered=zero,
@@ -144,7 +144,7 @@ def rescaled(
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
             sums = estimates.sums_for(layer, statistics)
-            factors, _, good = averages.batch_factors(layer, sums, statistics.examples)
+            factors, _, good = shares.batch_factors(layer, sums, statistics.examples)
             new = charts.rescaled(layer, state.bases[path], factors, epsilon)
             bases[path], bad = keep_finite(layer, new, state.bases[path], good.astype(float))
             rejected += bad

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages
+from natgrad_jax import averages, shares
 from natgrad_jax.averages import Factors
 from natgrad_jax.clock import Clock
 from natgrad_jax.layer import Layer
@@ -75,7 +75,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) ->
                 bases[path] = old
                 continue
             sums = estimates.sums_for(layer, statistics)
-            batch = averages.batch_factors(layer, sums, statistics.examples)
+            batch = shares.batch_factors(layer, sums, statistics.examples)
             factors, good, before = batch.factors, batch.good, now.weights[path]
             if good.ndim > before.ndim:  # terms, whose shares move at rates of their own
                 own = None if layer.mixed else factors.A

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages
+from natgrad_jax import averages, shares
 from natgrad_jax.eigenbases import Refresh, carried, eigenbases, squares
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
@@ -61,7 +61,7 @@ def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Arr
     def measured() -> State:
         moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
         for path in found:
-            count = averages.counts(statistics.examples, layers[path].terms)
+            count = shares.counts(statistics.examples, layers[path].terms)
             new = averages.over(found[path], jnp.where(count > 0, count, 1))
             seen = jnp.expand_dims(count > 0, tuple(range(count.ndim, weights[path].ndim)))
             moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)
@@ -90,7 +90,7 @@ def average_gradient(
         layer = layers[path]
         if layer.block != "kronecker":
             continue
-        count = averages.counts(examples, layer.terms).max()
+        count = shares.counts(examples, layer.terms).max()
         new = count * squares(layer, state.bases[path], gradient)
         seen = jnp.any(gradient != 0, axis=tuple(range(len(layer.stack), gradient.ndim)))
         # at the first step S is K-FAC's, and this gradient has made the basis
@@ -111,7 +111,7 @@ def _renewed(
     """
     old, S = state.bases[path], state.moments[path]
     several = state.moment_weights[path].ndim > state.weights[path].ndim
-    portions = averages.portions(layer, state.factors[path]) if several else jnp.ones(())
+    portions = shares.portions(layer, state.factors[path]) if several else jnp.ones(())
     wide = lambda x: jnp.expand_dims(x, tuple(range(x.ndim, products.ndim))).astype(products.dtype)
     olds = list(S) if several else [S]
     turned = [wide(p) * products for p in portions] if several else [products]
