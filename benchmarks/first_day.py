@@ -83,7 +83,7 @@ def resnet(widths: tuple[int, ...] = (64, 128, 256)) -> Task:
     images = np.concatenate([left, right], axis=2)
     examples = {"input": images - images.mean(), "target": 10 * tens + ones}
     problem = Normalized(ResNet(widths), ng.Categorical, examples["input"][:1])
-    return Task(problem, examples, batch_size=128, steps=STEPS, unit="image", sgd=(0.1, 0.3, 1.0))
+    return Task(problem, examples, batch_size=128, steps=STEPS, unit="image", sgd=(0.3, 1.0, 3.0))
 
 
 def transformer(width: int, rates: tuple[float, ...]) -> Task:

@@ -124,8 +124,10 @@ def test_defaults_at_every_width(kind: str, name: str) -> None:
      if option not in how.without],
 )  # fmt: skip
 def test_every_option_on_both_sides(kind: str, name: str) -> None:
-    widths = zoo.MAIN if zoo.KINDS[kind].many else zoo.SIDES
-    check(SINGLES[name][0], zoo.small(kind, widths))
+    """Of low rank and whole; where that is all that is asked, or all there is, of every form."""
+    (own, option), how = SINGLES[name], zoo.KINDS[kind]
+    forms = option in ("inverse", "basis", "rank") or "group_size" in how.without
+    check(own, zoo.small(kind, zoo.SIDES if forms and not how.many else zoo.MAIN))
 
 
 @pytest.mark.once
