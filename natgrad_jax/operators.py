@@ -31,9 +31,12 @@ class Inversion(NamedTuple):
     rank: int | None = None
     cutoff: float | None = None
 
-    def low_rank(self, side: Side | None) -> bool:
-        """Whether a side's inverse is of low rank plus identity: only where that is cheaper."""
-        if self.method != "low_rank" or side is None or side.diagonal or side.grouped:
+    def low_rank(self, layer: Layer, side: Side) -> bool:
+        """Whether a side's inverse is of low rank plus identity: only where that is cheaper, and
+        never where the block has one matrix, which is inverted exactly."""
+        if self.method != "low_rank" or layer.output_side is None:
+            return False
+        if side.diagonal or side.grouped:
             return False
         assert self.rank is not None
         return 2 * self.rank < side.width
@@ -71,7 +74,7 @@ def identities(layer: Layer, how: Inversion = CHOLESKY) -> Any:
     def one(side: Side | None, x: jax.Array | None) -> Any:
         if x is None or side is None:
             return None
-        if how.low_rank(side):
+        if how.low_rank(layer, side):
             V = initial_subspace(x.shape[:-1], how.rank or 1, x.dtype)
             return LowRank(V, jnp.zeros(V.shape[:-2] + V.shape[-1:], x.dtype),
                            jnp.ones(V.shape[:-2], x.dtype))  # fmt: skip
@@ -91,7 +94,8 @@ def inverses(
     how: Inversion = CHOLESKY,
     divide: Callable[..., tuple[jax.Array, jax.Array]] = split,
 ) -> Solving[tuple[Any, jax.Array]]:
-    """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; ``(F + λ I)⁻¹`` of a block with one matrix.
+    """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; of a block with one matrix ``(F + λ I)⁻¹``,
+    exactly: no method makes it of low rank.
 
     ``divide`` splits λ between the factors by their mean eigenvalues; ``old`` are the last
     inverses, from which those of low rank start. Also how many factorisations failed and took more
@@ -111,7 +115,7 @@ def inverses(
     sides = (layer.input_side, layer.output_side)
     starts = (None, None) if old is None else (old.A, old.G)
     problems = [
-        _problem(*each, how)
+        _problem(layer, *each, how)
         for each in zip(sides, (factors.A, factors.G), dampings, starts, strict=True)
         if not each[0].diagonal
     ]
@@ -124,10 +128,12 @@ def inverses(
     return pair(A, G, None if bias is None else _reciprocal(bias + dampings[0])), failures
 
 
-def _problem(side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: Inversion) -> Any:
+def _problem(
+    layer: Layer, side: Side, factor: jax.Array, damping: jax.Array, old: Any, how: Inversion
+) -> Problem:
     damping = damping.astype(factor.dtype)
     damping = jnp.broadcast_to(damping[..., None] if side.grouped else damping, factor.shape[:-2])
-    if how.low_rank(side):
+    if how.low_rank(layer, side):
         return Problem(low_rank_inverse, (factor, damping, old.V))
     return _exact(factor, damping, old, how)
 

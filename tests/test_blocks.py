@@ -79,8 +79,10 @@ class Normed(nn.Module):
     [ng.scale_by_kfac, ng.scale_by_ekfac, partial(ng.scale_by_ekfac, rank=1)],
     ids=["kfac", "ekfac", "ekfac, rank 1"],
 )
-def test_a_full_block_is_the_exact_fisher(transformation: Any) -> None:
-    loss_fn, x = categorical(Normed()), random(0, N, 4)
+@pytest.mark.parametrize("width", [4, 70])
+def test_a_full_block_is_the_exact_fisher(transformation: Any, width: int) -> None:
+    """Also where a side of as many rows would be inverted at low rank."""
+    loss_fn, x = categorical(Normed()), random(0, N, width)
     params = filled(Normed(), x)
     layers = ng.find_layers(loss_fn, params, x, blocks={"head": "full"})
     tx = transformation(layers, damping=0.1)
@@ -91,6 +93,40 @@ def test_a_full_block_is_the_exact_fisher(transformation: Any) -> None:
         flat = lambda t, p=path, n=names: np.concatenate([np.ravel(t[p[0]][i]) for i in n])
         expected = np.linalg.solve(F + 0.1 * np.eye(len(F)), flat(grads))
         np.testing.assert_allclose(flat(updates), expected, rtol=1e-8, atol=1e-12)
+
+
+class Wide(nn.Module):
+    """A full block of ``width`` units, or numbers, between two dense layers."""
+
+    width: int
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.width)(x)
+        if self.kind == "norm":
+            x = nn.LayerNorm()(x)
+        else:
+            x = x + self.param("shift", nn.initializers.zeros, (self.width,))
+        return nn.Dense(3)(nn.relu(x))
+
+
+@pytest.mark.parametrize(
+    "kind, width, computed",
+    [("norm", 64, False), ("norm", 65, True), ("norm", 192, False),
+     ("param", 128, False), ("param", 129, True), ("param", 192, False)],
+)  # fmt: skip
+def test_blocks_of_any_width_train_at_the_defaults(kind: str, width: int, computed: bool) -> None:
+    """Of more than 128 numbers, which is where inverses of low rank begin, and of no more."""
+    loss_fn, x = categorical(Wide(width, kind)), random(0, N, 5).astype(jnp.float32)
+    shapes = jax.eval_shape(Wide(width, kind).init, KEY, x)["params"]
+    params = jax.tree.map(lambda s: random(s.size, *s.shape).astype(jnp.float32) / 9, shapes)
+    layers = ng.find_layers(loss_fn, params, x)
+    run = lambda: steps(ng.kfac(0.1, layers), loss_fn, params, x, layers)[1]
+    assert jax.tree.structure(jax.eval_shape(run)) == jax.tree.structure(params)
+    if computed:
+        new = jax.tree.map(jnp.add, params, run())
+        assert loss_fn(new, x).value < loss_fn(params, x).value
 
 
 def test_units_of_a_normalization_have_their_own_blocks() -> None:

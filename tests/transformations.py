@@ -70,9 +70,12 @@ def batch(seed: int = 0, n: int = EXAMPLES) -> Batch:
 
 
 class Setting(NamedTuple):
+    """``model`` makes of the parameters what ``loss_fn`` takes: of an NNX state its model."""
+
     params: Any
     layers: ng.Layers
     loss_fn: Any
+    model: Callable[[Any], Any] = lambda params: params
 
 
 def setting(dtype: Any = jnp.float32, depth: int = 1) -> Setting:
@@ -99,10 +102,10 @@ def setting_nnx() -> Setting:
     return Setting(model, find_layers(loss_fn, model, batch()), loss_fn)
 
 
-def find_layers(*args: Any) -> ng.Layers:
+def find_layers(*args: Any, **kwargs: Any) -> ng.Layers:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ng.UncoveredWarning)  # the norm
-        return ng.find_layers(*args)
+        return ng.find_layers(*args, **kwargs)
 
 
 class Row(NamedTuple):
@@ -259,11 +262,11 @@ def stepper(tx: Any, s: Setting) -> Callable[..., Any]:
     grad_fn = ng.value_and_grad(s.loss_fn, s.layers)
 
     def step(params: Any, state: Any, batch: Batch, key: Any, poison: Poison) -> Any:
-        loss, grads, statistics = grad_fn(params, batch, rng=key, opt_state=asks(state))
+        loss, grads, statistics = grad_fn(s.model(params), batch, rng=key, opt_state=asks(state))
         grads, statistics = poison.into(grads, statistics)
         updates, state = tx.update(
             grads, state, params, statistics=statistics, value=loss, grad=grads, args=(batch,),
-            value_fn=lambda params: s.loss_fn(params, batch).value,
+            value_fn=lambda params: s.loss_fn(s.model(params), batch).value,
         )  # fmt: skip
         return optax.apply_updates(params, updates), state, updates, loss
 
@@ -304,7 +307,7 @@ def signature(tree: Any) -> Any:
     ]
 
 
-def assert_types_stay(tx: Any, s: Setting, own: Batch | None = None) -> Any:
+def assert_types_stay(tx: Any, s: Setting, own: Any = None) -> Any:
     """After a step the state is of the types of before, and updates of the parameters'.
 
     Returns the types of the state."""

@@ -41,12 +41,12 @@ def scale_by_kfac(
 
         Δ = (A + π√λ I)⁻¹ ∇K̄ (G + (√λ/π) I)⁻¹,   π² = (tr A / dim A) / (tr G / dim G)
 
-    A block with one matrix F (normalizations, small free parameters) has ``Δ = (F + λ I)⁻¹ ∇``.
-    By default a factor of more than 128 rows is inverted from its 64 leading eigenpairs alone
-    (``inverse``). Leftover parameters are divided by the diagonal of their Fisher plus λ. Before
-    anything was measured, gradients pass unchanged. Statistics, inverses or gradients that are not
-    finite never enter the factors or the inverses: the last good ones stay, and
-    ``state.rejected`` counts the events.
+    A block with one matrix F (normalizations, small free parameters) has ``Δ = (F + λ I)⁻¹ ∇``,
+    exactly, of whatever size. By default a factor A or G of more than 128 rows is inverted from its
+    64 leading eigenpairs alone (``inverse``). Leftover parameters are divided by the diagonal of
+    their Fisher plus λ. Before anything was measured, gradients pass unchanged. Statistics,
+    inverses or gradients that are not finite never enter the factors or the inverses: the last good
+    ones stay, and ``state.rejected`` counts the events.
 
     Args:
       layers: from :func:`natgrad_jax.find_layers`.
@@ -73,8 +73,9 @@ def scale_by_kfac(
       weight_sharing: ``"expand"`` treats positions and calls as examples; ``"reduce"`` averages
         activations and sums gradients over them first. Give value_and_grad the ``opt_state``: it
         then measures the one that is asked for, and no more.
-      inverse: ``"low_rank"``: the ``rank`` leading eigenpairs of each factor, warm-started, and the
-        others at their mean; whole, by Cholesky, where twice the rank is not less than the factor.
+      inverse: ``"low_rank"``: the ``rank`` leading eigenpairs of each factor A and G, warm-started,
+        and the others at their mean; whole, by Cholesky, where twice the rank is not less than the
+        factor, and in blocks with one matrix.
         Exact: ``"cholesky"``; ``"eigh"``; ``"newton_schulz"``, by matrix products alone from the
         last inverse. ``"woodbury"``: by Cholesky at a refresh, and between refreshes each measured
         batch is absorbed by an update of that ``rank``, under which the damping of the refresh

@@ -1,0 +1,158 @@
+"""Every transformation and option on networks of real widths: traced, never computed.
+
+The shapes that a program has at its defaults and beyond, on both sides of every constant of size:
+after an update a state has the types of the state before, and updates those of the parameters.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import abstract_zoo as zoo
+import jax.numpy as jnp
+import optax
+import pytest
+from abstract_networks import WHOLE
+from transformations import TABLE, Row, assert_types_stay
+
+import natgrad_jax as ng
+from natgrad_jax.operators import RANK
+
+RATE = {"learning_rate": 0.1}
+
+# Values beside the defaults, by what they decide: two of one line exclude each other.
+SHARED: dict[str, list[dict[str, Any]]] = {
+    "convolution": [{"convolution": "sua"}],
+    "group_size": [{"group_size": RANK}, {"group_size": 3 * RANK // 2}, {"group_size": 1}],
+    "weight_sharing": [{"weight_sharing": "reduce"}],
+    "factor_dtype": [{"factor_dtype": jnp.bfloat16}],
+    "statistics_fraction": [{"statistics_fraction": 0.5}],
+    "refresh_period": [{"spread": False}, {"refresh_period": 3, "spread": True}],
+}
+KFAC = {
+    "inverse": [
+        {"inverse": "cholesky"}, {"inverse": "eigh"}, {"inverse": "newton_schulz"},
+        {"inverse": "woodbury", "rank": RANK, "statistics_period": 1}, {"rank": 1},
+        {"rank": 2 * RANK},
+    ],
+    **SHARED,
+}  # fmt: skip
+EKFAC = {
+    "basis": [
+        {"basis": "eigh"}, {"basis": "qr"}, {"basis": "qr", "basis_tolerance": 0.1}, {"rank": 1},
+        {"rank": 2 * RANK},
+    ],
+    "moments": [{"moments": "running_average"}],
+    **SHARED,
+}  # fmt: skip
+NGD = {
+    "inverse": [
+        {"inverse": "low_rank"}, {"inverse": "eigh", "damping": 0.0},
+        {"inverse": "newton_schulz"}, {"inverse": "woodbury", "rank": 1, "decay": 0.9},
+    ],
+}  # fmt: skip
+PRONG = {
+    "plus": [{"plus": True}],
+    "rank": [{"rank": RANK}],
+    "convolution": [{"convolution": "kfc"}],
+    "weight_sharing": [{"weight_sharing": "reduce"}],
+    "samples": [{"samples": 1000}],
+}
+FAMILIES: dict[str, tuple[Any, dict[str, list[dict[str, Any]]]]] = {
+    "kfac": (functools.partial(ng.kfac, **RATE), KFAC),
+    "ekfac": (functools.partial(ng.ekfac, **RATE), EKFAC),
+    "ngd": (functools.partial(ng.ngd, **RATE), NGD),
+    "prong": (functools.partial(ng.prong, **RATE), PRONG),
+    **{
+        f"in_coordinates, {coordinates}": (
+            functools.partial(ng.in_coordinates, optax.adam(1e-3), coordinates=coordinates),
+            {"convolution": [{"convolution": "kfc"}]},
+        )
+        for coordinates in ("whitening", "whitening_plus", "both_sides", "eigenbasis", "identity")
+    },
+}
+
+
+def row(family: str, *chosen: dict[str, Any]) -> Row:
+    factory, given = FAMILIES[family][0], {k: v for one in chosen for k, v in one.items()}
+    return Row(factory, lambda s: {"layers": s.layers, **given})
+
+
+def told(family: str, *chosen: dict[str, Any]) -> str:
+    values = [f"{k}={getattr(v, '__name__', v)}" for one in chosen for k, v in one.items()]
+    return ", ".join([family, *values])
+
+
+# What each transformation does where nothing is said.
+DEFAULTS = {name: row(name) for name in FAMILIES} | {
+    name: TABLE[name]
+    for name in ("adaptive_kfac", "adaptive_damping", "scale_by_quadratic_model",
+                 "clip_by_trust_radius")
+}  # fmt: skip
+SINGLES = {
+    told(family, one): (row(family, one), option)
+    for family, (_, choices) in FAMILIES.items()
+    for option, values in choices.items()
+    for one in values
+}
+PAIRS = {
+    told(family, one, other): row(family, one, other)
+    for family in ("kfac", "ekfac")
+    for first, second in itertools.combinations(FAMILIES[family][1].values(), 2)
+    for one, other in itertools.product(first[:-1] or first, second[:-1] or second)
+}
+
+
+def check(row: Row, network: zoo.Network) -> None:
+    assert_types_stay(row.make(network.setting), network.setting, network.batch)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [(kind, name) for kind, how in zoo.KINDS.items() for name, row in DEFAULTS.items()
+     if not (row.whole and "whole" in how.without)],
+)  # fmt: skip
+def test_defaults_at_every_width(kind: str, name: str) -> None:
+    widths = zoo.EVERY if name in ("kfac", "ekfac") else zoo.SIDES
+    check(DEFAULTS[name], zoo.small(kind, zoo.MAIN if zoo.KINDS[kind].many else widths))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "kind, name",
+    [(kind, name) for kind, how in zoo.KINDS.items() for name, (_, option) in SINGLES.items()
+     if option not in how.without],
+)  # fmt: skip
+def test_every_option_on_both_sides(kind: str, name: str) -> None:
+    """Of low rank and whole; where that is all that is asked, or all there is, of every form."""
+    (own, option), how = SINGLES[name], zoo.KINDS[kind]
+    forms = option in ("inverse", "basis", "rank") or "group_size" in how.without
+    check(own, zoo.small(kind, zoo.SIDES if forms and not how.many else zoo.MAIN))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_options(name: str) -> None:
+    check(PAIRS[name], zoo.mixed())
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("edge", zoo.EDGES)
+def test_depths_batches_and_chosen_blocks(edge: str) -> None:
+    network = zoo.EDGES[edge]()
+    for name in ("kfac", "ekfac", "ngd"):
+        check(DEFAULTS[name], network)
+    for name in ("kfac, weight_sharing=reduce", "ekfac, statistics_fraction=0.5"):
+        check(SINGLES[name][0], network)
+
+
+@functools.cache
+def network(name: str, whole: bool) -> zoo.Network:
+    return WHOLE[name](whole)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("published", WHOLE)
+def test_published_networks_at_the_defaults(published: str, name: str) -> None:
+    check(DEFAULTS[name], network(published, whole=name == "kfac"))
