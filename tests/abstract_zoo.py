@@ -275,7 +275,7 @@ IDS = Shape((32, 5), ids=True)
 
 class Kind(NamedTuple):
     """``make``: of widths; ``many``: whether there are several layers for each width; ``without``:
-    options that make no difference, ``"whole"`` where the loss takes more than parameters."""
+    options that make no difference."""
 
     make: Callable[[tuple[int, ...]], Network]
     many: bool = False
@@ -326,8 +326,7 @@ KINDS: dict[str, Kind] = {
     "scanned": layers(scanned, SEQUENCE, "convolution"),
     "ensemble": layers(ensemble, SEQUENCE, "convolution"),
     "LoRA": Kind(
-        lambda widths: of_nnx(functools.partial(LoRA, widths), SEQUENCE), True,
-        ("convolution", "whole"),
+        lambda widths: of_nnx(functools.partial(LoRA, widths), SEQUENCE), True, ("convolution",),
     ),
 }  # fmt: skip
 

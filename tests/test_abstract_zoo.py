@@ -107,11 +107,8 @@ def check(row: Row, network: zoo.Network) -> None:
     assert_types_stay(row.make(network.setting), network.setting, network.batch)
 
 
-@pytest.mark.parametrize(
-    "kind, name",
-    [(kind, name) for kind, how in zoo.KINDS.items() for name, row in DEFAULTS.items()
-     if not (row.whole and "whole" in how.without)],
-)  # fmt: skip
+@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("kind", zoo.KINDS)
 def test_defaults_at_every_width(kind: str, name: str) -> None:
     widths = zoo.EVERY if name in ("kfac", "ekfac") else zoo.SIDES
     check(DEFAULTS[name], zoo.small(kind, zoo.MAIN if zoo.KINDS[kind].many else widths))

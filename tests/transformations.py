@@ -262,11 +262,13 @@ def stepper(tx: Any, s: Setting) -> Callable[..., Any]:
     grad_fn = ng.value_and_grad(s.loss_fn, s.layers)
 
     def step(params: Any, state: Any, batch: Batch, key: Any, poison: Poison) -> Any:
-        loss, grads, statistics = grad_fn(s.model(params), batch, rng=key, opt_state=asks(state))
+        model = s.model(params)
+        split = {"split": nnx.split(model)} if isinstance(model, nnx.Module) else {}
+        loss, grads, statistics = grad_fn(model, batch, rng=key, opt_state=asks(state))
         grads, statistics = poison.into(grads, statistics)
         updates, state = tx.update(
             grads, state, params, statistics=statistics, value=loss, grad=grads, args=(batch,),
-            value_fn=lambda params: s.loss_fn(s.model(params), batch).value,
+            value_fn=lambda model: s.loss_fn(model, batch).value, **split,
         )  # fmt: skip
         return optax.apply_updates(params, updates), state, updates, loss
 
