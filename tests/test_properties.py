@@ -1,5 +1,6 @@
 """What K-FAC is known to be: exact where it is exact, and blind to affine reparametrizations."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -232,7 +233,9 @@ def test_vmapped_examples_and_micro_batches_give_the_batch() -> None:
     batched = lambda p, x, y: ng.Gaussian(apply(p, x)).nll(y)
     mapped = lambda p, x, y: ng.Gaussian(jax.vmap(lambda x: apply(p, x))(x)).nll(y)
     layers = ng.find_layers(batched, params, x, y)
-    assert ng.find_layers(mapped, params, x, y) == layers
+    found = ng.find_layers(mapped, params, x, y)
+    assert {layer.example_axis for layer in found.values()} == {-1}  # a call sees one example
+    assert {p: dataclasses.replace(x, example_axis=0) for p, x in found.items()} == dict(layers)
     whole = jax.jit(ng.value_and_grad(batched, layers, fisher="exact"))(params, x, y)[2]
     each = jax.jit(ng.value_and_grad(mapped, layers, fisher="exact"))
     halves = [each(params, x[i : i + 3], y[i : i + 3])[2] for i in (0, 3)]

@@ -50,6 +50,19 @@ def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
     )
 
 
+def for_params(state: State, params: Any) -> State:
+    """The initial state; its dictionaries as single leaves where ``params`` is a placeholder.
+
+    ``optax.tree.map_params`` so finds the copies of the parameters in a state: which layers that
+    state keeps, under ``optax.masked``, the placeholder does not tell.
+    """
+    opaque = params is not None and not isinstance(params, Mapping | tuple | list)
+    if jax.tree.leaves(params) or not opaque:
+        return state
+    fields = state._asdict()
+    return state._replace(**{name: 0 for name, x in fields.items() if isinstance(x, dict)})
+
+
 def _terms(parameter: Parameter) -> tuple[int, ...]:
     """The axis in front of what each of several terms has its own of."""
     return (len(parameter.terms),) if len(parameter.terms) > 1 else ()

@@ -131,7 +131,7 @@ def in_coordinates(
         # of params only which there are: shapes come from the layers
         kept = all_own.within(every.of(params))
         state = jax.jit(lambda: following.initial_state(kept, choice, request, rank))()
-        return state._replace(inner=inner.init(params))
+        return estimates.for_params(state, params)._replace(inner=inner.init(params))
 
     def update_fn(
         updates: optax.Updates,

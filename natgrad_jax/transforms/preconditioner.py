@@ -72,7 +72,8 @@ def preconditioner(
         # of params only which there are: shapes come from the layers
         own = all_layers.of(params)
         # one compiled program: op by op, every shape would compile on its own
-        return jax.jit(lambda: _initial_state(own, rules, method))()
+        state = jax.jit(lambda: _initial_state(own, rules, method))()
+        return estimates.for_params(state, params)
 
     def update_fn(
         updates: optax.Updates,
