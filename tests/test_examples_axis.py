@@ -125,6 +125,15 @@ CASES = {
         lambda: case(Mix(1), noise(B, T, FEATURES), lambda params, x: jax.vmap(
             lambda x: Mix(0).apply({"params": params}, x))(x)), 0, {"a": -1, "norm": -1, "b": -1},
     ),
+    "scan over examples": Case(
+        lambda: case(Mix(1), noise(B, T, FEATURES), lambda params, x: jax.lax.map(
+            lambda x: Mix(0).apply({"params": params}, x), x)), 0, {"a": -1, "norm": -1, "b": -1},
+    ),
+    "transforms and matrices": Case(
+        lambda: case(Mix(1), noise(B, T, FEATURES), lambda params, x: jnp.linalg.cholesky(
+            (h := jnp.fft.rfft(Mix(1).apply({"params": params}, x), axis=1).real).mT @ h
+            + jnp.eye(CLASSES))), 0, {"a": 0, "b": 0},
+    ),
     "jit": Case(
         lambda: case(Mix(0), noise(T, B, FEATURES), lambda params, x: jax.jit(Mix(0).apply)(
             {"params": params}, x)), 1, {"a": 1, "b": 1},

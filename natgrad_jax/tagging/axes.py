@@ -20,6 +20,7 @@ class Along(NamedTuple):
 
 
 WHOLE = "whole"
+OWN = "own"  # all of a value that belongs to one example alone, as inside a scan over examples
 Demand = Along | str | None
 Demands = Sequence[Demand]
 
@@ -49,6 +50,7 @@ REDUCTIONS = (
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax",
     "argmin",
 )  # fmt: skip
+MATRICES = ("cholesky", "eigh", "lu", "qr", "svd", "triangular_solve")
 WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
 Rule = Callable[[Any, Along], Demands]
@@ -60,6 +62,8 @@ def through(equation: Any, outs: Demands) -> Demands:
     if name == "optimization_barrier":
         return outs
     demand = functools.reduce(join, outs)
+    if demand == OWN:
+        return [OWN] * len(equation.invars)
     if name in ELEMENTWISE:
         return [_same(v, equation, demand) for v in equation.invars]
     rule = RULES.get(name)
@@ -157,6 +161,17 @@ def _top_k(equation: Any, demand: Along) -> Demands:
     return _unless([equation.params.get("axis", equation.invars[0].aval.ndim - 1)], demand)
 
 
+def _fft(equation: Any, demand: Along) -> Demands:
+    ndim = equation.invars[0].aval.ndim
+    return _unless(range(ndim - len(equation.params["fft_lengths"]), ndim), demand)
+
+
+def _matrices(equation: Any, demand: Along) -> Demands:
+    """Linear algebra on the last two axes."""
+    batch = [v.aval.ndim - 2 for v in equation.invars]
+    return [demand if demand.axis < n else WHOLE for n in batch]
+
+
 def _dot(equation: Any, demand: Along) -> Demands:
     (contracted, batched) = equation.params["dimension_numbers"]
     batch, axis = len(batched[0]), demand.axis
@@ -231,6 +246,8 @@ RULES: dict[str, Rule] = {
     "split": _joined,
     "sort": _joined,
     "top_k": _top_k,
+    "fft": _fft,
+    **dict.fromkeys(MATRICES, _matrices),
     "dot_general": _dot,
     "conv_general_dilated": _conv,
     "gather": _gather,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core
 
 from natgrad_jax import compat
-from natgrad_jax.tagging.axes import RULES, WHOLE, Along, Demand, Demands, join, through
+from natgrad_jax.tagging.axes import OWN, RULES, WHOLE, Along, Demand, Demands, join, through
 
 
 class Taint(NamedTuple):
@@ -104,22 +104,31 @@ class Walk:
 
     def _scan(self, equation: Any, taints: list[Taint], outs: Demands) -> Demands:
         constants, carried = compat.scan_groups(equation.params)
-        program = equation.params["jaxpr"]
+        program, length = equation.params["jaxpr"], equation.params["length"]
         # what is carried may come to depend on all that goes in
         through_carry = _all(taints)
         inside = [
             t | through_carry if constants <= i < constants + carried else t
             for i, t in enumerate(taints)
         ]
-        carry, stacked = outs[:carried], [_unstacked(d) for d in outs[carried:]]
+        carry, along = outs[:carried], outs[carried:]
+        if Along(0, length) in along and not any(carry):  # perhaps one example after another
+            before = {name: set(demands) for name, demands in self.marks.items()}
+            each = [OWN if d == Along(0, length) else d for d in along]
+            found = self._inside(program, inside, [*carry, *each])
+            if not any(found[constants : constants + carried]):
+                shared = [WHOLE if d == OWN else d for d in found[:constants]]
+                own = [Along(0, length) if d == OWN else d for d in found[constants + carried :]]
+                return [*shared, *carry, *own]
+            self.marks = before
+        stacked = [_unstacked(d) for d in along]
         while True:
             found = self._inside(program, inside, [*carry, *stacked])
             again = [join(a, b) for a, b in zip(carry, found[constants:], strict=False)]
             if again == carry:
                 break
             carry = again
-        own, before, along = (found[:constants], carry, found[constants + carried :])
-        return [*own, *before, *map(_stacked, along)]
+        return [*found[:constants], *carry, *map(_stacked, found[constants + carried :])]
 
 
 def _all(taints: Iterable[Taint]) -> Taint:

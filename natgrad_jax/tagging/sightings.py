@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from natgrad_jax.layer import Layer, Layout, LossTerm, Parameter
 from natgrad_jax.paths import Path
-from natgrad_jax.tagging.axes import WHOLE, Along, Demand, Demands
+from natgrad_jax.tagging.axes import OWN, WHOLE, Along, Demand, Demands
 from natgrad_jax.tagging.dependence import Taint, Walk
 from natgrad_jax.tagging.modules import Kind, UnsupportedError, describe
 
@@ -181,10 +181,13 @@ def _holds_examples(size: int, aval: Any, argument: bool) -> bool:
 
 def row_axis(mark: Mark, demand: Demand, shape: tuple[int, ...]) -> int | None:
     """Which of a call's row axes counts examples, from what the loss demands of its output; −1
-    where ``vmap`` put that axis there, None where the output is needed whole.
+    where ``vmap`` put that axis there or a scan runs over it, None where all of the output is
+    needed.
 
     ``shape``: of the output in the traced program.
     """
+    if demand == OWN:
+        return -1
     if not isinstance(demand, Along) or demand.inner != 1 or demand.size != shape[demand.axis]:
         return None
     for mapped in stack_candidates(shape, mark.shape):
