@@ -47,7 +47,7 @@ def _terms(terms: Any) -> list[str]:
     if len(terms) == 1 and terms[0].examples == 0:
         return []
     told = lambda axis: (
-        "its examples depend on one another" if axis is None else f"examples on axis {axis}"
+        "no axis of independent examples" if axis is None else f"examples on axis {axis}"
     )
     return [f"term {i} of the loss: {t.distribution}, {told(t.examples)}."
             for i, t in enumerate(terms)]  # fmt: skip

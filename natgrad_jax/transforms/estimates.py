@@ -126,10 +126,8 @@ def _diagonals(
     new, later, rejected = {}, {}, jnp.zeros((), jnp.int32)
     for parameter in layers.diagonals:
         path = parameter.path
-        count, weight = (
-            shares.counts(statistics.examples, parameter.terms),
-            state.diagonal_weights[path],
-        )
+        count = shares.counts(statistics.examples, parameter.terms)
+        weight = state.diagonal_weights[path]
         measured = count > 0
         value = averages.over(statistics.leftover[path], jnp.where(measured, count, 1))
         good = jnp.isfinite(value.sum(tuple(range(weight.ndim, value.ndim)))) & measured
