@@ -1,5 +1,6 @@
 """Losses of several terms: each counts its own examples, whatever batch they are in."""
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 
 import natgrad_jax as ng
 from natgrad_jax import measuring
+
+pytestmark = pytest.mark.once
 
 SIZES = (7, 12, 5)  # of the batches of one task each
 TOKENS, WIDTH = 3, 4
@@ -213,6 +216,12 @@ def test_a_batch_without_a_task_leaves_its_curvature_where_it_is() -> None:
         assert int(own(after).rejected) == 0
 
 
+def first_factors(tx: Any, layers: ng.Layers, loss_fn: Any, batch: Any, params: Any) -> Any:
+    grad_fn, state = ng.value_and_grad(loss_fn, layers, fisher="exact"), tx.init(params)
+    _, grads, statistics = grad_fn(params, *batch, opt_state=state)
+    return ng.factors(tx.update(grads, state, params, statistics=statistics)[1])
+
+
 def balanced(factors: Any) -> list[jax.Array]:
     """Each times the other's trace: a Kronecker product is one however its scale is divided."""
     own = (factors.A, factors.G)
@@ -230,9 +239,8 @@ def test_a_batch_of_one_task_is_measured_as_by_its_own_loss(name: str, task: int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ng.UncoveredWarning)
             layers = layers_of(loss_fn)
-        tx, grad_fn = MAKE[name](layers), ng.value_and_grad(loss_fn, layers, fisher="exact")
-        _, grads, s = grad_fn(start(), *batch, opt_state=tx.init(start()))
-        factors = ng.factors(tx.update(grads, tx.init(start()), start(), statistics=s)[1])
+        measured = functools.partial(first_factors, MAKE[name](layers), layers, loss_fn, batch)
+        factors = jax.jit(measured)(start())
         kept = found[0] if found else [p for p in factors if task in layers[p].terms]
         found.append({path: balanced(f) for path, f in factors.items() if path in kept})
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
