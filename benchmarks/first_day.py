@@ -136,13 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         told = {key: [row._asdict() for row in found[key]] for key in ("summary", "runs")}
         how = {key: getattr(task, key) for key in ("steps", "batch_size", "unit")}
         settings["tasks"][name] = {**how, "search": found["search"], **told}
-    machine = report.describe_machine()
-    variables = machine["environment"] or "no variables set"
-    say(f"{machine['processor']}, {machine['cores']} cores, {variables}")
     path = args.output.with_name(args.output.name + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(path, settings, [], [])
-    say(f"written: {path}")
+    report.tell_files(console, path)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -192,7 +192,7 @@ def tell_files(console: Console, *paths: Path) -> None:
 # Beginnings of the variables that decide how fast a machine is: the threads and kernels of linear
 # algebra, how the C library keeps memory, and what XLA and JAX are told.
 SPEED = (
-    "OPENBLAS_", "GOTO_", "BLIS_", "OMP_", "MKL_", "KMP_", "VECLIB_", "GLIBC_TUNABLES", "MALLOC_",
+    "OPENBLAS_", "GOTO_", "BLIS_", "OMP_", "MKL_", "VECLIB_", "GLIBC_TUNABLES", "MALLOC_",
     "LD_PRELOAD", "NPROC", "XLA_", "JAX_", "LIBTPU_", "NVIDIA_TF32_",
 )  # fmt: skip
 NO_VARIABLES = "no variables set"

@@ -36,21 +36,20 @@ def coverage_table(layers: Any) -> str:
     cover = "layer covers" if len(layers) == 1 else "layers cover"
     lines.append(
         f"{len(layers)} {cover} {covered:,} of {total:,} parameters ({share:.1f} %); "
-        f"{len(layers.leftover)} left over."
+        f"{len(layers.leftover)} left over.{_terms(layers.terms)}"
     )
-    lines += _terms(layers.terms)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _terms(terms: Any) -> list[str]:
-    """A line for each term of the loss, where they are not one whose examples come first."""
+def _terms(terms: Any) -> str:
+    """What the terms of the loss are, where they are not one whose examples come first."""
     if len(terms) == 1 and terms[0].examples == 0:
-        return []
+        return ""
     told = lambda axis: (
         "no axis of independent examples" if axis is None else f"examples on axis {axis}"
     )
-    return [f"term {i} of the loss: {t.distribution}, {told(t.examples)}."
-            for i, t in enumerate(terms)]  # fmt: skip
+    named = (f"{i}: {t.distribution}, {told(t.examples)}" for i, t in enumerate(terms))
+    return f" Terms of the loss: {'; '.join(named)}."
 
 
 def _cell(text: str, width: int, column: int) -> str:

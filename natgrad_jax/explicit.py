@@ -40,7 +40,7 @@ def fisher(
     ``F = (1/N) Σₙ vₙ vₙᵀ`` over examples and labels, ``v = ∇ −log p`` of one example: over all
     labels (``"exact"``: ``Σ Jₙᵀ Hₙ Jₙ / N``), over labels drawn as
     :func:`natgrad_jax.value_and_grad` draws them from the same ``rng`` (``"mc"``), or over the true
-    ones (``"empirical"``).
+    ones (``"empirical"``). Examples of those two lie on the leading axis of the outputs.
 
     Args:
       loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.

@@ -68,11 +68,12 @@ def value_and_grad(
       fisher: where labels come from. ``"mc"``: sampled from the model's own predictive
         distribution. ``"exact"``: all of them, by the columns of a root of the output Hessian
         (one backward pass for each class, and for each position where examples have several).
-        Where examples depend on one another (contrastive losses, batch normalization in training;
-        ``print(layers)`` says so) it takes a pass for each example and class: use ``"mc"`` there,
-        whose one pass is right in expectation. ``"empirical"``: the true labels, in the training
-        backward pass; not the Fisher. ``"none"``: input statistics alone. It is also used where
-        the transformations in ``opt_state`` need no gradients (:func:`natgrad_jax.prong`).
+        Where examples depend on one another (contrastive losses, batch normalization in training),
+        or :func:`find_layers` cannot tell that they do not, it takes a pass for each example and
+        class; ``print(layers)`` says so. Use ``"mc"`` there, whose one pass is right in
+        expectation. ``"empirical"``: the true labels, in the training backward pass; not the
+        Fisher. ``"none"``: input statistics alone. It is also used where the transformations in
+        ``opt_state`` need no gradients (:func:`natgrad_jax.prong`).
       samples: labels drawn for each example, for ``"mc"``.
       has_aux: whether ``loss_fn`` returns ``(Loss, aux)``.
       axis_name: named axis (or axes) of the surrounding ``pmap`` or ``shard_map`` over which the

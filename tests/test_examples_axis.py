@@ -116,6 +116,20 @@ def dropped() -> Any:
     return case(net, x, run)
 
 
+def ensemble() -> Any:
+    """Three models of the same examples: they are apart too, and are no examples."""
+    many = nn.vmap(Mix, in_axes=None, out_axes=0, axis_size=3, variable_axes={"params": 0},
+                   split_rngs={"params": True})  # fmt: skip
+    return case(many(1), noise(B, T, FEATURES))
+
+
+def both_ways(params: Any, x: jax.Array) -> jax.Array:
+    """One layer on (time, examples), and on examples alone."""
+    dense = lambda x: nn.Dense(CLASSES).apply({"params": params["a"]}, x)
+    h = jnp.cumsum(jnp.pad(dense(x), [(0, 0), (0, 0), (0, FEATURES - CLASSES)]), 0)
+    return dense(h.reshape(-1, FEATURES)).reshape(*x.shape[:2], CLASSES)[-1]
+
+
 CASES = {
     "batch first": Case(lambda: case(Mix(1), noise(B, T, FEATURES)), 0, {"a": 0, "b": 0}),
     "time first": Case(
@@ -133,6 +147,15 @@ CASES = {
         lambda: case(Mix(1), noise(B, T, FEATURES), lambda params, x: jnp.linalg.cholesky(
             (h := jnp.fft.rfft(Mix(1).apply({"params": params}, x), axis=1).real).mT @ h
             + jnp.eye(CLASSES))), 0, {"a": 0, "b": 0},
+    ),
+    "ensemble": Case(ensemble, 1, {"a": 0, "b": 0}),
+    "a layer called on other axes too": Case(
+        lambda: case(dense_alone(CLASSES), noise(T, B, FEATURES), both_ways), 0, {"a": 1}
+    ),
+    "stacked, tiled, scattered": Case(
+        lambda: case(Mix(1), noise(B, T, FEATURES), lambda params, x: jnp.tile(jnp.stack(
+            [h := Mix(1).apply({"params": params}, x), h.at[:, 1].multiply(2.0)], 1
+        ), (1, 2, 1, 1)).reshape(B, -1, CLASSES)), 0, {"a": 0, "b": 0},
     ),
     "jit": Case(
         lambda: case(Mix(0), noise(T, B, FEATURES), lambda params, x: jax.jit(Mix(0).apply)(

@@ -306,4 +306,4 @@ def test_the_state_can_be_read(make: str) -> None:
     report = ng.diagnostics.report(layers, state, updates=updates, spectra=True)
     assert all(np.isfinite(x) for x in report.scalars().values())
     text = str(layers)
-    assert "term 1 of the loss: Gaussian, examples on axis 0." in text
+    assert "; 1: Gaussian, examples on axis 0;" in text

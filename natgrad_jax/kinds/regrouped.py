@@ -41,7 +41,6 @@ class Regrouped:
 
 
 def regrouped(call: Any, axis: int, g: jax.Array) -> Any:
-    """``call`` with examples on that row axis of its output cotangent ``g``."""
-    if axis == 0:
-        return call
-    return Regrouped(call, axis, tuple(g.shape[a] for a in call.row_axes(g.ndim)))
+    """``call`` with examples on that row axis of its output cotangent ``g``, if it has the axis."""
+    sizes = tuple(g.shape[a] for a in call.row_axes(g.ndim))
+    return Regrouped(call, axis, sizes) if axis < 0 or 0 < axis < len(sizes) else call

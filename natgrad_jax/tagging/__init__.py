@@ -239,7 +239,7 @@ def _trace(
     inputs = [normalize(p) for p, _ in jax.tree_util.tree_flatten_with_path(tagged)[0]]
     given = [path[1:] if path[:1] == ("0",) and path[1:] in probes else None for path in inputs]
     seen.reached = dict.fromkeys(probes, ())
-    seen.follow(jaxpr, [*given, *[None] * len(arrays)], losses)
+    seen.follow(jaxpr, given, losses)
     return seen
 
 

@@ -35,7 +35,8 @@ def join(a: Demand, b: Demand) -> Demand:
 # fmt: off
 ELEMENTWISE = frozenset((
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2",
-    "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "conj",
+    "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "complex", "conj",
+    "polygamma", "zeta",
     "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf",
     "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac",
     "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt",
@@ -50,6 +51,7 @@ REDUCTIONS = (
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax",
     "argmin",
 )  # fmt: skip
+SCATTERS = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-max", "scatter-min")
 MATRICES = ("cholesky", "eigh", "lu", "qr", "svd", "triangular_solve")
 WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
@@ -115,13 +117,6 @@ def _squeeze(equation: Any, demand: Along) -> Demands:
     return [demand._replace(axis=left[demand.axis])]
 
 
-def _expand_dims(equation: Any, demand: Along) -> Demands:
-    new = equation.params["dimensions"]
-    if demand.axis in new:
-        return [WHOLE]
-    return [demand._replace(axis=demand.axis - sum(a < demand.axis for a in new))]
-
-
 def _reduce(equation: Any, demand: Along) -> Demands:
     ndim, gone = equation.invars[0].aval.ndim, equation.params["axes"]
     left = [a for a in range(ndim) if a not in gone]
@@ -139,6 +134,22 @@ def _reverse(equation: Any, demand: Along) -> Demands:
 def _joined(equation: Any, demand: Along) -> Demands:
     axis = equation.params.get("dimension", equation.params.get("axis"))
     return _unless([axis], demand) * len(equation.invars)
+
+
+def _stack(equation: Any, demand: Along) -> Demands:
+    axis = equation.params["axis"]
+    own = demand._replace(axis=demand.axis - (demand.axis > axis))
+    return [WHOLE if demand.axis == axis else own] * len(equation.invars)
+
+
+def _unstack(equation: Any, demand: Along) -> Demands:
+    return [demand._replace(axis=demand.axis + (demand.axis >= equation.params["axis"]))]
+
+
+def _tile(equation: Any, demand: Along) -> Demands:
+    repeats = equation.params["reps"]
+    alone = len(repeats) == equation.invars[0].aval.ndim and repeats[demand.axis] == 1
+    return [demand if alone else WHOLE]
 
 
 def _slice(equation: Any, demand: Along) -> Demands:
@@ -240,7 +251,9 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
     "squeeze": _squeeze,
-    "expand_dims": _expand_dims,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
     "rev": _reverse,
     "concatenate": _joined,
     "split": _joined,
@@ -252,7 +265,7 @@ RULES: dict[str, Rule] = {
     "conv_general_dilated": _conv,
     "gather": _gather,
     **dict.fromkeys(("slice", "dynamic_slice", "dynamic_update_slice", "pad"), _slice),
-    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter_mul"), _scatter),
+    **dict.fromkeys(SCATTERS, _scatter),
     **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(WINDOWS, _window),
     **dict.fromkeys(CUMULATIVE, _cumulative),

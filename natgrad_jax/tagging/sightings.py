@@ -56,8 +56,8 @@ class Sightings:
     why a known layer has no block; ``positions``: the most of one call; ``uses``: in which ways
     the parameters are used; ``calls``: how often, 0 where that cannot be told; ``terms``: of the
     loss; ``reached``: for each parameter the terms that depend on it; ``example_axes``: of each
-    layer the row axes that count examples, as its calls have them; ``zero``: terms
-    that are known to be scaled by zero.
+    layer the row axes that count examples, as its calls have them; ``row_sizes``: of its last call;
+    ``zero``: terms that are known to be scaled by zero.
     """
 
     owners: dict[Path, type] = field(default_factory=dict)
@@ -69,6 +69,7 @@ class Sightings:
     terms: tuple[LossTerm, ...] = ()
     reached: dict[Path, tuple[int, ...]] = field(default_factory=dict)
     example_axes: dict[Path, set[int | None]] = field(default_factory=dict)
+    row_sizes: dict[Path, tuple[int, ...]] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)
     _refusal: str | None = None
     _marks: list["Mark"] = field(default_factory=list)
@@ -112,6 +113,7 @@ class Sightings:
             self.refused[path] = f"it is called in two ways that read its {names[0]} differently"
         self.positions[path] = max(self.positions.get(path, 1), geometry.call.positions(x))
         self.uses.setdefault(path, set()).add(getattr(geometry.call, "swapped", False))
+        self.row_sizes[path] = tuple(s.shape[a] for a in geometry.call.row_axes(s.ndim))
         self._marks.append(Mark(path, geometry.call.row_axes(s.ndim), s.shape))
         return checkpoint_name(s, f"{_MARK}{len(self._marks) - 1}")
 
@@ -127,16 +129,19 @@ class Sightings:
         """Read off the traced program which parameters each term of the loss depends on, and along
         which axis of its outputs lie examples that do not depend on one another.
 
-        ``given``: the parameters among the program's inputs, None for others; its outputs are the
-        outputs of ``losses``.
+        ``given``: the parameters among the program's inputs, None for the model's state; arguments
+        come after them. Its outputs are those of ``losses``.
         """
-        is_parameter = [path is not None for path in given]
+        arguments = len(jaxpr.jaxpr.invars) - len(given)
+        is_parameter = [path is not None for path in given] + [False] * arguments
         reached: dict[Path, list[int]] = {path: [] for path in self.reached}
         found = []
         for i, term in enumerate(losses):
-            axis, walk, wanted = _examples_axis(jaxpr, is_parameter, i, term.distribution)
+            axis, walk, wanted = _examples_axis(
+                jaxpr, is_parameter, len(given), i, term.distribution
+            )
             found.append(LossTerm(type(term.distribution).__name__, axis))
-            for path, demand in zip(given, wanted, strict=True):
+            for path, demand in zip(given, wanted, strict=False):
                 if path is not None and demand is not None:
                     reached[path].append(i)
             for name, demands in walk.marks.items():
@@ -150,29 +155,36 @@ class Sightings:
 
 
 def _examples_axis(
-    jaxpr: Any, is_parameter: Sequence[bool], output: int, distribution: Any
+    jaxpr: Any, is_parameter: Sequence[bool], state: int, output: int, distribution: Any
 ) -> tuple[int | None, Walk, Demands]:
-    """The first axis of an output along which nothing is mixed, and the walk back that shows it;
-    None and the last walk where there is no such axis."""
-    examples = distribution.examples
+    """The axis of an output along which nothing is mixed, and the walk back that shows it; None and
+    the last walk where there is no such axis.
+
+    Of several axes the first that runs through data and not through parameters (members of an
+    ensemble are no examples), or through neither (tokens look up parameters).
+    """
+    examples, free = distribution.examples, []
     for axis, size in enumerate(examples or (0,)):
         walk = Walk(functools.partial(_holds_examples, size))
         taints = [
-            Taint(own, not own and _holds_examples(size, var.aval, True))
-            for own, var in zip(is_parameter, jaxpr.jaxpr.invars, strict=True)
+            Taint(own, i >= state and _holds_examples(size, var.aval, True))
+            for i, (own, var) in enumerate(zip(is_parameter, jaxpr.jaxpr.invars, strict=True))
         ]
         outs: list[Demand] = [None] * len(jaxpr.jaxpr.outvars)
         outs[output] = Along(axis, size) if examples else WHOLE
         wanted = walk.back(jaxpr.jaxpr, taints, outs)
         if examples and not walk.mixed:
-            return axis, walk, wanted
-    return None, walk, wanted
+            along = [own for own, x in zip(is_parameter, wanted, strict=True)
+                     if isinstance(x, Along)]  # fmt: skip
+            free.append(((any(along), not along), axis, walk, wanted))
+    return min(free, key=lambda found: found[0])[1:] if free else (None, walk, wanted)
 
 
 def _holds_examples(size: int, aval: Any, argument: bool) -> bool:
     """Whether what goes into the loss is data: an array that has ``size`` elements along some axis,
     or an argument of several axes; not keys, nor whole numbers that the loss itself holds."""
-    if not hasattr(aval, "shape") or aval.dtype == np.uint32:
+    raw_key = getattr(aval, "dtype", None) == np.uint32 and aval.ndim == 1
+    if raw_key or not hasattr(aval, "shape"):
         return False
     if argument:
         return size in aval.shape or aval.ndim > 1
@@ -253,6 +265,10 @@ def to_layer(
         if (full := parameter_path(path, name)) in parameters
     ]
     first = kept[0][0]
+    axis, sizes = _only(seen.example_axes.get(path, set()) - {None}), seen.row_sizes[path]
+    # positions were counted beside the leading axis
+    examples = sizes[axis] if 0 <= axis < len(sizes) else 1
+    positions = seen.positions[path] * (sizes or (1,))[0] // max(examples, 1)
     # the last axis of a kernel is the last one of its bias too, and no other counts alike there
     last = len(first.shape) - 1
     stack = tuple((-1 if axis == last else axis, first.shape[axis]) for axis in axes)
@@ -263,9 +279,9 @@ def to_layer(
         layouts=tuple(layout for _, layout in kept),
         stack=stack,
         calls=_calls_of_one(seen.calls.get(path, 0), stack),
-        positions=seen.positions[path],
+        positions=max(positions, 1),
         uses=len(seen.uses[path]),
-        example_axis=_only(seen.example_axes.get(path, set()) - {None}),
+        example_axis=axis,
     )
     if layer.kind == "norm":
         layer = replace(layer, block="full" if layer.size <= MAX_FULL_NORM else "unit")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from natgrad_jax import averages, shares
 from natgrad_jax.averages import Factors
@@ -50,14 +51,20 @@ def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
     )
 
 
+def _placeholder() -> Any:
+    """What ``optax.tree.map_params`` calls ``init`` with."""
+    seen: list[Any] = []
+    optax.tree.map_params(lambda params: seen.append(params), lambda x: x, None)
+    return seen[0]
+
+
 def for_params(state: State, params: Any) -> State:
     """The initial state; its dictionaries as single leaves where ``params`` is a placeholder.
 
     ``optax.tree.map_params`` so finds the copies of the parameters in a state: which layers that
     state keeps, under ``optax.masked``, the placeholder does not tell.
     """
-    opaque = params is not None and not isinstance(params, Mapping | tuple | list)
-    if jax.tree.leaves(params) or not opaque:
+    if type(params) is not type(_placeholder()):
         return state
     fields = state._asdict()
     return state._replace(**{name: 0 for name, x in fields.items() if isinstance(x, dict)})

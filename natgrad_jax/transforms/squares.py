@@ -39,13 +39,18 @@ def _averaged(
 def has_basis(state: State, path: Path) -> jax.Array:
     """Whether S is known: of any term, ``(*stack,)``."""
     known = state.moment_weights[path] > 0
-    return known.any(0) if known.ndim > state.weights[path].ndim else known
+    return known.any(0) if _several(state, path) else known
+
+
+def _several(state: Any, path: Path) -> bool:
+    """Whether each term of the loss has an S of its own."""
+    return state.moment_weights[path].ndim > state.weights[path].ndim
 
 
 def total_moments(state: Any, path: Path) -> jax.Array:
     """S of all terms of the loss."""
     S = state.moments[path]
-    return S.sum(0) if state.moment_weights[path].ndim > state.weights[path].ndim else S
+    return S.sum(0) if _several(state, path) else S
 
 
 def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Array) -> State:
@@ -110,7 +115,7 @@ def _renewed(
     S is carried over from the last bases; where there are none it is K-FAC's.
     """
     old, S = state.bases[path], state.moments[path]
-    several = state.moment_weights[path].ndim > state.weights[path].ndim
+    several = _several(state, path)
     portions = shares.portions(layer, state.factors[path]) if several else jnp.ones(())
     wide = lambda x: jnp.expand_dims(x, tuple(range(x.ndim, products.ndim))).astype(products.dtype)
     olds = list(S) if several else [S]
