@@ -6,11 +6,9 @@ after an update a state has the types of the state before, and updates those of 
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import abstract_zoo as zoo
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -105,13 +103,6 @@ PAIRS = {
     for first, second in itertools.combinations(FAMILIES[family][1].values(), 2)
     for one, other in itertools.product(first[:-1] or first, second[:-1] or second)
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forgotten() -> Iterator[None]:
-    """Thousands of traces fill JAX's caches, which other tests count the entries of."""
-    yield
-    jax.clear_caches()
 
 
 def check(row: Row, network: zoo.Network) -> None:

@@ -17,6 +17,7 @@ from transformations import (
     BASE,
     TABLE,
     Batch,
+    Jitted,
     Poison,
     Setting,
     asks,
@@ -86,7 +87,7 @@ def test_training_compiles_once_and_takes_donated_memory(name: str) -> None:
     """Every parameter moves, and everything that is donated is written in place."""
     s = setting()
     tx = TABLE[name].make(s)
-    step = jax.jit(stepper(tx, s), donate_argnums=(0, 1))
+    step = Jitted(stepper(tx, s), donate_argnums=(0, 1))
     params, state = fresh(s.params), tx.init(s.params)
     buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state)) if x.size]
     assert len(set(buffers)) == len(buffers), "two leaves in one buffer cannot be donated"
@@ -96,10 +97,10 @@ def test_training_compiles_once_and_takes_donated_memory(name: str) -> None:
         assert finite((params, state, loss))
         # all but numbers that are not read, as the damping of the last step
         assert all(x.is_deleted() for x in given if x.ndim)
-    assert step._cache_size() == 1
+    assert step.traces == 1
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, s.params)
     assert all(jax.tree.leaves(moved)), moved
-    lowered = step.lower(params, state, batch(), KEY, Poison())
+    lowered = step.jitted.lower(params, state, batch(), KEY, Poison())
     donated = sum(x.nbytes for x in jax.tree.leaves((params, state)) if x.ndim)
     assert lowered.compile().memory_analysis().alias_size_in_bytes >= donated
 
@@ -116,7 +117,7 @@ def test_no_gradient_is_no_step(name: str) -> None:
     _, trained, *_ = step(s.params, state, batch(), KEY, Poison())
     _, later, updates, _ = step(s.params, trained, nothing, KEY, Poison())
     assert finite((updates, later))
-    assert step._cache_size() == 1
+    assert step.traces == 1
 
 
 @each_base

@@ -11,6 +11,7 @@ import oracle
 import pytest
 from cases import CASES, LINEN_ONLY, Case
 from test_exact import build, fresh
+from transformations import Jitted
 
 import natgrad_jax as ng
 
@@ -155,7 +156,7 @@ def through_coordinates(own: Problem, inner: Any, on_refresh: str) -> Any:
         statistics_period=PERIOD, on_refresh=on_refresh,
     )  # fmt: skip
 
-    @jax.jit
+    @Jitted
     def step(params: Any, state: Any, batch: Any) -> Any:
         _, grads, statistics = own.grad_fn(params, batch, opt_state=state)
         updates, state = tx.update(grads, state, params, statistics=statistics)
@@ -165,7 +166,7 @@ def through_coordinates(own: Problem, inner: Any, on_refresh: str) -> Any:
     for _ in range(STEPS):
         params, state = step(params, state, own.batch)
         yield params, ng.bases(state)
-    assert step._cache_size() == 1
+    assert step.traces == 1
 
 
 def explicit(own: Problem, inner: Any, on_refresh: str, bases: Any) -> Any:

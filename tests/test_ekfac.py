@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from hypothesis import given, settings, strategies as st
+from transformations import Jitted
 
 import natgrad_jax as ng
 from natgrad_jax.eigenbases import carried, everywhere, squares
@@ -54,7 +55,7 @@ def history(tx: Any, steps: int, dtype: Any = jnp.float32) -> list[Any]:
     params, batch, layers = problem(dtype)
     grad_fn = ng.value_and_grad(loss_fn, layers)
 
-    @jax.jit
+    @Jitted
     def step(params: Any, state: Any, key: Any) -> Any:
         _, grads, statistics = grad_fn(params, *batch, rng=key, opt_state=state)
         updates, state = tx(layers).update(grads, state, params, statistics=statistics)
@@ -64,7 +65,7 @@ def history(tx: Any, steps: int, dtype: Any = jnp.float32) -> list[Any]:
     for i in range(steps):
         updates, state = step(params, state, jax.random.key(i))
         found.append((updates, state))
-    assert step._cache_size() == 1
+    assert step.traces == 1
     return found
 
 

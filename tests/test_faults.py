@@ -99,7 +99,7 @@ def test_degenerate_inputs_give_finite_steps(name: str) -> None:
                 if not finite((updates, state)):
                     failed.append((fault, i))
     assert failed == []
-    assert step._cache_size() == 1
+    assert step.traces == 1
 
 
 def matters(name: str, poison: Poison) -> bool:

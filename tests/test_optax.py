@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from transformations import fresh, signature
+from transformations import Jitted, fresh, signature
 
 import natgrad_jax as ng
 
@@ -73,7 +73,7 @@ def measured(seed=0, fisher="mc", dtype=jnp.float32):
 def updater(tx):
     """``update(grads, state, statistics)``, compiled."""
     params = setting().params
-    return jax.jit(lambda g, state, s: tx.update(g, state, params, statistics=s))
+    return Jitted(lambda g, state, s: tx.update(g, state, params, statistics=s))
 
 
 def run(tx, steps=3):
@@ -82,14 +82,14 @@ def run(tx, steps=3):
     for i in range(steps):
         updates, state = update(measured(i)[0], state, measured(i)[1])
         history.append((updates, state))
-    assert update._cache_size() == 1
+    assert update.traces == 1
     return history
 
 
 def training_step(tx, grad_fn):
     """The step that users write."""
 
-    @jax.jit
+    @Jitted
     def step(params, opt_state, x, y, key):
         loss, grads, statistics = grad_fn(params, x, y, rng=key, opt_state=opt_state)
         updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
@@ -196,7 +196,7 @@ def test_periods_count_steps_from_the_first_and_nothing_recompiles(make):
     for i in range(20):
         params, state, _ = step(params, state, *batch(i), jax.random.key(i))
         states.append(state)
-    assert step._cache_size() == 1
+    assert step.traces == 1
     assert change([ng.factors(s) for s in states]) == list(range(0, 20, 3))
     assert change([ng.bases(s) for s in states]) == list(range(0, 20, 4))
 
@@ -405,7 +405,7 @@ def test_injected_hyperparameters_change_in_mid_training():
     damped, state = update(grads, state, statistics)
     assert float(ng.damping(state)) == 10
     assert optax.tree.norm(damped) < 0.5 * optax.tree.norm(large)
-    assert update._cache_size() == 1
+    assert update.traces == 1
 
 
 def test_injected_schedules_are_read_at_every_step():

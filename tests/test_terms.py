@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from transformations import Jitted
 
 import natgrad_jax as ng
 from natgrad_jax import measuring
@@ -254,7 +255,7 @@ def test_a_task_that_was_absent_when_due_is_measured_when_it_comes() -> None:
     tx, grad_fn = ng.kfac(0.1, layers, statistics_period=3), ng.value_and_grad(loss_fn, layers)
     state = tx.init(params)
 
-    @jax.jit
+    @Jitted
     def step(params: Any, state: Any, ids: Any, task: Any, key: Any) -> Any:
         _, grads, statistics = grad_fn(params, ids, task, rng=key, opt_state=state)
         updates, state = tx.update(grads, state, params, statistics=statistics)
@@ -266,7 +267,7 @@ def test_a_task_that_was_absent_when_due_is_measured_when_it_comes() -> None:
         task = jnp.full(len(ids), i % 3)
         params, state, examples = step(params, state, ids, task, jax.random.key(i))
         seen.append([float(x) for x in examples])
-    assert step._cache_size() == 1
+    assert step.traces == 1
     assert np.array(seen).sum(0).tolist() == [72.0 * TOKENS, 72.0, 72.0]
     factors = ng.factors(state)
     assert all(np.any(f.G) for f in factors.values() if f.G is not None)
