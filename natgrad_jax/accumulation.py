@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers import Layers
-from natgrad_jax.parallel import AxisName
 from natgrad_jax.statistics import of_one_part, value_and_grad
 from natgrad_jax.tagging import as_loss, frontend_of
+from natgrad_jax.utils.precision import at_least_float32
+from natgrad_jax.utils.sharding import AxisName
 
 
 def accumulate(
@@ -105,7 +106,7 @@ def accumulate(
 
 def _zeros(shapes: Any) -> Any:
     """Of at least float32: sums of many micro-batches."""
-    wide = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))
+    wide = lambda s: jnp.zeros(s.shape, at_least_float32(s.dtype))
     return jax.tree.map(wide, shapes)
 
 

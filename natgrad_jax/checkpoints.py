@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from natgrad_jax.paths import Path, join, normalize
+from natgrad_jax.utils.tree_paths import Path, join, normalize
 
 SHOWN = 5  # differences in a message
 

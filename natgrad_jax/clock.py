@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.scalars import Scalar
+from natgrad_jax.utils.hyperparams import Scalar
 
 
 class Clock(NamedTuple):

@@ -19,8 +19,7 @@ from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.eigenbasis import eigenbasis
 from natgrad_jax.linalg.low_rank import LowRank, initial_subspace, subspace
 from natgrad_jax.linalg.stacking import Problem, Solving, alone
-
-_PRECISION = jax.lax.Precision.HIGHEST
+from natgrad_jax.utils.precision import HIGHEST
 
 
 class Coordinates(NamedTuple):
@@ -163,7 +162,7 @@ def rescaled(layer: Layer, own: Coordinates, factors: Any, epsilon: jax.Array) -
     if own.A is None:
         variances = second
     else:
-        product = jnp.matmul(second, own.A, precision=_PRECISION)
+        product = jnp.matmul(second, own.A, precision=HIGHEST)
         variances = jnp.maximum(jnp.sum(own.A * product, axis=-2), 0)
     if own.A_rest is not None:
         own = own._replace(A_rest=_root(_others(second, variances), epsilon))

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from natgrad_jax.layer import Layer, Parameter
-from natgrad_jax.paths import join
 from natgrad_jax.sides import Side
+from natgrad_jax.utils.tree_paths import join
 
 
 def coverage_table(layers: Any) -> str:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.sides import Side
-
-_PRECISION = jax.lax.Precision.HIGHEST
+from natgrad_jax.utils.precision import HIGHEST
 
 
 def is_partial(side: Side, basis: jax.Array) -> bool:
@@ -93,7 +92,7 @@ def overlaps(side: Side, new: jax.Array, old: jax.Array) -> jax.Array:
 
     A stochastic matrix: rows sum to 1.
     """
-    squares = jnp.square(jnp.matmul(new.mT, old, precision=_PRECISION))
+    squares = jnp.square(jnp.matmul(new.mT, old, precision=HIGHEST))
     if not is_partial(side, new):
         return squares
     n, k = new.shape[-2:]
@@ -119,5 +118,5 @@ def scaled(
     if not is_partial(side, basis):
         return side.rotate_back(basis, inner(gains, side.rotate(basis, x)))
     leading, others = gains[..., :-1, :], gains[..., -1:, :]
-    inside = inner(leading - others, jnp.matmul(basis.mT, x, precision=_PRECISION))
-    return inner(others, x) + jnp.matmul(basis, inside, precision=_PRECISION)
+    inside = inner(leading - others, jnp.matmul(basis.mT, x, precision=HIGHEST))
+    return inner(others, x) + jnp.matmul(basis, inside, precision=HIGHEST)

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.losses import Loss, Term, example_weights, is_concrete, value_range
+from natgrad_jax.losses import Loss, Term, example_weights, value_range
+from natgrad_jax.utils.hyperparams import is_concrete
+from natgrad_jax.utils.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -335,4 +337,4 @@ class Gaussian(_OfNumbers):
 
 def _wide(x: jax.Array) -> jax.Array:
     """At least float32: likelihoods are not summed in half precision."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))

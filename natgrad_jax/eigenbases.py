@@ -14,6 +14,7 @@ from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
 from natgrad_jax.linalg.stacking import Problem, Solving
 from natgrad_jax.operators import identities
 from natgrad_jax.sides import Side
+from natgrad_jax.utils.precision import HIGHEST
 
 
 class Refresh(NamedTuple):
@@ -119,7 +120,7 @@ def _where(choose: jax.Array, yes: Any, no: Any) -> Any:
 
 
 def _along(factor: jax.Array, basis: jax.Array) -> jax.Array:
-    product = jnp.matmul(factor, basis, precision=jax.lax.Precision.HIGHEST)
+    product = jnp.matmul(factor, basis, precision=HIGHEST)
     return jnp.maximum(jnp.sum(basis * product, axis=-2), 0)
 
 
@@ -141,7 +142,7 @@ def _turned(side: Side, S: jax.Array, old: jax.Array, new: jax.Array) -> jax.Arr
         return S
     overlap = directions.overlaps(side, new, old)
     if directions.is_partial(side, new):
-        return jnp.matmul(overlap, S, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(overlap, S, precision=HIGHEST)
     return side.apply(overlap, None, S)
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import paths, seeds
+from natgrad_jax import seeds
 from natgrad_jax.layer import Parameter
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.losses import Loss, Term, positive
-from natgrad_jax.paths import Path
 from natgrad_jax.quadratic import Model, model_of
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.precision import HIGHEST, at_least_float32
+from natgrad_jax.utils.tree_paths import Path
 
 # Largest explicit matrix: 1.6 GB in float32.
 MAX_PARAMETERS = 20_000
@@ -68,7 +70,7 @@ def fisher(
     """
     model = model_of(loss_fn, params, args)
     if layers is None:
-        return _block(model, paths.leaves(model.tree), fisher, rng, samples)
+        return _block(model, tree_paths.leaves(model.tree), fisher, rng, samples)
     check_layers(layers)
     groups = {path: layer.parameters for path, layer in layers.items()}
     groups |= {x.path: (x.parameter,) for x in layers.leftover}
@@ -102,7 +104,7 @@ def fisher_diagonal(
     """
     model = model_of(loss_fn, params, args)
     _, pullback = jax.vjp(model.naturals, model.tree)
-    zeros = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    zeros = lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype))
     total = jax.tree.map(zeros, model.tree)
     for count, seed, i in _passes(model.loss, fisher, rng, samples):
         n = _length(model.loss.terms[i])
@@ -114,13 +116,13 @@ def fisher_diagonal(
 
 
 def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Array]:
-    by_path = paths.leaves(tree)
+    by_path = tree_paths.leaves(tree)
     for path, shape, *_ in parameters:
         came = getattr(by_path.get(path), "shape", "no such parameter")
         if came != shape:
             raise ValueError(
-                f"these Layers were found on another model: they have {paths.join(path)} of shape "
-                f"{shape}, params has {came}. Call find_layers again with this model's params."
+                f"these Layers were found on another model: they have {tree_paths.join(path)} of "
+                f"shape {shape}, params has {came}. Call find_layers again with this model's params."
             )
     return {p.path: by_path[p.path] for p in parameters}
 
@@ -156,7 +158,7 @@ def _block(
     """The Fisher over some of the parameters, in the order of ``own``."""
     size = sum(x.size for x in own.values())
     check_size(size)
-    outputs = lambda own: model.naturals(paths.replace(model.tree, own))
+    outputs = lambda own: model.naturals(tree_paths.replace(model.tree, own))
     dtype = jnp.result_type(jnp.float32, *own.values())
     flat = lambda j, shape: [j[p].reshape(*shape, -1).astype(dtype) for p in own]
     J = [
@@ -183,7 +185,7 @@ def check_size(size: int) -> None:
 
 def _outer(J: jax.Array, seed: jax.Array, n: int) -> jax.Array:
     """``Σₙ vₙ vₙᵀ`` over n examples of one term."""
-    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    einsum = partial(jnp.einsum, precision=HIGHEST)
     rows = lambda x, *last: x.astype(J.dtype).reshape(n, -1, *last)
     v = einsum("nd,ndp->np", rows(seed), rows(J, J.shape[-1]))
     return einsum("np,nq->pq", v, v)

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.approximations import WHOLE, Approximation
-from natgrad_jax.paths import Path
 from natgrad_jax.sides import Side, diagonal, input_side, output_side, whole
+from natgrad_jax.utils.precision import at_least_float32
+from natgrad_jax.utils.tree_paths import Path
 
 
 class Parameter(NamedTuple):
@@ -212,7 +213,7 @@ class Layer:
     @property
     def factor_dtype(self) -> jnp.dtype:
         """float32, or float64 for float64 parameters."""
-        return jnp.promote_types(jnp.float32, self.kernel.dtype)
+        return at_least_float32(self.kernel.dtype)
 
     def to_matrix(self, *arrays: jax.Array) -> jax.Array:
         """``K̄ = [K; b]`` of shape ``(*stack, *blocks, inputs + bias, outputs)``."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from natgrad_jax.approximations import Approximation
 from natgrad_jax.coverage import coverage_table
 from natgrad_jax.layer import BLOCKS, Layer, LossTerm, Parameter, free_layer
-from natgrad_jax.paths import Path, join, leaves
+from natgrad_jax.utils.tree_paths import Path, join, leaves
 
 # What may become of a parameter that no layer's block covers.
 LEFTOVER_BLOCKS = ("diagonal", "gradient", "frozen")

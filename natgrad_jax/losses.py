@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgrad_jax.parallel import devices_along, psum, vary
+from natgrad_jax.utils.hyperparams import is_concrete
+from natgrad_jax.utils.sharding import devices_along, psum, vary
 
 
 class Part(NamedTuple):
@@ -217,10 +218,6 @@ def whole_count(term: Term, axes: Sequence[str]) -> jax.Array:
 def positive(count: jax.Array) -> jax.Array:
     """``count`` made safe to divide by: nothing divided by no examples is nothing."""
     return jnp.where(count == 0, 1, count)  # NaN, of negative weights, stays
-
-
-def is_concrete(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
 
 
 def value_range(x: Any) -> tuple[Any, Any]:

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.low_rank import LowRank
-
-_PRECISION = jax.lax.Precision.HIGHEST
+from natgrad_jax.utils.precision import HIGHEST
 
 
 def gradient_to(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
@@ -60,7 +59,7 @@ def carried_squares(layer: Layer, old: Coordinates, new: Coordinates, S: jax.Arr
     main, bias = _parts(layer, old, S)
     if old.A_rest is not None or new.A_rest is not None:
         turn = _into(new, _out_of(old, jnp.eye(main.shape[-2], dtype=main.dtype)[None], -1), 1)
-        main = jnp.matmul(jnp.square(turn), main, precision=_PRECISION)
+        main = jnp.matmul(jnp.square(turn), main, precision=HIGHEST)
     else:
         main = _squared_turn(old.A, old.A_scale, new.A, new.A_scale, main)
     if old.mean is not None and new.mean is not None:
@@ -88,7 +87,7 @@ def _matmul(matrix: jax.Array | None, x: jax.Array, transposed: bool = False) ->
     if matrix is None:
         return x
     matrix = matrix.mT if transposed else matrix
-    return jnp.matmul(matrix[..., None, :, :], x, precision=_PRECISION)
+    return jnp.matmul(matrix[..., None, :, :], x, precision=HIGHEST)
 
 
 def _into(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
@@ -126,7 +125,7 @@ def _over_columns(own: Coordinates, x: jax.Array, scale: bool) -> jax.Array:
     """``x Q_G``, its columns times the scale or divided by it."""
     if own.G is None:
         return x
-    x = jnp.matmul(x, own.G, precision=_PRECISION)
+    x = jnp.matmul(x, own.G, precision=HIGHEST)
     if own.G_scale is None:
         return x
     s = own.G_scale[..., None, :]
@@ -140,7 +139,7 @@ def _off_columns(own: Coordinates, x: jax.Array, divide: bool) -> jax.Array:
     if own.G_scale is not None:
         s = own.G_scale[..., None, :]
         x = x / s if divide else x * s
-    return jnp.matmul(x, own.G.mT, precision=_PRECISION)
+    return jnp.matmul(x, own.G.mT, precision=HIGHEST)
 
 
 def _squared_turn(
@@ -153,6 +152,6 @@ def _squared_turn(
     """``(diag(s') Q'ᵀ Q diag(1/s))² S`` of ``(…, places, n, columns)``."""
     S = _over(None if old_scale is None else jnp.square(old_scale), S)
     if old is not None and new is not None:
-        overlap = jnp.matmul(new.mT, old, precision=_PRECISION)
+        overlap = jnp.matmul(new.mT, old, precision=HIGHEST)
         S = _matmul(jnp.square(overlap), S)
     return _times(None if new_scale is None else jnp.square(new_scale), S)

@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import paths
 from natgrad_jax.approximations import Approximation
 from natgrad_jax.averages import Factors
 from natgrad_jax.eigenbases import squares
 from natgrad_jax.layer import Layer, Parameter
 from natgrad_jax.layers import Layers
-from natgrad_jax.parallel import psum
-from natgrad_jax.paths import Path, join
 from natgrad_jax.readings import Readings, Wanted, empty_slot, from_slot, to_slot
 from natgrad_jax.requests import requests
 from natgrad_jax.sums import Sums
 from natgrad_jax.tagging.slots import Census, Slot
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.precision import HIGHEST, at_least_float32
+from natgrad_jax.utils.sharding import psum
+from natgrad_jax.utils.tree_paths import Path, join
 
 
 class Plan(NamedTuple):
@@ -203,7 +204,7 @@ def _squares(of: Plan, axes: Sequence[str], grads: Any) -> Squares:
     Examples' gradients are independent with mean zero (sampled labels, or random signs), so
     that the square of their sum estimates the sum of their squares.
     """
-    given = paths.leaves(grads)
+    given = tree_paths.leaves(grads)
     layers = of.blocks | of.moments
     wide = {p.path: given[p.path].astype(_wide(p)) for p in of.diagonals}
     wide |= {
@@ -225,12 +226,12 @@ def _squares(of: Plan, axes: Sequence[str], grads: Any) -> Squares:
 
 def _outer(layer: Layer, w: jax.Array) -> Sums:
     """``w wᵀ``, counted as one row."""
-    A = jnp.matmul(w, w.mT, precision=jax.lax.Precision.HIGHEST)
+    A = jnp.matmul(w, w.mT, precision=HIGHEST)
     return Sums(A, None, jnp.ones(layer.stack_sizes, A.dtype))
 
 
 def _wide(parameter: Parameter) -> Any:
-    return jnp.promote_types(parameter.dtype, jnp.float32)
+    return at_least_float32(parameter.dtype)
 
 
 def split(of: Plan, found: Measured) -> tuple[dict[Path, Readings], Measured]:

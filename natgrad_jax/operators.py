@@ -17,6 +17,7 @@ from natgrad_jax.linalg.retrying import raised
 from natgrad_jax.linalg.stacking import Problem, Solving
 from natgrad_jax.linalg.woodbury import root, woodbury
 from natgrad_jax.sides import Side
+from natgrad_jax.utils.precision import HIGHEST
 
 # How factors are inverted; woodbury by Cholesky at a refresh, and by updates between.
 INVERSES = ("cholesky", "eigh", "low_rank", "newton_schulz", "woodbury")
@@ -200,7 +201,7 @@ def operate(layer: Layer, operator: Any, x: jax.Array) -> jax.Array:
         return operator.G.apply_right(x)
     if layer.output_side.grouped:
         return _times(layer.output_side, operator.G, None, x.mT).mT
-    return jnp.matmul(x, operator.G, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x, operator.G, precision=HIGHEST)
 
 
 def _times(side: Side, factor: Any, bias: jax.Array | None, x: jax.Array) -> jax.Array:

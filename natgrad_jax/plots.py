@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from natgrad_jax import paths
+from natgrad_jax.utils import tree_paths
 
 try:
     import matplotlib.pyplot as plt
@@ -236,8 +236,8 @@ def _boundaries(params: Any) -> tuple[list[str], list[int]]:
     """The layers of a parameter tree in its order, and the index at which each ends."""
     names: list[str] = []
     ends: list[int] = []
-    for path, x in paths.leaves(params).items():
-        name, before = paths.join(path[:-1]), ends[-1] if ends else 0
+    for path, x in tree_paths.leaves(params).items():
+        name, before = tree_paths.join(path[:-1]), ends[-1] if ends else 0
         if names and names[-1] == name:
             ends[-1] += int(np.size(x))
         else:

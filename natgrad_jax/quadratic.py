@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.losses import Loss, Term, positive
 from natgrad_jax.tagging import as_loss, frontend_of
+from natgrad_jax.utils.precision import at_least_float32
 
 
 class Model(NamedTuple):
@@ -159,7 +160,7 @@ def _weigh(term: Term, u: jax.Array) -> jax.Array:
 
 def _fisher_of_output(term: Term, u: jax.Array) -> jax.Array:
     """``H u``, from the columns of a root of H."""
-    u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+    u = u.astype(at_least_float32(u.dtype))
 
     def add(column: jax.Array, total: jax.Array) -> jax.Array:
         r = term.distribution.root_column(column)

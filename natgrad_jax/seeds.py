@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.losses import Loss, Part, Term
-from natgrad_jax.parallel import devices_along, sharded_like
+from natgrad_jax.utils.sharding import devices_along, sharded_like
 
 Seeds = tuple[jax.Array, ...]
 

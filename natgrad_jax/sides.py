@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.linalg.batching import trace_of
-
-_PRECISION = jax.lax.Precision.HIGHEST
+from natgrad_jax.utils.precision import HIGHEST
 
 
 class Side(NamedTuple):
@@ -141,11 +140,11 @@ class Side(NamedTuple):
         if self.bias:
             main, rest = x[..., :-1, :], x[..., -1:, :]
         if self.groups == 1 and self.width == main.shape[-2]:
-            out = jnp.matmul(matrices[..., 0, :, :], main, precision=_PRECISION)
+            out = jnp.matmul(matrices[..., 0, :, :], main, precision=HIGHEST)
         else:
             inner = (self.groups, -1, self.width, main.shape[-1])
             parts = main.reshape(*main.shape[:-2], *inner)
-            out = jnp.matmul(matrices[..., None, :, :], parts, precision=_PRECISION)
+            out = jnp.matmul(matrices[..., None, :, :], parts, precision=HIGHEST)
             out = out.reshape(main.shape)
         if rest is None:
             return out
@@ -159,11 +158,11 @@ class Side(NamedTuple):
         main, rest = self._parted(rows)
         if self.groups == 1 and self.width == main.shape[-1]:
             basis = basis[..., 0, :, :] if self.grouped else basis
-            out = jnp.einsum("nt...i,...ij->nt...j", main, basis, precision=_PRECISION)
+            out = jnp.einsum("nt...i,...ij->nt...j", main, basis, precision=HIGHEST)
         else:
             parts = main.reshape(*main.shape[:-1], self.groups, -1, self.width)
             basis = basis if self.grouped else basis[..., None, :, :]
-            out = jnp.einsum("nt...gpi,...gij->nt...gpj", parts, basis, precision=_PRECISION)
+            out = jnp.einsum("nt...gpi,...gij->nt...gpj", parts, basis, precision=HIGHEST)
             out = out.reshape(main.shape)
         return jnp.concatenate([out, rest], axis=-1)
 

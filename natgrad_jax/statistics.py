@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import compat, measuring, paths, seeds
+from natgrad_jax import measuring, seeds
 from natgrad_jax.clock import statistics_due
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.losses import Loss, global_count, whole_count
 from natgrad_jax.measuring import Measured, Plan
-from natgrad_jax.parallel import AxisName, axis_names, devices_along, psum, vary
-from natgrad_jax.paths import Path
 from natgrad_jax.sums import Sums
 from natgrad_jax.tagging import as_loss, frontend_of
+from natgrad_jax.utils import compat, tree_paths
+from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
+from natgrad_jax.utils.tree_paths import Path
 
 FISHERS = ("mc", "exact", "empirical", "none")
 
@@ -308,7 +309,7 @@ def _when(due: Any, measure: Callable[[], Any], skip: Callable[[], Any]) -> Any:
 
 
 def _check_layers(layers: Layers, tree: Any) -> None:
-    given = paths.leaves(tree)
+    given = tree_paths.leaves(tree)
     wanted = [p for layer in layers.values() for p in layer.parameters]
     wanted += [u.parameter for u in layers.leftover]
     for parameter in wanted:
@@ -317,7 +318,7 @@ def _check_layers(layers: Layers, tree: Any) -> None:
             came = "no such parameter" if leaf is None else f"shape {tuple(leaf.shape)}"
             raise ValueError(
                 f"these Layers were found on another model: they have "
-                f"{paths.join(parameter.path)} of shape {parameter.shape}, params has {came}. "
+                f"{tree_paths.join(parameter.path)} of shape {parameter.shape}, params has {came}. "
                 "Call find_layers again with this model's params."
             )
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from natgrad_jax import directions
 from natgrad_jax.layer import Layer
-from natgrad_jax.parallel import replicated, varying_like
 from natgrad_jax.sides import Side
+from natgrad_jax.utils.precision import HIGHEST
+from natgrad_jax.utils.sharding import replicated, varying_like
 
 # Patches, and gradients of single examples, are laid out for at most this many bytes at a time.
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -207,7 +208,7 @@ def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
         f"{leading}...i,{leading}...j->...ij",
         rows,
         rows,
-        precision=jax.lax.Precision.HIGHEST,
+        precision=HIGHEST,
         preferred_element_type=dtype,
         out_sharding=out_sharding,
     ).astype(dtype)
@@ -264,5 +265,5 @@ def _in_use(layer: Layer, use: int, sums: Any) -> Any:
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array, out_sharding: Any = None) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST
+    precision = HIGHEST
     return jnp.einsum(equation, a, b, precision=precision, out_sharding=out_sharding)

@@ -14,13 +14,12 @@ from natgrad_jax.kinds.conv import conv, padded
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.linalg.stacking import solve
-from natgrad_jax.paths import Path
-from natgrad_jax.scalars import check_positive
 from natgrad_jax.shares import batch_factors
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms.blocks import check_statistics, map_layers
-
-_PRECISION = jax.lax.Precision.HIGHEST
+from natgrad_jax.utils.hyperparams import check_positive
+from natgrad_jax.utils.precision import HIGHEST
+from natgrad_jax.utils.tree_paths import Path
 
 
 def whitening(
@@ -170,7 +169,7 @@ class WhitenedDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         z = _whitened(self, x, 1)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        s = jnp.matmul(z, kernel, precision=_PRECISION)
+        s = jnp.matmul(z, kernel, precision=HIGHEST)
         return s + self.param("bias", self.bias_init, (self.features,)) if self.use_bias else s
 
 
@@ -216,7 +215,7 @@ class WhitenedConv(nn.Module):
             rhs_dilation=call.kernel_dilation,
             dimension_numbers=_channels_last(x.ndim),
             feature_group_count=groups,
-            precision=_PRECISION,
+            precision=HIGHEST,
         )
         return s + self.param("bias", self.bias_init, (self.features,)) if self.use_bias else s
 
@@ -236,5 +235,5 @@ def _whitened(module: nn.Module, x: jax.Array, groups: int) -> jax.Array:
     U = module.variable("whitening", "U", eye).value
     c = module.variable("whitening", "c", lambda: jnp.zeros((*lead, n), x.dtype)).value
     x = x.reshape(*x.shape[:-1], *lead, n) - c
-    z = jnp.einsum("...ij,...j->...i", U, x, precision=_PRECISION)
+    z = jnp.einsum("...ij,...j->...i", U, x, precision=HIGHEST)
     return z.reshape(*x.shape[: x.ndim - 1 - len(lead)], -1)

@@ -19,7 +19,7 @@ from natgrad_jax.approximations import Approximation
 from natgrad_jax.directions import is_partial
 from natgrad_jax.eigenbases import everywhere
 from natgrad_jax.operators import operate
-from natgrad_jax.paths import leaves
+from natgrad_jax.utils.tree_paths import leaves
 
 EXAMPLES = 4
 WHOLE = Approximation()

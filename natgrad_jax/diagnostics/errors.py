@@ -15,12 +15,12 @@ from natgrad_jax.explicit import check_size, fisher as explicit_fisher
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import operate
-from natgrad_jax.paths import Path
 from natgrad_jax.statistics import value_and_grad
 from natgrad_jax.tagging import find_layers
 from natgrad_jax.transforms.ekfac import scale_by_ekfac
 from natgrad_jax.transforms.in_eigenbases import EKFACState
 from natgrad_jax.transforms.squares import total_moments
+from natgrad_jax.utils.tree_paths import Path
 
 # Forms of the factors beside the whole ones.
 FORMS = {

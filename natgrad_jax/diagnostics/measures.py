@@ -20,6 +20,7 @@ from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.operators import operate
 from natgrad_jax.sides import Side
+from natgrad_jax.utils.precision import HIGHEST
 
 SPLITS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"pi": pi_split, "equal": equal}
 
@@ -29,8 +30,6 @@ Part = tuple[str, Side, jax.Array, jax.Array | None]
 
 # Random directions in which the error of a large inverse is measured.
 PROBES = 64
-
-_PRECISION = jax.lax.Precision.HIGHEST
 
 
 def parts(layer: Layer, factors: Any) -> Iterator[Part]:
@@ -205,12 +204,12 @@ def _probes(size: int, dtype: Any) -> jax.Array:
 def _times(matrix: Any, x: jax.Array) -> jax.Array:
     if isinstance(matrix, LowRank):
         return matrix.apply(x)
-    return jnp.matmul(matrix.astype(x.dtype), x, precision=_PRECISION)
+    return jnp.matmul(matrix.astype(x.dtype), x, precision=HIGHEST)
 
 
 def _along(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``q_iᵀ F q_i`` of the columns of Q; ``‖F q_i − q_i (q_iᵀ F q_i)‖²``, and ``‖F q_i‖²``."""
-    product = jnp.matmul(factor, basis, precision=_PRECISION)
+    product = jnp.matmul(factor, basis, precision=HIGHEST)
     values = jnp.sum(basis * product, axis=-2)
     left = product - basis * values[..., None, :]
     return values, jnp.square(left).sum(-2), jnp.square(product).sum(-2)

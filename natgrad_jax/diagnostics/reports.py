@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgrad_jax import paths
 from natgrad_jax.diagnostics import measures
 from natgrad_jax.diagnostics.found import Found, found_in
 from natgrad_jax.diagnostics.measures import Measures
@@ -16,13 +15,14 @@ from natgrad_jax.diagnostics.spectrum import condition_number, of_layer
 from natgrad_jax.diagnostics.table import table
 from natgrad_jax.eigenbases import everywhere
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.paths import Path
 from natgrad_jax.requests import parse, plain
 from natgrad_jax.transforms import blocks
 from natgrad_jax.transforms.adaptive_damping import AdaptiveDampingState
 from natgrad_jax.transforms.estimates import diagonal_of
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 from natgrad_jax.transforms.squares import total_moments
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.tree_paths import Path
 
 # What other states tell: numbers, and counted events.
 OTHERS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -138,7 +138,7 @@ def report(
     check_layers(layers)
     for tree in (updates, grads):
         if tree is not None:
-            blocks.check_paths(paths.leaves(tree), layers)
+            blocks.check_paths(tree_paths.leaves(tree), layers)
     return _report(layers, plain(opt_state), plain(updates), plain(grads), spectra)
 
 
@@ -168,7 +168,7 @@ def _rows(found: Found, updates: Any, grads: Any, spectra: bool) -> dict[Path, M
         if path in state.factors:
             rows[path] |= _of_kind(found, path, given[0])
             rows[path] |= _conditions(found, path) if spectra else {}
-    change, gradient = ({} if x is None else paths.leaves(x) for x in (updates, grads))
+    change, gradient = ({} if x is None else tree_paths.leaves(x) for x in (updates, grads))
     diagonal = getattr(state, "diagonal", {})
     for x in layers.leftover:
         given = change.get(x.path), gradient.get(x.path)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layer import Layout
+from natgrad_jax.utils.precision import HIGHEST
 
 
 class EmbedCall(NamedTuple):
@@ -46,7 +47,7 @@ class EmbedCall(NamedTuple):
     def squares(self, examples: jax.Array, rotated: jax.Array) -> jax.Array:
         """``Σₙ (Σₜ āₙₜ g̃ₙₜᵀ)²`` without one-hot rows: occurrences of one token are added first."""
         same = (examples[:, :, None] == examples[:, None, :]).astype(rotated.dtype)
-        sums = jnp.einsum("ntu,nuo->nto", same, rotated, precision=jax.lax.Precision.HIGHEST)
+        sums = jnp.einsum("ntu,nuo->nto", same, rotated, precision=HIGHEST)
         shares = jnp.square(sums) / same.sum(-1, keepdims=True)  # one share an occurrence
         zero = jnp.zeros((self.tokens, rotated.shape[-1]), rotated.dtype)
         return zero.at[examples.ravel()].add(shares.reshape(-1, shares.shape[-1]))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.linalg.batching import over_batch
+from natgrad_jax.utils.precision import HIGHEST
 
 # Up to this size LAPACK is as fast as anything, and up to the larger one a whole product is.
 LEAF = 128
@@ -72,4 +73,4 @@ def _blocks(A: jax.Array, B: jax.Array, C: jax.Array, D: jax.Array) -> jax.Array
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(a, b, precision=HIGHEST)

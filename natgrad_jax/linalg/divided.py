@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from natgrad_jax.parallel import AxisName, axis_names, devices_along, psum, vary
+from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
 
 
 class Devices(NamedTuple):

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.linalg.batching import over_batch, trace_of
+from natgrad_jax.utils.precision import HIGHEST
 
-_PRECISION = jax.lax.Precision.HIGHEST
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -26,19 +26,19 @@ class LowRank(NamedTuple):
     def dense(self) -> jax.Array:
         """The matrix itself, ``(*batch, n, n)``."""
         eye = jnp.eye(self.V.shape[-2], dtype=self.V.dtype)
-        inner = jnp.matmul(self.V * self.gains[..., None, :], self.V.mT, precision=_PRECISION)
+        inner = jnp.matmul(self.V * self.gains[..., None, :], self.V.mT, precision=HIGHEST)
         return inner + self.shift[..., None, None] * eye
 
     def apply(self, x: jax.Array) -> jax.Array:
         """Its product with ``x (*batch, n, m)``: ``4 n k m`` operations instead of ``2 n² m``."""
-        inside = self.gains[..., None] * jnp.matmul(self.V.mT, x, precision=_PRECISION)
-        outside = jnp.matmul(self.V, inside, precision=_PRECISION)
+        inside = self.gains[..., None] * jnp.matmul(self.V.mT, x, precision=HIGHEST)
+        outside = jnp.matmul(self.V, inside, precision=HIGHEST)
         return outside + self.shift[..., None, None] * x
 
     def apply_right(self, x: jax.Array) -> jax.Array:
         """``x (*batch, m, n)`` times it."""
-        inside = jnp.matmul(x, self.V, precision=_PRECISION) * self.gains[..., None, :]
-        outside = jnp.matmul(inside, self.V.mT, precision=_PRECISION)
+        inside = jnp.matmul(x, self.V, precision=HIGHEST) * self.gains[..., None, :]
+        outside = jnp.matmul(inside, self.V.mT, precision=HIGHEST)
         return outside + self.shift[..., None, None] * x
 
 
@@ -49,7 +49,7 @@ def between(left: LowRank, x: jax.Array, right: LowRank) -> jax.Array:
 
         L X R = s_L s_R X + [V_L, s_L Y D_R + V_L D_L P V_R D_R] [s_R D_L P; V_Rᵀ]
     """
-    times = partial(jnp.matmul, precision=_PRECISION)
+    times = partial(jnp.matmul, precision=HIGHEST)
     wide = lambda scalars: scalars[..., None, None]
     P = left.gains[..., None] * times(left.V.mT, x)
     Y = wide(left.shift) * times(x, right.V) + times(left.V, times(P, right.V))
@@ -78,10 +78,10 @@ def subspace(factor: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]
     >>> subspace(jnp.diag(jnp.array([3.0, 1.0, 0.0])), jnp.eye(3)[:, :1])[1]
     Array([3.], dtype=float32)
     """
-    Q = over_batch(lambda y: jnp.linalg.qr(y)[0], jnp.matmul(factor, start, precision=_PRECISION))
-    small = jnp.matmul(Q.mT, jnp.matmul(factor, Q, precision=_PRECISION), precision=_PRECISION)
+    Q = over_batch(lambda y: jnp.linalg.qr(y)[0], jnp.matmul(factor, start, precision=HIGHEST))
+    small = jnp.matmul(Q.mT, jnp.matmul(factor, Q, precision=HIGHEST), precision=HIGHEST)
     values, W = over_batch(jnp.linalg.eigh, (small + small.mT) / 2)
-    return jnp.matmul(Q, W, precision=_PRECISION), jnp.maximum(values, 0)
+    return jnp.matmul(Q, W, precision=HIGHEST), jnp.maximum(values, 0)
 
 
 def initial_subspace(shape: tuple[int, ...], rank: int, dtype: Any) -> jax.Array:

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_PRECISION = jax.lax.Precision.HIGHEST
+from natgrad_jax.utils.precision import HIGHEST
+
 ITERATIONS = 60
 NEAR = 0.5  # residual from which the last inverse is a start; the iteration squares it
 
@@ -34,7 +35,7 @@ def newton_schulz_inverse(factor: jax.Array, damping: jax.Array, last: jax.Array
     eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
     M = factor + damping[..., None, None] * eye
     norm = lambda R: jnp.sqrt(jnp.sum(jnp.square(R), axis=(-2, -1)))
-    residual = lambda X: eye - jnp.matmul(M, X, precision=_PRECISION)
+    residual = lambda X: eye - jnp.matmul(M, X, precision=HIGHEST)
     wide = lambda x: x[..., None, None]
 
     cold = eye / wide(jnp.abs(M).sum(-1).max(-1))
@@ -44,7 +45,7 @@ def newton_schulz_inverse(factor: jax.Array, damping: jax.Array, last: jax.Array
 
     def improve(carry: Any) -> Any:
         X, R, active, rounds = carry
-        newer = X + jnp.matmul(X, R, precision=_PRECISION)
+        newer = X + jnp.matmul(X, R, precision=HIGHEST)
         newer = (newer + newer.mT) / 2
         after = residual(newer)
         # far from the solution the norm of R hardly falls: what counts is that it is below one

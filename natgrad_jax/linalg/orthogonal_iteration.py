@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.linalg.batching import over_batch
-
-_PRECISION = jax.lax.Precision.HIGHEST
+from natgrad_jax.utils.precision import HIGHEST
 
 
 def refine(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -27,17 +26,17 @@ def refine(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> refine(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(2))[1]
     Array([3., 1.], dtype=float32)
     """
-    product = jnp.matmul(factor, basis, precision=_PRECISION)
+    product = jnp.matmul(factor, basis, precision=HIGHEST)
     order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
     ordered = jnp.take_along_axis(product, order[..., None, :], axis=-1)
     new, _ = over_batch(jnp.linalg.qr, ordered)
-    values = jnp.sum(new * jnp.matmul(factor, new, precision=_PRECISION), axis=-2)
+    values = jnp.sum(new * jnp.matmul(factor, new, precision=HIGHEST), axis=-2)
     return new, jnp.maximum(values, 0)
 
 
 def off_diagonal(factor: jax.Array, basis: jax.Array) -> jax.Array:
     """``‖B − diag B‖ / ‖B‖`` with ``B = Qᵀ F Q``, ``(*batch,)``: 0 for an eigenbasis of F."""
-    product = jnp.matmul(factor, basis, precision=_PRECISION)
+    product = jnp.matmul(factor, basis, precision=HIGHEST)
     along = jnp.sum(jnp.square(jnp.sum(basis * product, axis=-2)), axis=-1)
     total = jnp.sum(jnp.square(product), axis=(-2, -1))  # ‖F Q‖ = ‖Qᵀ F Q‖
     off = jnp.sqrt(jnp.maximum(total - along, 0) / jnp.where(total > 0, total, 1))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.linalg.eigenbasis import eigenbasis
+from natgrad_jax.utils.precision import HIGHEST
 
 
 def pseudo_inverse(factor: jax.Array, damping: jax.Array, cutoff: float | None = None) -> jax.Array:
@@ -29,4 +30,4 @@ def pseudo_inverse(factor: jax.Array, damping: jax.Array, cutoff: float | None =
         cutoff = factor.shape[-1] * float(jnp.finfo(factor.dtype).eps)
     small = values <= cutoff * values.max(-1, keepdims=True)
     gains = jnp.where(small, 0, 1 / jnp.where(small, 1, values))
-    return jnp.matmul(basis * gains[..., None, :], basis.mT, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(basis * gains[..., None, :], basis.mT, precision=HIGHEST)

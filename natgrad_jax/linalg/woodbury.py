@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.linalg.batching import over_batch, trace_of
-
-_PRECISION = jax.lax.Precision.HIGHEST
+from natgrad_jax.utils.precision import HIGHEST
 
 
 def sherman_morrison(inverse: jax.Array, u: jax.Array, decay: jax.Array) -> jax.Array:
@@ -44,11 +43,11 @@ def woodbury(inverse: jax.Array, U: jax.Array, decay: jax.Array) -> jax.Array:
     """
     decay = jnp.asarray(decay, inverse.dtype)
     ratio = (1 - decay) / decay
-    PU = jnp.matmul(inverse, U, precision=_PRECISION)
+    PU = jnp.matmul(inverse, U, precision=HIGHEST)
     eye = jnp.eye(U.shape[-1], dtype=U.dtype)
-    inner = eye + ratio * jnp.matmul(U.mT, PU, precision=_PRECISION)
+    inner = eye + ratio * jnp.matmul(U.mT, PU, precision=HIGHEST)
     half = over_batch(_half, inner, PU.mT)
-    return inverse / decay - ratio / decay * jnp.matmul(half.mT, half, precision=_PRECISION)
+    return inverse / decay - ratio / decay * jnp.matmul(half.mT, half, precision=HIGHEST)
 
 
 def _half(inner: jax.Array, right: jax.Array) -> jax.Array:
@@ -74,6 +73,6 @@ def root(factor: jax.Array, rank: int) -> jax.Array:
     trace = trace_of(factor)[..., None, None]
     tiny = jnp.finfo(factor.dtype)
     shift = trace * tiny.eps + tiny.tiny**0.5
-    Y = jnp.matmul(factor, test, precision=_PRECISION) + shift * test
-    core = jnp.matmul(test.T, Y, precision=_PRECISION)
+    Y = jnp.matmul(factor, test, precision=HIGHEST) + shift * test
+    core = jnp.matmul(test.T, Y, precision=HIGHEST)
     return over_batch(_half, (core + core.mT) / 2, Y.mT).mT

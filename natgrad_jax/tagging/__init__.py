@@ -11,8 +11,7 @@ from flax import linen as flax_linen, nnx as flax_nnx
 
 from natgrad_jax.layer import Layer, Parameter, free_layer
 from natgrad_jax.layers import Layers, Leftover
-from natgrad_jax.losses import Loss, is_concrete
-from natgrad_jax.paths import Path, join, leaves, normalize
+from natgrad_jax.losses import Loss
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS
 from natgrad_jax.tagging.sightings import (
@@ -23,6 +22,8 @@ from natgrad_jax.tagging.sightings import (
     to_layer,
 )
 from natgrad_jax.tagging.slots import SLOT
+from natgrad_jax.utils.hyperparams import is_concrete
+from natgrad_jax.utils.tree_paths import Path, join, leaves, normalize
 
 # A parameter of no known layer with at most this many numbers has a full block: its statistics
 # have rank one a measurement, which a larger matrix would not make up for.

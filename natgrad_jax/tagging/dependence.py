@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from natgrad_jax import compat
 from natgrad_jax.tagging.axes import OWN, RULES, WHOLE, Along, Demand, Demands, join, through
+from natgrad_jax.utils import compat
 
 
 class Taint(NamedTuple):

@@ -9,11 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.paths import Path, insert
 from natgrad_jax.tagging import lstm
 from natgrad_jax.tagging.modules import DENSE, Kind, call_input, describe, kind_of
 from natgrad_jax.tagging.sightings import Sightings
 from natgrad_jax.tagging.slots import SLOT, Slot, tap
+from natgrad_jax.utils.tree_paths import Path, insert
 
 _nonce = itertools.count()
 

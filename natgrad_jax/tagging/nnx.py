@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natgrad_jax.paths import Path
 from natgrad_jax.tagging.modules import DENSE, KINDS, Kind, call_input, describe, kind_of
 from natgrad_jax.tagging.sightings import HELD, Sightings
 from natgrad_jax.tagging.slots import SLOT, Slot, tap
+from natgrad_jax.utils.tree_paths import Path
 
 NORMALIZERS = (nnx.WeightNorm, nnx.SpectralNorm)
 

@@ -14,10 +14,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from natgrad_jax.layer import Layer, Layout, LossTerm, Parameter
-from natgrad_jax.paths import Path
 from natgrad_jax.tagging.axes import OWN, WHOLE, Along, Demand, Demands
 from natgrad_jax.tagging.dependence import Taint, Walk
 from natgrad_jax.tagging.modules import Kind, UnsupportedError, describe
+from natgrad_jax.utils.tree_paths import Path
 
 # Names of calls in the traced program, by which they are counted there.
 _MARK = "natgrad_call:"

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.clock import due
-from natgrad_jax.losses import is_concrete
 from natgrad_jax.quadratic import forms, model_at
-from natgrad_jax.scalars import check_fraction, check_period, check_positive
 from natgrad_jax.tagging import as_loss
-from natgrad_jax.transforms.blocks import only_finite
 from natgrad_jax.transforms.extra import needed, on_parameters
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
+from natgrad_jax.utils.finite import only_finite
+from natgrad_jax.utils.hyperparams import check_fraction, check_period, check_positive, is_concrete
 
 # How many values of λ the state remembers.
 HISTORY = 1000

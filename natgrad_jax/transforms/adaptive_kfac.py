@@ -6,7 +6,6 @@ from typing import Any
 import optax
 
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.scalars import Scalar
 from natgrad_jax.transforms.adaptive_damping import (
     DampingRule,
     adaptive_damping,
@@ -14,6 +13,7 @@ from natgrad_jax.transforms.adaptive_damping import (
 )
 from natgrad_jax.transforms.kfac import scale_by_kfac
 from natgrad_jax.transforms.quadratic_model import scale_by_quadratic_model
+from natgrad_jax.utils.hyperparams import Scalar
 
 
 def adaptive_kfac(

@@ -4,9 +4,9 @@ from typing import Any
 
 import optax
 
-from natgrad_jax import paths
 from natgrad_jax.layers import Layers
-from natgrad_jax.scalars import Scalar, at, check_positive
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.hyperparams import Scalar, at, check_positive
 
 
 def descent(
@@ -41,7 +41,9 @@ def _weight_decay(rate: Scalar, layers: Layers) -> optax.GradientTransformation:
     frozen = {x.path for x in layers.leftover if x.block == "frozen"}
 
     def decays(params: Any) -> Any:
-        return paths.replace(params, {path: path not in frozen for path in paths.leaves(params)})
+        return tree_paths.replace(
+            params, {path: path not in frozen for path in tree_paths.leaves(params)}
+        )
 
     return optax.add_decayed_weights(rate, mask=decays if frozen else None)
 

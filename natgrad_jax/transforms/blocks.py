@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import paths
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
-from natgrad_jax.paths import Path, join
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.sums import Sums
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.finite import zeros_unless
+from natgrad_jax.utils.precision import at_least_float32
+from natgrad_jax.utils.tree_paths import Path, join
 
 BlockMap = Callable[[Path, jax.Array], jax.Array]
 
@@ -27,7 +29,7 @@ def map_blocks(
     Results keep the dtypes of ``updates``; the mathematics runs in the factors' dtype. Where a
     result is not finite all of them are zero, so that no momentum sees it, and the sum is NaN.
     """
-    given = paths.leaves(updates)
+    given = tree_paths.leaves(updates)
     check_paths(given, layers)
     inner, finite = jnp.zeros((), float), jnp.ones((), bool)
 
@@ -46,32 +48,19 @@ def map_blocks(
         if leftover.block == "frozen":
             new[path] = jnp.zeros_like(given[path])
         elif leftover.block == "diagonal":
-            old = given[path].astype(jnp.promote_types(given[path].dtype, jnp.float32))
+            old = given[path].astype(at_least_float32(given[path].dtype))
             mapped = of_diagonal(path, old)
             inner += jnp.sum(mapped * old).astype(inner.dtype)
             new[path] = mapped.astype(given[path].dtype)
         else:
             finite &= jnp.all(jnp.isfinite(given[path]))
     finite &= jnp.isfinite(inner)  # what is not finite makes its product with the old so
-    return zeros_unless(finite, paths.replace(updates, new)), jnp.where(finite, inner, jnp.nan)
-
-
-def only_finite(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
-    """The updates and 0; zeros and 1 where any number in them is not finite."""
-    finite = jnp.ones((), bool)
-    for x in jax.tree.leaves(updates):
-        finite &= jnp.all(jnp.isfinite(x))
-    return zeros_unless(finite, updates), 1 - finite.astype(jnp.int32)
-
-
-def zeros_unless(finite: jax.Array, updates: optax.Updates) -> optax.Updates:
-    """The updates, or zeros."""
-    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
+    return zeros_unless(finite, tree_paths.replace(updates, new)), jnp.where(finite, inner, jnp.nan)
 
 
 def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> Any:
     """``tree`` with each layer's packed ``K̄`` mapped and all else as it is; dtypes stay."""
-    given = paths.leaves(tree)
+    given = tree_paths.leaves(tree)
     new: dict[Path, jax.Array] = {}
     for path, layer in layers.items():
         arrays = _parameters_of(layer, given)
@@ -80,12 +69,12 @@ def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> A
         mapped = layer.unpack(of_layer(path, layer.pack(layer.to_matrix(*arrays))))
         for parameter, x in zip(layer.parameters, layer.from_matrix(mapped), strict=True):
             new[parameter.path] = x.astype(given[parameter.path].dtype)
-    return paths.replace(tree, new)
+    return tree_paths.replace(tree, new)
 
 
 def packed(updates: optax.Updates, layers: Layers) -> dict[Path, jax.Array]:
     """Each layer's packed ``K̄``, but for layers that are masked out."""
-    given = paths.leaves(updates)
+    given = tree_paths.leaves(updates)
     found = {path: _parameters_of(layer, given) for path, layer in layers.items()}
     return {
         path: layers[path].pack(layers[path].to_matrix(*arrays))
@@ -105,10 +94,10 @@ def trust_region(
     plain = {x.path for x in layers.leftover if x.block == "gradient"}
     scaled = {
         path: x * scale.astype(x.dtype)
-        for path, x in paths.leaves(updates).items()
+        for path, x in tree_paths.leaves(updates).items()
         if path not in plain
     }
-    return paths.replace(updates, scaled)
+    return tree_paths.replace(updates, scaled)
 
 
 def check_statistics(

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 
-from natgrad_jax import maps, paths
+from natgrad_jax import maps
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.layer import Layer
-from natgrad_jax.paths import Path
 from natgrad_jax.transforms.blocks import map_layers
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.tree_paths import Path
 
 ON_REFRESH = ("transport", "keep", "reset")
 
@@ -29,12 +30,12 @@ def carry(
     Trees of gradients take the map of gradients, those in the fields of ``SQUARES`` the squares of
     its entries.
     """
-    given = {path: x.shape for path, x in paths.leaves(like).items()}
+    given = {path: x.shape for path, x in tree_paths.leaves(like).items()}
 
     def is_like(x: Any) -> bool:
         if type(x) is not type(like):
             return False
-        own = paths.leaves(x)
+        own = tree_paths.leaves(x)
         return bool(own) and all(
             path in given and getattr(leaf, "shape", None) == given[path]
             for path, leaf in own.items()

@@ -12,9 +12,10 @@ from natgrad_jax import averages, shares
 from natgrad_jax.averages import Factors
 from natgrad_jax.layer import Layer, Parameter
 from natgrad_jax.layers import Layers
-from natgrad_jax.paths import Path, join
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.sums import Sums
+from natgrad_jax.utils.precision import at_least_float32
+from natgrad_jax.utils.tree_paths import Path, join
 
 
 class Estimates(NamedTuple):
@@ -43,7 +44,7 @@ def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
         factors={path: shares.initial(x, dtype=factor_dtype) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         diagonal={
-            p.path: jnp.zeros(_terms(p) + p.shape, jnp.promote_types(p.dtype, jnp.float32))
+            p.path: jnp.zeros(_terms(p) + p.shape, at_least_float32(p.dtype))
             for p in layers.diagonals
         },
         diagonal_weights={p.path: jnp.zeros(_terms(p), float) for p in layers.diagonals},

@@ -16,12 +16,12 @@ from natgrad_jax.layers import Layers
 from natgrad_jax.linalg.divided import Devices
 from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import keep_finite
-from natgrad_jax.paths import Path
 from natgrad_jax.requests import Request, Spelled, spell
-from natgrad_jax.scalars import Scalar, at
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.carry import carry
+from natgrad_jax.utils.hyperparams import Scalar, at
+from natgrad_jax.utils.tree_paths import Path
 from natgrad_jax.whitened import whiten
 
 

@@ -7,20 +7,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import coordinates as charts, maps, paths
+from natgrad_jax import coordinates as charts, maps
 from natgrad_jax.approximations import approximation
 from natgrad_jax.clock import due
 from natgrad_jax.coordinates import CHOICES
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.linalg.divided import devices
-from natgrad_jax.paths import Path
 from natgrad_jax.requests import Request
-from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates, following
 from natgrad_jax.transforms.carry import ON_REFRESH
 from natgrad_jax.transforms.following import InCoordinatesState
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.finite import only_finite
+from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
+from natgrad_jax.utils.tree_paths import Path
 from natgrad_jax.whitened import unwhiten, whiten
 
 
@@ -141,7 +143,7 @@ def in_coordinates(
         statistics: Statistics | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, InCoordinatesState]:
-        blocks.check_paths(paths.leaves(updates), layers)
+        blocks.check_paths(tree_paths.leaves(updates), layers)
         own = all_own.within(state.factors)
         if own:
             blocks.check_statistics(statistics, own, "in_coordinates", choice.outputs)
@@ -226,16 +228,16 @@ def _run(
         extra = {**extra, "value_fn": in_them}
     hat = None if params is None else whiten(params, layers, bases)
     # the inner state must not see what is not finite, nor the parameters
-    seen, bad_gradient = blocks.only_finite(into(updates))
+    seen, bad_gradient = only_finite(into(updates))
     found, inner_state = inner.update(seen, state.inner, hat, **extra)
     # an update is a difference of parameters, and the way back is linear
-    found, bad_update = blocks.only_finite(unwhiten(found, layers, bases))
+    found, bad_update = only_finite(unwhiten(found, layers, bases))
     rejected = state.rejected + bad_gradient + bad_update
     return found, state._replace(inner=inner_state, rejected=rejected)
 
 
 def _frozen(updates: optax.Updates, layers: Layers) -> optax.Updates:
     """Zeros for the parameters that are to stay."""
-    given = paths.leaves(updates)
+    given = tree_paths.leaves(updates)
     frozen = [x.path for x in layers.leftover if x.block == "frozen" and x.path in given]
-    return paths.replace(updates, {path: jnp.zeros_like(given[path]) for path in frozen})
+    return tree_paths.replace(updates, {path: jnp.zeros_like(given[path]) for path in frozen})

@@ -11,10 +11,10 @@ from natgrad_jax.clock import Clock
 from natgrad_jax.eigenbases import Refresh, initial, scaled
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
-from natgrad_jax.paths import Path
 from natgrad_jax.requests import Spelled
 from natgrad_jax.transforms import squares
 from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
+from natgrad_jax.utils.tree_paths import Path
 
 
 class EKFACState(NamedTuple):

@@ -10,11 +10,11 @@ from natgrad_jax.damping_rules import split
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import inversion
 from natgrad_jax.requests import Request, stride_of
-from natgrad_jax.scalars import Scalar, check_positive
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
 from natgrad_jax.transforms.kronecker import kronecker
 from natgrad_jax.transforms.preconditioner import Rules
 from natgrad_jax.transforms.refreshing import turns
+from natgrad_jax.utils.hyperparams import Scalar, check_positive
 
 
 def scale_by_kfac(

@@ -14,11 +14,11 @@ from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import Inversion, followed, identities, inverses, keep_finite, operate
-from natgrad_jax.paths import Path
 from natgrad_jax.requests import Spelled
 from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.transforms.refreshing import Turns, in_turn
+from natgrad_jax.utils.tree_paths import Path
 
 Divide = Callable[..., tuple[jax.Array, jax.Array]]  # of λ between the factors
 

@@ -11,11 +11,11 @@ from natgrad_jax.damping_rules import equal
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.operators import inversion
 from natgrad_jax.requests import Request, stride_of
-from natgrad_jax.scalars import Scalar, at, check_not_negative
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
 from natgrad_jax.transforms.kronecker import kronecker
 from natgrad_jax.transforms.preconditioner import Rules
 from natgrad_jax.transforms.refreshing import turns
+from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative
 
 
 def ngd(

@@ -10,12 +10,12 @@ import optax
 from natgrad_jax.clock import due, start, tick
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
-from natgrad_jax.paths import Path
 from natgrad_jax.requests import Request, spell
-from natgrad_jax.scalars import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates
 from natgrad_jax.transforms.refreshing import Turns
+from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
+from natgrad_jax.utils.tree_paths import Path
 
 
 class Rules(NamedTuple):

@@ -5,9 +5,9 @@ from typing import Any
 import optax
 
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.scalars import Scalar
 from natgrad_jax.transforms.alias import descent, trace
 from natgrad_jax.transforms.in_coordinates import in_coordinates
+from natgrad_jax.utils.hyperparams import Scalar
 
 
 def prong(

@@ -13,10 +13,10 @@ from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.linalg.stacking import solve
 from natgrad_jax.operators import keep_finite
-from natgrad_jax.paths import Path
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates
 from natgrad_jax.transforms.refreshing import Turns, in_turn
+from natgrad_jax.utils.tree_paths import Path
 
 State = TypeVar("State", bound=Any)
 

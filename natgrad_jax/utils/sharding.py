@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from natgrad_jax import compat
+from natgrad_jax.utils import compat
 
 T = TypeVar("T")
 AxisName = str | Sequence[str] | None

@@ -16,6 +16,11 @@ def at(value: Scalar, step: jax.Array) -> jax.Array:
     return jnp.asarray(value(step) if callable(value) else value, float)
 
 
+def is_concrete(x: Any) -> bool:
+    """Whether a value is known now: no tracer."""
+    return not isinstance(x, jax.core.Tracer)
+
+
 def check_positive(**values: Any) -> None:
     """Raise for a concrete value that is not positive; traced values and schedules pass."""
     for name, value in values.items():
@@ -55,4 +60,4 @@ def _is_number(name: str, value: Any) -> bool:
         raise TypeError(f"{name} takes a float, an array or a schedule; got {value!r}.")
     if jnp.ndim(value):
         raise ValueError(f"{name} is one number for all layers; got shape {jnp.shape(value)}.")
-    return not isinstance(value, jax.core.Tracer)
+    return is_concrete(value)

@@ -1,0 +1,1 @@
+"""What knows nothing of curvature: trees by path, hyperparameters, devices, precision, versions."""
