@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from natgrad_jax.averages import zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
+from natgrad_jax.linalg.batched_solve import Problem, Solving, alone
 from natgrad_jax.linalg.batching import trace_of
-from natgrad_jax.linalg.eigenbasis import eigenbasis
+from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.linalg.low_rank import LowRank, initial_subspace, subspace
-from natgrad_jax.linalg.stacking import Problem, Solving, alone
 from natgrad_jax.utils.precision import HIGHEST
 
 
@@ -66,7 +66,7 @@ def white_inputs(
 
     A layer without bias cannot take a centre back: there c = 0. Where the last coordinates have k
     directions, so many are followed from there, and the others are taken at their mean variance. A
-    computation for :func:`~natgrad_jax.linalg.stacking.solve`, as the next two.
+    computation for :func:`~natgrad_jax.linalg.batched_solve.solve`, as the next two.
     """
     second, mean = second_and_mean(layer, factors.A)
     if old is not None and old.A is not None and old.A_rest is not None:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from natgrad_jax import directions
 from natgrad_jax.averages import bias_of, pair
 from natgrad_jax.layer import Layer
-from natgrad_jax.linalg.eigenbasis import eigenbasis
+from natgrad_jax.linalg.batched_solve import Problem, Solving
+from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.linalg.low_rank import initial_subspace, subspace
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
-from natgrad_jax.linalg.stacking import Problem, Solving
 from natgrad_jax.operators import identities
 from natgrad_jax.sides import Side
 from natgrad_jax.utils.precision import HIGHEST
@@ -57,7 +57,7 @@ def eigenbases(
 
     ``old`` are the last bases, partial where the new ones are to be; elements of the stack that
     have none yet (``first``, ``(*stack,)``) take ``eigh``. A computation for
-    :func:`~natgrad_jax.linalg.stacking.solve`.
+    :func:`~natgrad_jax.linalg.batched_solve.solve`.
     """
     sides = [layer.input_side] + ([layer.output_side] if layer.output_side is not None else [])
     given = list(zip(sides, factors, old, strict=False))

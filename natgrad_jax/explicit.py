@@ -122,7 +122,7 @@ def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Arra
         if came != shape:
             raise ValueError(
                 f"these Layers were found on another model: they have {tree_paths.join(path)} of "
-                f"shape {shape}, params has {came}. Call find_layers again with this model's params."
+                f"shape {shape}, params has {came}. Call find_layers again with these params."
             )
     return {p.path: by_path[p.path] for p in parameters}
 

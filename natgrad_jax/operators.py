@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from natgrad_jax.averages import bias_of, pair, zero_factors
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layer import Layer
+from natgrad_jax.linalg.batched_solve import Problem, Solving
 from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.linalg.low_rank import LowRank, between, initial_subspace, low_rank_inverse
 from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
-from natgrad_jax.linalg.retrying import raised
-from natgrad_jax.linalg.stacking import Problem, Solving
+from natgrad_jax.linalg.retry import raised
 from natgrad_jax.linalg.woodbury import root, woodbury
 from natgrad_jax.sides import Side
 from natgrad_jax.utils.precision import HIGHEST
@@ -100,7 +100,7 @@ def inverses(
 
     ``divide`` splits λ between the factors by their mean eigenvalues; ``old`` are the last
     inverses, from which those of low rank start. Also how many factorisations failed and took more
-    damping, int32 ``()``. A computation for :func:`~natgrad_jax.linalg.stacking.solve`.
+    damping, int32 ``()``. A computation for :func:`~natgrad_jax.linalg.batched_solve.solve`.
     """
     if layer.output_side is None or factors.G is None:
         on_f = jnp.broadcast_to(damping, factors.A.shape[:-2]).astype(factors.A.dtype)

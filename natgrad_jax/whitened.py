@@ -13,7 +13,7 @@ from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.kinds.conv import conv, padded
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.linalg.stacking import solve
+from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.shares import batch_factors
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms.blocks import check_statistics, map_layers

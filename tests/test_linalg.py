@@ -9,15 +9,15 @@ import pytest
 
 from natgrad_jax.linalg import (
     cholesky,
-    eigenbasis,
+    eigh,
     low_rank,
     newton_schulz,
     orthogonal_iteration,
     pseudo_inverse,
-    retrying,
+    retry,
     woodbury,
 )
-from natgrad_jax.linalg.stacking import Problem, in_stacks
+from natgrad_jax.linalg.batched_solve import Problem, in_stacks
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_eigenbasis_and_its_refinement(n: int, batch: tuple[int, ...]) -> None:
     Q, _ = np.linalg.qr(random.normal(size=(*batch, n, n)))
     values = np.sort(random.uniform(size=(*batch, n)) ** 4, axis=-1)
     factor = jnp.asarray((Q * values[..., None, :]) @ np.swapaxes(Q, -1, -2))
-    basis, found = eigenbasis.eigenbasis(factor)
+    basis, found = eigh.eigenbasis(factor)
     np.testing.assert_allclose(found, values, atol=1e-12)
     rebuilt = (basis * found[..., None, :]) @ jnp.swapaxes(basis, -1, -2)
     np.testing.assert_allclose(rebuilt, factor, atol=1e-12)
@@ -148,7 +148,7 @@ def test_a_failed_factorisation_takes_more_damping(batch: tuple[int, ...]) -> No
     factor = np.broadcast_to(np.diag([1.0, -0.5]), (*batch, 2, 2)).copy()
     factor[..., 1, 1] *= np.arange(1, 1 + np.prod(batch, dtype=int)).reshape(batch) % 3
     damping = np.full(batch, 0.01)
-    found, failures = retrying.raised(
+    found, failures = retry.raised(
         jnp.asarray(factor), jnp.asarray(damping), op=cholesky.damped_inverse
     )
     expected = {-0.5: 2, -1.0: 3, 0.0: 0}
@@ -160,8 +160,8 @@ def test_a_failed_factorisation_takes_more_damping(batch: tuple[int, ...]) -> No
 
 def test_a_hopeless_factorisation_ends() -> None:
     nothing = lambda factor, damping: factor * jnp.nan
-    found, failures = retrying.raised(jnp.eye(2), jnp.array(1.0), op=nothing)
-    assert failures == retrying.ATTEMPTS and np.isnan(found).all()
+    found, failures = retry.raised(jnp.eye(2), jnp.array(1.0), op=nothing)
+    assert failures == retry.ATTEMPTS and np.isnan(found).all()
 
 
 def test_problems_of_nearly_equal_size_are_filled_up() -> None:

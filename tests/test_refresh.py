@@ -15,10 +15,10 @@ import pytest
 from jax.sharding import AxisType
 
 import natgrad_jax as ng
+from natgrad_jax.linalg.batched_solve import Problem, in_stacks
 from natgrad_jax.linalg.cholesky import damped_inverse
-from natgrad_jax.linalg.divided import balanced, devices
-from natgrad_jax.linalg.eigenbasis import eigenbasis
-from natgrad_jax.linalg.stacking import Problem, in_stacks
+from natgrad_jax.linalg.distributed import balanced, devices
+from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.transforms.refreshing import turns
 
 PERIOD = 4

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.linalg.eigenbasis import eigenbasis
+from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.utils.precision import HIGHEST
 
 

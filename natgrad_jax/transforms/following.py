@@ -13,8 +13,8 @@ from natgrad_jax.clock import Clock, due, start, tick
 from natgrad_jax.coordinates import Choice, Coordinates
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
-from natgrad_jax.linalg.divided import Devices
-from natgrad_jax.linalg.stacking import solve
+from natgrad_jax.linalg.batched_solve import solve
+from natgrad_jax.linalg.distributed import Devices
 from natgrad_jax.operators import keep_finite
 from natgrad_jax.requests import Request, Spelled, spell
 from natgrad_jax.statistics import Statistics

@@ -13,7 +13,7 @@ from natgrad_jax.clock import due
 from natgrad_jax.coordinates import CHOICES
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.linalg.divided import devices
+from natgrad_jax.linalg.distributed import devices
 from natgrad_jax.requests import Request
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates, following

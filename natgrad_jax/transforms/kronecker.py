@@ -12,7 +12,7 @@ from natgrad_jax.averages import Factors
 from natgrad_jax.clock import Clock
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
-from natgrad_jax.linalg.stacking import solve
+from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.operators import Inversion, followed, identities, inverses, keep_finite, operate
 from natgrad_jax.requests import Spelled
 from natgrad_jax.transforms import estimates

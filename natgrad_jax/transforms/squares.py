@@ -11,7 +11,7 @@ from natgrad_jax import averages, shares
 from natgrad_jax.eigenbases import Refresh, carried, eigenbases, squares
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
-from natgrad_jax.linalg.stacking import solve
+from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.operators import keep_finite
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates

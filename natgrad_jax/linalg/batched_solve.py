@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.linalg.divided import Devices, divided
+from natgrad_jax.linalg.distributed import Devices, divided
 
 K = TypeVar("K")
 R = TypeVar("R")
