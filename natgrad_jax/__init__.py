@@ -2,7 +2,6 @@
 
 from natgrad_jax import diagnostics
 from natgrad_jax.accumulation import accumulate
-from natgrad_jax.checkpoints import check_state
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.explicit import fisher, fisher_diagonal
@@ -16,10 +15,11 @@ from natgrad_jax.quadratic import (
     quadratic_forms,
 )
 from natgrad_jax.ranks import rank_for
-from natgrad_jax.readers import bases, damping, factors
+from natgrad_jax.state.accessors import bases, damping, factors
+from natgrad_jax.state.checkpoints import check_state
+from natgrad_jax.state.train_state import TrainState
 from natgrad_jax.statistics import Statistics, value_and_grad
 from natgrad_jax.tagging import UncoveredWarning, find_layers
-from natgrad_jax.train_state import TrainState
 from natgrad_jax.transforms.adaptive_damping import (
     AdaptiveDampingState,
     DampingRule,

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import readers
 from natgrad_jax.averages import bias_of, in_full
 from natgrad_jax.damping_rules import split
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.sides import Side
+from natgrad_jax.state import accessors
 
 
 def rank_for(
@@ -47,7 +47,7 @@ def rank_for(
     2
     """
     check_layers(layers)
-    found = readers.factors(opt_state)
+    found = accessors.factors(opt_state)
     ranks = [1]
     for path, layer in layers.items():
         if layer.output_side is None:

@@ -6,11 +6,8 @@ takes: so it is spelled in the keys of a dict without leaves, ``{"weight_sharing
 
 from typing import Any, NamedTuple
 
-import jax
-from flax import nnx
-
 from natgrad_jax.approximations import Approximation
-from natgrad_jax.clock import Clock
+from natgrad_jax.state.walk import plain, states
 
 Spelled = dict[str, tuple[()]]
 
@@ -78,23 +75,7 @@ def usual_stride(examples: int) -> int:
     return 2 if examples >= 2 * ENOUGH else 1
 
 
-def states(opt_state: Any) -> list[Any]:
-    """Every state of this library inside an optimizer state, however deep: those with a clock."""
-
-    def is_ours(x: Any) -> bool:
-        return isinstance(getattr(x, "clock", None), Clock)
-
-    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
-
-
 def requests(opt_state: Any) -> list[tuple[Request, Any]]:
     """The requests in an optimizer state, each with the state that makes it."""
     found = states(plain(opt_state))
     return [(parse(s.request), s) for s in found if hasattr(s, "request")]
-
-
-def plain(opt_state: Any) -> Any:
-    """The state with its arrays out of the variables that NNX optimizers wrap them in."""
-    is_variable = lambda x: isinstance(x, nnx.Variable)
-    unwrap = lambda x: x[...] if is_variable(x) else x
-    return jax.tree.map(unwrap, opt_state, is_leaf=is_variable)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import measuring, seeds
-from natgrad_jax.clock import statistics_due
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.losses import Loss, global_count, whole_count
 from natgrad_jax.measuring import Measured, Plan
+from natgrad_jax.state.clock import statistics_due
 from natgrad_jax.sums import Sums
 from natgrad_jax.tagging import as_loss, frontend_of
 from natgrad_jax.utils import compat, tree_paths

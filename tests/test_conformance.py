@@ -35,7 +35,7 @@ from transformations import (
 
 import natgrad_jax as ng
 from natgrad_jax.coordinates import CHOICES
-from natgrad_jax.requests import states
+from natgrad_jax.state.walk import states
 
 KEY = jax.random.key(0)
 each_row = pytest.mark.parametrize("name", TABLE)

@@ -19,7 +19,8 @@ from natgrad_jax.eigenbases import everywhere, scaled
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.operators import operate
-from natgrad_jax.requests import parse, states
+from natgrad_jax.requests import parse
+from natgrad_jax.state.walk import states
 
 pytestmark = pytest.mark.once
 

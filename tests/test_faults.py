@@ -10,8 +10,8 @@ import pytest
 from transformations import BASE, Batch, Poison, batch, compiled, finite
 
 import natgrad_jax as ng
-from natgrad_jax.clock import Clock
-from natgrad_jax.requests import states
+from natgrad_jax.state.clock import Clock
+from natgrad_jax.state.walk import states
 from natgrad_jax.transforms.refreshing import PERIOD
 
 pytestmark = pytest.mark.once

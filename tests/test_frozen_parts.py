@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import natgrad_jax as ng
-from natgrad_jax.requests import states
+from natgrad_jax.state.walk import states
 
 HEAD = ("head",)
 

@@ -277,7 +277,7 @@ def stepper(tx: Any, s: Setting) -> Callable[..., Any]:
 
 def asks(state: Any) -> Any:
     """The state, where it says what to measure: what needs no statistics has no clock."""
-    from natgrad_jax.clock import clocks
+    from natgrad_jax.state.clock import clocks
 
     return state if clocks(state) else None
 

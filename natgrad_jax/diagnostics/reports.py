@@ -15,7 +15,8 @@ from natgrad_jax.diagnostics.spectrum import condition_number, of_layer
 from natgrad_jax.diagnostics.table import table
 from natgrad_jax.eigenbases import everywhere
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.requests import parse, plain
+from natgrad_jax.requests import parse
+from natgrad_jax.state.walk import plain
 from natgrad_jax.transforms import blocks
 from natgrad_jax.transforms.adaptive_damping import AdaptiveDampingState
 from natgrad_jax.transforms.estimates import diagonal_of

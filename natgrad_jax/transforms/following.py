@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import averages, coordinates as charts, shares
-from natgrad_jax.clock import Clock, due, start, tick
 from natgrad_jax.coordinates import Choice, Coordinates
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
@@ -17,6 +16,7 @@ from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.linalg.distributed import Devices
 from natgrad_jax.operators import keep_finite
 from natgrad_jax.requests import Request, Spelled, spell
+from natgrad_jax.state.clock import Clock, due, start, tick
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.carry import carry

@@ -9,12 +9,12 @@ import optax
 
 from natgrad_jax import coordinates as charts, maps
 from natgrad_jax.approximations import approximation
-from natgrad_jax.clock import due
 from natgrad_jax.coordinates import CHOICES
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.linalg.distributed import devices
 from natgrad_jax.requests import Request
+from natgrad_jax.state.clock import due
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates, following
 from natgrad_jax.transforms.carry import ON_REFRESH

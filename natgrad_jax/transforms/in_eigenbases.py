@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.averages import Factors
-from natgrad_jax.clock import Clock
 from natgrad_jax.eigenbases import Refresh, initial, scaled
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.requests import Spelled
+from natgrad_jax.state.clock import Clock
 from natgrad_jax.transforms import squares
 from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.utils.tree_paths import Path

@@ -9,12 +9,12 @@ import optax
 
 from natgrad_jax import averages, shares
 from natgrad_jax.averages import Factors
-from natgrad_jax.clock import Clock
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.operators import Inversion, followed, identities, inverses, keep_finite, operate
 from natgrad_jax.requests import Spelled
+from natgrad_jax.state.clock import Clock
 from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.transforms.refreshing import Turns, in_turn

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.clock import due, start, tick
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
 from natgrad_jax.requests import Request, spell
+from natgrad_jax.state.clock import due, start, tick
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import blocks, estimates
 from natgrad_jax.transforms.refreshing import Turns

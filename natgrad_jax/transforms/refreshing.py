@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.clock import due
 from natgrad_jax.layer import Layer
 from natgrad_jax.linalg.distributed import Devices, balanced, devices
 from natgrad_jax.sides import Side
+from natgrad_jax.state.clock import due
 from natgrad_jax.utils.hyperparams import Scalar, at, check_period
 from natgrad_jax.utils.tree_paths import Path
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from natgrad_jax.requests import plain, states
+from natgrad_jax.state.walk import plain, states
 
 
 def factors(opt_state: Any) -> dict[Any, Any]:
