@@ -11,7 +11,7 @@ from natgrad_jax import measuring, seeds
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.losses import Loss, global_count, whole_count
 from natgrad_jax.measuring import Measured, Plan
-from natgrad_jax.state.clock import statistics_due
+from natgrad_jax.state.walk import statistics_due
 from natgrad_jax.sums import Sums
 from natgrad_jax.tagging import as_loss, frontend_of
 from natgrad_jax.utils import compat, tree_paths

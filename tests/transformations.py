@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 import natgrad_jax as ng
+from natgrad_jax.state.walk import states
 
 EXAMPLES, INPUTS, CLASSES = 8, 4, 3
 
@@ -277,9 +278,7 @@ def stepper(tx: Any, s: Setting) -> Callable[..., Any]:
 
 def asks(state: Any) -> Any:
     """The state, where it says what to measure: what needs no statistics has no clock."""
-    from natgrad_jax.state.clock import clocks
-
-    return state if clocks(state) else None
+    return state if states(state) else None
 
 
 class Jitted:

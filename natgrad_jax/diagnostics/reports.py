@@ -16,7 +16,7 @@ from natgrad_jax.diagnostics.table import table
 from natgrad_jax.eigenbases import everywhere
 from natgrad_jax.layers import Layers, check_layers
 from natgrad_jax.requests import parse
-from natgrad_jax.state.walk import plain
+from natgrad_jax.state.walk import instances, plain
 from natgrad_jax.transforms import blocks
 from natgrad_jax.transforms.adaptive_damping import AdaptiveDampingState
 from natgrad_jax.transforms.estimates import diagonal_of
@@ -152,7 +152,7 @@ def _report(layers: Layers, opt_state: Any, updates: Any, grads: Any, spectra: b
         rows |= {f"{found.name}/{'.'.join(path)}": x for path, x in own.items()}
         totals[found.name] = _total(found.state, list(own.values()))
     for name, (kind, fields) in OTHERS.items():
-        for i, state in enumerate(_states(opt_state, kind)):
+        for i, state in enumerate(instances(opt_state, kind)):
             numbered = f"{name}_{i}" if i else name
             totals[numbered] = {key: getattr(state, key) for key in fields}
     return Report(totals, rows, tuple(rows))
@@ -233,9 +233,3 @@ def _total(state: Any, rows: list[Measures]) -> Measures:
             summed = jnp.stack([jnp.sum(x**2 if squared else x) for x in own]).sum()
             total[name] = jnp.sqrt(summed) if squared else summed
     return total
-
-
-def _states(tree: Any, kind: type) -> list[Any]:
-    """Every state of that kind, however deep."""
-    is_one = lambda x: isinstance(x, kind)
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_one) if is_one(x)]

@@ -9,6 +9,7 @@ import optax
 
 from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.state.clock import due
+from natgrad_jax.state.walk import instances
 from natgrad_jax.tagging import as_loss
 from natgrad_jax.transforms.extra import needed, on_parameters
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
@@ -240,8 +241,7 @@ def _predicted(
     updates: Any,
 ) -> jax.Array:
     """``∇ᵀδ + ½ δᵀFδ``; as the quadratic model found it where there is one."""
-    is_model = lambda x: isinstance(x, QuadraticModelState)
-    models = [x for x in jax.tree.leaves(inner, is_leaf=is_model) if is_model(x)]
+    models = instances(inner, QuadraticModelState)
     if models:
         return models[-1].predicted
     slopes = jax.tree.map(lambda g, u: jnp.sum(g.astype(float) * u.astype(float)), grad, updates)
