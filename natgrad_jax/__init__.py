@@ -3,12 +3,12 @@
 from natgrad_jax import diagnostics
 from natgrad_jax.accumulation import accumulate
 from natgrad_jax.coordinates import Coordinates
-from natgrad_jax.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.explicit import fisher, fisher_diagonal
 from natgrad_jax.hessian_free import natural_gradient
 from natgrad_jax.layer import Layer
 from natgrad_jax.layers import Layers
-from natgrad_jax.losses import Loss
+from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
+from natgrad_jax.losses.loss import Loss
 from natgrad_jax.quadratic import (
     fisher_vector_product,
     gauss_newton_vector_product,

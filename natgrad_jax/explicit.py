@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import seeds
 from natgrad_jax.layer import Parameter
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.losses import Loss, Term, positive
+from natgrad_jax.losses import output_cotangents
+from natgrad_jax.losses.loss import Loss, Term, positive
 from natgrad_jax.quadratic import Model, model_of
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.precision import HIGHEST, at_least_float32
@@ -25,7 +25,7 @@ from natgrad_jax.utils.tree_paths import Path
 MAX_PARAMETERS = 20_000
 
 # How many seeds, the seed of each index, and of which term.
-_Pass = tuple[int, Callable[[Any], seeds.Seeds], int]
+_Pass = tuple[int, Callable[[Any], output_cotangents.Seeds], int]
 
 
 def fisher(
@@ -130,19 +130,21 @@ def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Arra
 def _passes(loss: Loss, fisher: str, rng: Any, samples: int) -> list[_Pass]:
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
-    seeds.check_key(rng)
+    output_cotangents.check_key(rng)
     signs, leading = jax.random.key(0), [0] * len(loss.terms)
     if fisher == "exact":
-        columns = enumerate(seeds.exact_columns(loss, (), signs, leading))
+        columns = enumerate(output_cotangents.exact_columns(loss, (), signs, leading))
         return [(count, seed, i) for i, (count, seed) in columns]
     if fisher == "mc" and rng is None:
         raise ValueError('fisher="mc" samples labels from the model and needs a key: pass rng=key.')
     if fisher == "mc":
         keys = rng[None] if samples == 1 else jax.random.split(rng, samples)
-        draw = lambda i: lambda k: seeds.sampled(loss, (), keys[k], samples, leading, (i,))
+        draw = lambda i: (
+            lambda k: output_cotangents.sampled(loss, (), keys[k], samples, leading, (i,))
+        )
         return [(samples, draw(i), i) for i in range(len(loss.terms))]
     if fisher == "empirical":
-        true = lambda i: lambda k: seeds.observed(loss, (), signs, leading, (i,))
+        true = lambda i: lambda k: output_cotangents.observed(loss, (), signs, leading, (i,))
         return [(1, true(i), i) for i in range(len(loss.terms))]
     raise ValueError(f'fisher must be "exact", "mc" or "empirical"; got {fisher!r}.')
 
@@ -191,7 +193,7 @@ def _outer(J: jax.Array, seed: jax.Array, n: int) -> jax.Array:
     return einsum("np,nq->pq", v, v)
 
 
-def _squares(pullback: Any, total: Any, seed: seeds.Seeds, n: int, term: int) -> Any:
+def _squares(pullback: Any, total: Any, seed: output_cotangents.Seeds, n: int, term: int) -> Any:
     """``total + Σₙ vₙ²`` over n examples of one term, one after another."""
 
     def only(i: int, c: jax.Array, example: jax.Array) -> jax.Array:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.losses import Loss, Term, positive
-from natgrad_jax.tagging import as_loss, frontend_of
+from natgrad_jax.losses.loss import Loss, Term, as_loss, positive
+from natgrad_jax.tagging import frontend_of
 from natgrad_jax.utils.precision import at_least_float32
 
 

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import measuring, seeds
+from natgrad_jax import measuring
 from natgrad_jax.layers import Layers, check_layers
-from natgrad_jax.losses import Loss, global_count, whole_count
+from natgrad_jax.losses import output_cotangents
+from natgrad_jax.losses.loss import Loss, as_loss, global_count, whole_count
 from natgrad_jax.measuring import Measured, Plan
 from natgrad_jax.state.walk import statistics_due
 from natgrad_jax.sums import Sums
-from natgrad_jax.tagging import as_loss, frontend_of
+from natgrad_jax.tagging import frontend_of
 from natgrad_jax.utils import compat, tree_paths
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
 from natgrad_jax.utils.tree_paths import Path
@@ -132,7 +133,7 @@ def of_one_part(
                 'fisher="mc" samples labels from the model and needs a key: call '
                 "grad_fn(params, batch, rng=key), with another key each step."
             )
-        seeds.check_key(rng)
+        output_cotangents.check_key(rng)
         frontend = frontend_of(params)
         tree, rest = frontend.split(params)
         _check_layers(layers, tree)
@@ -217,7 +218,7 @@ def _measure(
     return _statistics(loss, plan, found, axes)
 
 
-Work = list[tuple[int, Callable[[jax.Array], seeds.Seeds]]]
+Work = list[tuple[int, Callable[[jax.Array], output_cotangents.Seeds]]]
 
 
 def _seeds(
@@ -226,12 +227,12 @@ def _seeds(
     """The backward passes that measure these terms: how many, and the seeds of each by number."""
     of, signs = plan.examples, jax.random.key(0) if rng is None else rng
     if plan.fisher == "empirical":
-        return [(1, lambda _: seeds.observed(loss, axes, signs, of, terms))]
+        return [(1, lambda _: output_cotangents.observed(loss, axes, signs, of, terms))]
     if plan.fisher == "exact":
-        columns = seeds.exact_columns(loss, axes, signs, of)
+        columns = output_cotangents.exact_columns(loss, axes, signs, of)
         return [columns[term] for term in terms]
     keys = rng[None] if samples == 1 else jax.random.split(rng, samples)
-    return [(samples, lambda i: seeds.sampled(loss, axes, keys[i], samples, of, terms))]
+    return [(samples, lambda i: output_cotangents.sampled(loss, axes, keys[i], samples, of, terms))]
 
 
 def _sum_over(

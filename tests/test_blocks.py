@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import natgrad_jax as ng
-from natgrad_jax.seeds import sample_targets
+from natgrad_jax.losses.output_cotangents import sample_targets
 
 pytestmark = pytest.mark.once
 

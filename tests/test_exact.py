@@ -14,10 +14,10 @@ from cases import APPROXIMATED, CASES, LINEN_ONLY, REPRESENTATIVE, Case
 from flax import nnx
 
 import natgrad_jax as ng
-from natgrad_jax import seeds
 from natgrad_jax.approximations import Approximation
 from natgrad_jax.directions import is_partial
 from natgrad_jax.eigenbases import everywhere
+from natgrad_jax.losses import output_cotangents
 from natgrad_jax.operators import operate
 from natgrad_jax.utils.tree_paths import leaves
 
@@ -111,7 +111,7 @@ def output_gradients(setup: Setup, fisher: str, rng: Any, arrange: Any) -> Any:
         wanted = [(spot, c) for spot, cs in zip(spots, columns, strict=True) for c in cs]
     else:
         if fisher == "mc":
-            targets = seeds.sample_targets(term, (), jax.random.split(rng, 1)[0])
+            targets = output_cotangents.sample_targets(term, (), jax.random.split(rng, 1)[0])
         else:
             targets = term.targets
         total = lambda z: term.distribution.with_natural(z).nll_per_example(targets).sum()

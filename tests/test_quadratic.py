@@ -11,7 +11,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import natgrad_jax as ng
-from natgrad_jax import seeds
+from natgrad_jax.losses import output_cotangents
 
 pytestmark = pytest.mark.once
 
@@ -136,7 +136,9 @@ def test_sampled_and_true_labels(fisher: str, samples: int) -> None:
         drawn = [term.targets]
     else:
         keys = [key] if samples == 1 else jax.random.split(key, samples)
-        drawn = [seeds.sample_targets(term, (), jax.random.split(k, 1)[0]) for k in keys]
+        drawn = [
+            output_cotangents.sample_targets(term, (), jax.random.split(k, 1)[0]) for k in keys
+        ]
     theta, unravel = ravel_pytree(params)
     total = np.zeros((theta.size, theta.size))
     for labels in drawn:
@@ -161,7 +163,7 @@ def test_gradients_of_one_example_are_summed_before_the_outer_product(
     counts = [int(np.prod(t.distribution.examples)) for t in terms]
     F = np.zeros((theta.size, theta.size))
     for i, (term, k) in enumerate(zip(terms, jax.random.split(key, len(terms)), strict=True)):
-        y = seeds.sample_targets(term, (), k) if fisher == "mc" else term.targets
+        y = output_cotangents.sample_targets(term, (), k) if fisher == "mc" else term.targets
         n = (*term.distribution.examples, 1)[0]
 
         def each(t: Any, i: int = i, y: Any = y, n: int = n) -> jax.Array:

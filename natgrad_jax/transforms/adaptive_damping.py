@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax.losses.loss import as_loss
 from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.state.clock import due
 from natgrad_jax.state.walk import instances
-from natgrad_jax.tagging import as_loss
 from natgrad_jax.transforms.extra import needed, on_parameters
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 from natgrad_jax.utils.finite import only_finite

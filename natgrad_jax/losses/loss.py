@@ -203,6 +203,35 @@ def _scalar(value: Any, doing: str) -> jax.Array:
     return jnp.asarray(value)
 
 
+def as_loss(out: Any, has_aux: bool | None = None) -> Loss:
+    """The Loss in what ``loss_fn`` returned, or an error that says what to return."""
+    loss = out
+    if has_aux is not False and isinstance(out, tuple) and len(out) == 2:
+        loss = out[0]
+    elif has_aux:
+        raise TypeError(
+            "with has_aux=True loss_fn must return a pair (Loss, aux); got "
+            f"{type(out).__name__}. Drop has_aux, or return the pair."
+        )
+    if not isinstance(loss, Loss):
+        hint = " Pass has_aux=True to return (Loss, aux)." if isinstance(out, tuple) else ""
+        name = type(loss).__name__
+        came = f"an array of shape {jnp.shape(loss)}" if hasattr(loss, "shape") else name
+        raise TypeError(
+            f"loss_fn must return a natgrad_jax.Loss; got {came}. The Fisher needs the predictive "
+            "distribution, not only the number: return for example "
+            f"ng.Categorical(logits).nll(labels).{hint}"
+        )
+    if not loss.terms:
+        raise TypeError("loss_fn returned a Loss without any distribution; add an nll to it.")
+    if any(jnp.shape(term.scale) for term in loss.terms):
+        raise TypeError(
+            "loss_fn returned a batch of losses, out of vmap or scan. Map the model alone, and "
+            "call nll once on the stacked outputs: it takes the mean over all leading axes."
+        )
+    return loss
+
+
 def global_count(term: Term, axes: Sequence[str]) -> jax.Array:
     """The term's example count over all devices of the named axes."""
     return psum(vary(term.count, axes), axes)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.losses import Loss, Part, Term
+from natgrad_jax.losses.loss import Loss, Part, Term
 from natgrad_jax.utils.sharding import devices_along, sharded_like
 
 Seeds = tuple[jax.Array, ...]

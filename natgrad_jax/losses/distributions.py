@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.losses import Loss, Term, example_weights, value_range
+from natgrad_jax.losses.loss import Loss, Term, example_weights, value_range
 from natgrad_jax.utils.hyperparams import is_concrete
 from natgrad_jax.utils.precision import at_least_float32
 

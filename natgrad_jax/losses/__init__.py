@@ -1,0 +1,1 @@
+"""Losses, their predictive distributions, and the cotangents of outputs that measure curvature."""
