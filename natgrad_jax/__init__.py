@@ -5,8 +5,8 @@ from natgrad_jax.accumulation import accumulate
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.explicit import fisher, fisher_diagonal
 from natgrad_jax.hessian_free import natural_gradient
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.losses.loss import Loss
 from natgrad_jax.quadratic import (

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
 from natgrad_jax.losses.loss import as_loss
 from natgrad_jax.statistics import of_one_part, value_and_grad
 from natgrad_jax.tagging import frontend_of

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layer import Layer
-from natgrad_jax.sides import Side
+from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.sums import Sums
 
 

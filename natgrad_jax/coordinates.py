@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.averages import zero_factors
 from natgrad_jax.damping_rules import split
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving, alone
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.eigh import eigenbasis

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.linalg.batching import trace_of
-from natgrad_jax.sides import Side
 from natgrad_jax.utils.precision import HIGHEST
 
 

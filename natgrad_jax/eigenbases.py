@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from natgrad_jax import directions
 from natgrad_jax.averages import bias_of, pair
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving
 from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.linalg.low_rank import initial_subspace, subspace
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
 from natgrad_jax.operators import identities
-from natgrad_jax.sides import Side
 from natgrad_jax.utils.precision import HIGHEST
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layer import Parameter
-from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.layers.layer import Parameter
 from natgrad_jax.losses import output_cotangents
 from natgrad_jax.losses.loss import Loss, Term, positive
 from natgrad_jax.quadratic import Model, model_of

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.approximations import Approximation
 from natgrad_jax.averages import Factors
 from natgrad_jax.eigenbases import squares
-from natgrad_jax.layer import Layer, Parameter
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.approximation import Approximation
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.readings import Readings, Wanted, empty_slot, from_slot, to_slot
 from natgrad_jax.requests import requests
 from natgrad_jax.sums import Sums

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from natgrad_jax.averages import bias_of, pair, zero_factors
 from natgrad_jax.damping_rules import split
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving
 from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.linalg.low_rank import LowRank, between, initial_subspace, low_rank_inverse
@@ -16,7 +17,6 @@ from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
 from natgrad_jax.linalg.retry import raised
 from natgrad_jax.linalg.woodbury import root, woodbury
-from natgrad_jax.sides import Side
 from natgrad_jax.utils.precision import HIGHEST
 
 # How factors are inverted; woodbury by Cholesky at a refresh, and by updates between.

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.kinds.regrouped import regrouped
-from natgrad_jax.kinds.thinned import Thinned
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.kinds.regrouped import regrouped
+from natgrad_jax.layers.kinds.subsampled import Thinned
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.requests import usual_stride
 from natgrad_jax.sums import (
     Rows,

@@ -6,7 +6,7 @@ takes: so it is spelled in the keys of a dict without leaves, ``{"weight_sharing
 
 from typing import Any, NamedTuple
 
-from natgrad_jax.approximations import Approximation
+from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.state.walk import plain, states
 
 Spelled = dict[str, tuple[()]]

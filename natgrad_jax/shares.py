@@ -17,7 +17,7 @@ from natgrad_jax.averages import (
     step,
     zero_factors,
 )
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.sums import Sums
 
 

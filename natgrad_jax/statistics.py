@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import measuring
-from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses import output_cotangents
 from natgrad_jax.losses.loss import Loss, as_loss, global_count, whole_count
 from natgrad_jax.measuring import Measured, Plan

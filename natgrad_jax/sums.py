@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import directions
-from natgrad_jax.layer import Layer
-from natgrad_jax.sides import Side
+from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.sharding import replicated, varying_like
 

@@ -16,7 +16,7 @@ from flax import nnx
 from transformations import Setting, find_layers
 
 import natgrad_jax as ng
-from natgrad_jax.layers import MAX_FULL
+from natgrad_jax.layers.collection import MAX_FULL
 from natgrad_jax.linalg.cholesky import LEAF, WHOLE
 from natgrad_jax.operators import RANK
 from natgrad_jax.requests import ENOUGH

@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import natgrad_jax as ng
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.layer import Layer
 
 
 def jacobians(

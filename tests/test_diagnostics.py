@@ -16,7 +16,7 @@ import natgrad_jax as ng
 from natgrad_jax.averages import Factors
 from natgrad_jax.diagnostics import errors, measures
 from natgrad_jax.eigenbases import everywhere, scaled
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.operators import operate
 from natgrad_jax.requests import parse

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.approximations import WHOLE, Approximation
 from natgrad_jax.diagnostics.found import found_in
 from natgrad_jax.eigenbases import scaled
 from natgrad_jax.explicit import check_size, fisher as explicit_fisher
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.layers.approximation import WHOLE, Approximation
+from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.operators import operate
 from natgrad_jax.statistics import value_and_grad
 from natgrad_jax.tagging import find_layers

@@ -14,10 +14,10 @@ from natgrad_jax.diagnostics.measures import Measures
 from natgrad_jax.diagnostics.spectrum import condition_number, of_layer
 from natgrad_jax.diagnostics.table import table
 from natgrad_jax.eigenbases import everywhere
-from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.layers import gradients
+from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.requests import parse
 from natgrad_jax.state.walk import instances, plain
-from natgrad_jax.transforms import blocks
 from natgrad_jax.transforms.adaptive_damping import AdaptiveDampingState
 from natgrad_jax.transforms.estimates import diagonal_of
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
@@ -139,7 +139,7 @@ def report(
     check_layers(layers)
     for tree in (updates, grads):
         if tree is not None:
-            blocks.check_paths(tree_paths.leaves(tree), layers)
+            gradients.check_paths(tree_paths.leaves(tree), layers)
     return _report(layers, plain(opt_state), plain(updates), plain(grads), spectra)
 
 
@@ -161,7 +161,7 @@ def _report(layers: Layers, opt_state: Any, updates: Any, grads: Any, spectra: b
 def _rows(found: Found, updates: Any, grads: Any, spectra: bool) -> dict[Path, Measures]:
     """Every layer of one state, then the leftover parameters."""
     layers, state = found.layers, found.state
-    change, gradient = ({} if x is None else blocks.packed(x, layers) for x in (updates, grads))
+    change, gradient = ({} if x is None else gradients.packed(x, layers) for x in (updates, grads))
     rows = {}
     for path, layer in layers.items():
         given = change.get(path), gradient.get(path)

@@ -11,9 +11,9 @@ from natgrad_jax.averages import bias_of
 from natgrad_jax.coordinates import second_and_mean
 from natgrad_jax.diagnostics.found import Found, found_in
 from natgrad_jax.eigenbases import everywhere
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers
-from natgrad_jax.sides import Side
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.transforms.squares import total_moments
 from natgrad_jax.utils.tree_paths import Path
 

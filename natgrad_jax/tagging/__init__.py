@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as flax_linen, nnx as flax_nnx
 
-from natgrad_jax.layer import Layer, Parameter, free_layer
-from natgrad_jax.layers import Layers, Leftover
+from natgrad_jax.layers.collection import Layers, Leftover
+from natgrad_jax.layers.layer import Layer, Parameter, free_layer
 from natgrad_jax.losses.loss import as_loss
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS

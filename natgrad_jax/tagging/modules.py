@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 from flax import nnx
 
-from natgrad_jax.kinds import conv, dense, embed, norm
-from natgrad_jax.layer import Layout
+from natgrad_jax.layers.kinds import conv, dense, embed, norm
+from natgrad_jax.layers.layer import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 

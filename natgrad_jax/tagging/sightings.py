@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from natgrad_jax.layer import Layer, Layout, LossTerm, Parameter
+from natgrad_jax.layers.layer import Layer, Layout, LossTerm, Parameter
 from natgrad_jax.tagging.axes import OWN, WHOLE, Along, Demand, Demands
 from natgrad_jax.tagging.dependence import Taint, Walk
 from natgrad_jax.tagging.modules import Kind, UnsupportedError, describe

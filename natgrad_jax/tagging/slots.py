@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.kinds.regrouped import regrouped
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.kinds.regrouped import regrouped
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.readings import Readings, Wanted, read
 
 # The name under which a layer's slot lies beside its kernel.

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.transforms.adaptive_damping import (
     DampingRule,
     adaptive_damping,

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.hyperparams import Scalar, at, check_positive
 

@@ -1,23 +1,22 @@
 """What every transformation does around its own mathematics: blocks of a gradient tree, the trust
 region, and the checks of what came in."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.gradients import BlockMap, check_paths, map_layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.sums import Sums
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import zeros_unless
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.tree_paths import Path, join
-
-BlockMap = Callable[[Path, jax.Array], jax.Array]
 
 
 def map_blocks(
@@ -56,31 +55,6 @@ def map_blocks(
             finite &= jnp.all(jnp.isfinite(given[path]))
     finite &= jnp.isfinite(inner)  # what is not finite makes its product with the old so
     return zeros_unless(finite, tree_paths.replace(updates, new)), jnp.where(finite, inner, jnp.nan)
-
-
-def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> Any:
-    """``tree`` with each layer's packed ``K̄`` mapped and all else as it is; dtypes stay."""
-    given = tree_paths.leaves(tree)
-    new: dict[Path, jax.Array] = {}
-    for path, layer in layers.items():
-        arrays = _parameters_of(layer, given)
-        if arrays is None:
-            continue
-        mapped = layer.unpack(of_layer(path, layer.pack(layer.to_matrix(*arrays))))
-        for parameter, x in zip(layer.parameters, layer.from_matrix(mapped), strict=True):
-            new[parameter.path] = x.astype(given[parameter.path].dtype)
-    return tree_paths.replace(tree, new)
-
-
-def packed(updates: optax.Updates, layers: Layers) -> dict[Path, jax.Array]:
-    """Each layer's packed ``K̄``, but for layers that are masked out."""
-    given = tree_paths.leaves(updates)
-    found = {path: _parameters_of(layer, given) for path, layer in layers.items()}
-    return {
-        path: layers[path].pack(layers[path].to_matrix(*arrays))
-        for path, arrays in found.items()
-        if arrays is not None
-    }
 
 
 def trust_region(
@@ -151,32 +125,3 @@ def _check_shapes(layer: Layer, sums: Sums) -> None:
                 f"{tuple(factor.shape)}, these Layers need {wanted[0]}: they were measured on "
                 "another model, or for another group_size or convolution."
             )
-
-
-def check_paths(given: dict[Path, Any], layers: Layers) -> None:
-    known = {p.path: p.shape for layer in layers.values() for p in layer.parameters}
-    known |= {x.path: x.parameter.shape for x in layers.leftover}
-    for path, x in given.items():
-        if path not in known or tuple(x.shape) != known[path]:
-            had = f"shape {known[path]}" if path in known else "no such parameter"
-            raise ValueError(
-                f"the gradients have {join(path)} of shape {tuple(x.shape)}; these Layers have "
-                f"{had}. Call find_layers again with this model's params."
-            )
-    if known and not given:
-        raise ValueError("the gradients hold no arrays: everything is masked out or missing.")
-
-
-def _parameters_of(layer: Layer, given: dict[Path, jax.Array]) -> list[jax.Array] | None:
-    """The layer's gradients in its factors' dtype; None where all of them are masked out."""
-    present = [p for p in layer.parameters if p.path in given]
-    if not present:
-        return None
-    if len(present) < len(layer.parameters):
-        absent = next(p for p in layer.parameters if p.path not in given)
-        raise ValueError(
-            f"layer {join(layer.path)} is masked in part: {join(absent.path)} is missing, and its "
-            "block spans all of the layer. Mask whole layers, or take that parameter out of the "
-            'block: layers.replace(path, "frozen").'
-        )
-    return [given[p.path].astype(layer.factor_dtype) for p in layer.parameters]

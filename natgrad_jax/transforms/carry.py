@@ -7,8 +7,8 @@ import jax
 
 from natgrad_jax import maps
 from natgrad_jax.coordinates import Coordinates
-from natgrad_jax.layer import Layer
-from natgrad_jax.transforms.blocks import map_layers
+from natgrad_jax.layers.gradients import map_layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.tree_paths import Path
 

@@ -10,8 +10,8 @@ import optax
 
 from natgrad_jax import averages, shares
 from natgrad_jax.averages import Factors
-from natgrad_jax.layer import Layer, Parameter
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.sums import Sums
 from natgrad_jax.utils.precision import at_least_float32

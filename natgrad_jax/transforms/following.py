@@ -10,8 +10,8 @@ import optax
 
 from natgrad_jax import averages, coordinates as charts, shares
 from natgrad_jax.coordinates import Choice, Coordinates
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.linalg.distributed import Devices
 from natgrad_jax.operators import keep_finite

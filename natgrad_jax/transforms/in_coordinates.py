@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import coordinates as charts, maps
-from natgrad_jax.approximations import approximation
 from natgrad_jax.coordinates import CHOICES
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.layers import gradients
+from natgrad_jax.layers.approximation import approximation
+from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.distributed import devices
 from natgrad_jax.requests import Request
 from natgrad_jax.state.clock import due
@@ -143,7 +144,7 @@ def in_coordinates(
         statistics: Statistics | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, InCoordinatesState]:
-        blocks.check_paths(tree_paths.leaves(updates), layers)
+        gradients.check_paths(tree_paths.leaves(updates), layers)
         own = all_own.within(state.factors)
         if own:
             blocks.check_statistics(statistics, own, "in_coordinates", choice.outputs)
@@ -215,7 +216,7 @@ def _run(
 ) -> tuple[optax.Updates, InCoordinatesState]:
     """The inner transformation in the coordinates of now, and its updates out of them."""
     bases = state.bases
-    into = lambda tree: blocks.map_layers(
+    into = lambda tree: gradients.map_layers(
         tree, layers, lambda path, x: maps.gradient_to(layers[path], bases[path], x)
     )
     if "grad" in extra:

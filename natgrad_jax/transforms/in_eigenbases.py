@@ -8,8 +8,8 @@ import optax
 
 from natgrad_jax.averages import Factors
 from natgrad_jax.eigenbases import Refresh, initial, scaled
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.requests import Spelled
 from natgrad_jax.state.clock import Clock
 from natgrad_jax.transforms import squares

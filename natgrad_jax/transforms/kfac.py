@@ -4,10 +4,10 @@ from typing import Any
 
 import optax
 
-from natgrad_jax.approximations import approximation
 from natgrad_jax.averages import stored_as
 from natgrad_jax.damping_rules import split
-from natgrad_jax.layers import Layers, check_layers
+from natgrad_jax.layers.approximation import approximation
+from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.operators import inversion
 from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace

@@ -9,8 +9,8 @@ import optax
 
 from natgrad_jax import averages, shares
 from natgrad_jax.averages import Factors
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.operators import Inversion, followed, identities, inverses, keep_finite, operate
 from natgrad_jax.requests import Spelled

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.requests import Request, spell
 from natgrad_jax.state.clock import due, start, tick
 from natgrad_jax.statistics import Statistics

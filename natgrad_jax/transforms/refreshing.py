@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layer import Layer
+from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.distributed import Devices, balanced, devices
-from natgrad_jax.sides import Side
 from natgrad_jax.state.clock import due
 from natgrad_jax.utils.hyperparams import Scalar, at, check_period
 from natgrad_jax.utils.tree_paths import Path

@@ -9,12 +9,13 @@ import optax
 
 from natgrad_jax import averages, shares
 from natgrad_jax.eigenbases import Refresh, carried, eigenbases, squares
-from natgrad_jax.layer import Layer
-from natgrad_jax.layers import Layers
+from natgrad_jax.layers import gradients
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.operators import keep_finite
 from natgrad_jax.statistics import Statistics
-from natgrad_jax.transforms import blocks, estimates
+from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.refreshing import Turns, in_turn
 from natgrad_jax.utils.tree_paths import Path
 
@@ -91,7 +92,7 @@ def average_gradient(
     examples = jnp.where(statistics.examples > 0, statistics.examples, state.examples)
     moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
 
-    for path, gradient in blocks.packed(updates, layers).items():
+    for path, gradient in gradients.packed(updates, layers).items():
         layer = layers[path]
         if layer.block != "kronecker":
             continue

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.approximations import WHOLE, Approximation
-from natgrad_jax.sides import Side, diagonal, input_side, output_side, whole
+from natgrad_jax.layers.approximation import WHOLE, Approximation
+from natgrad_jax.layers.factor_structure import Side, diagonal, input_side, output_side, whole
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.tree_paths import Path
 

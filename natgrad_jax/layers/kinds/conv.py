@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgrad_jax.layer import Layout
+from natgrad_jax.layers.layer import Layout
 
 Padding = str | tuple[tuple[int, int], ...]
 

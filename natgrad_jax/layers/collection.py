@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from natgrad_jax.approximations import Approximation
-from natgrad_jax.coverage import coverage_table
-from natgrad_jax.layer import BLOCKS, Layer, LossTerm, Parameter, free_layer
+from natgrad_jax.layers.approximation import Approximation
+from natgrad_jax.layers.coverage import coverage_table
+from natgrad_jax.layers.layer import BLOCKS, Layer, LossTerm, Parameter, free_layer
 from natgrad_jax.utils.tree_paths import Path, join, leaves
 
 # What may become of a parameter that no layer's block covers.

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from natgrad_jax.layer import Layer, Parameter
-from natgrad_jax.sides import Side
+from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.utils.tree_paths import join
 
 

@@ -1,0 +1,1 @@
+"""Layers: what is known of each before any number is."""
