@@ -11,16 +11,11 @@ from typing import Any, NamedTuple
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.coverage import coverage_table
 from natgrad_jax.layers.layer import BLOCKS, Layer, LossTerm, Parameter, free_layer
+from natgrad_jax.layers.limits import MAX_FULL, MAX_NUMBERS
 from natgrad_jax.utils.tree_paths import Path, join, leaves
 
 # What may become of a parameter that no layer's block covers.
 LEFTOVER_BLOCKS = ("diagonal", "gradient", "frozen")
-
-# Largest full block that can be asked for: its inverse takes about a second on one core.
-MAX_FULL = 8192
-
-# Most numbers that the full or unit blocks of one layer may have together.
-MAX_NUMBERS = 2**29
 
 Where = Path | str | Callable[[Path, Any], bool]
 

@@ -11,6 +11,7 @@ from flax import linen as flax_linen, nnx as flax_nnx
 
 from natgrad_jax.layers.collection import Layers, Leftover
 from natgrad_jax.layers.layer import Layer, Parameter, free_layer
+from natgrad_jax.layers.limits import MAX_FREE
 from natgrad_jax.losses.loss import as_loss
 from natgrad_jax.tagging import linen as linen_frontend, nnx as nnx_frontend
 from natgrad_jax.tagging.modules import KINDS
@@ -24,11 +25,6 @@ from natgrad_jax.tagging.sightings import (
 from natgrad_jax.tagging.slots import SLOT
 from natgrad_jax.utils.hyperparams import is_concrete
 from natgrad_jax.utils.tree_paths import Path, join, leaves, normalize
-
-# A parameter of no known layer with at most this many numbers has a full block: its statistics
-# have rank one a measurement, which a larger matrix would not make up for.
-MAX_FREE = 256
-
 
 _WRAPPERS = (flax_linen.WeightNorm, flax_linen.SpectralNorm, *nnx_frontend.NORMALIZERS)
 

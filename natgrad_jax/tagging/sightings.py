@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from natgrad_jax.layers.layer import Layer, Layout, LossTerm, Parameter
+from natgrad_jax.layers.limits import MAX_FULL_NORM
 from natgrad_jax.tagging.axes import OWN, WHOLE, Along, Demand, Demands
 from natgrad_jax.tagging.dependence import Taint, Walk
 from natgrad_jax.tagging.modules import Kind, UnsupportedError, describe
@@ -21,9 +22,6 @@ from natgrad_jax.utils.tree_paths import Path
 
 # Names of calls in the traced program, by which they are counted there.
 _MARK = "natgrad_call:"
-
-# A normalization with at most this many parameters has one full block; beyond, 2×2 a unit.
-MAX_FULL_NORM = 512
 
 
 # Why a layer has no block whose kernel does not train by itself.
