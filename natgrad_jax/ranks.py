@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.averages import bias_of, in_full
-from natgrad_jax.damping_rules import split
+from natgrad_jax.curvature.damping_split import split
+from natgrad_jax.curvature.factor_averages import bias_of, in_full
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.state import accessors

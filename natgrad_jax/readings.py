@@ -5,11 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.kinds.regrouped import regrouped
-from natgrad_jax.layers.kinds.subsampled import Thinned
-from natgrad_jax.layers.layer import Layer
-from natgrad_jax.requests import usual_stride
-from natgrad_jax.sums import (
+from natgrad_jax.curvature.layer_sums import (
     Rows,
     Sums,
     measure,
@@ -19,6 +15,10 @@ from natgrad_jax.sums import (
     sums_of_rows,
     sums_shapes,
 )
+from natgrad_jax.layers.kinds.regrouped import regrouped
+from natgrad_jax.layers.kinds.subsampled import Thinned
+from natgrad_jax.layers.layer import Layer
+from natgrad_jax.requests import usual_stride
 
 
 class Wanted(NamedTuple):

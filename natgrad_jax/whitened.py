@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from natgrad_jax import coordinates as charts, maps
 from natgrad_jax.coordinates import Coordinates
+from natgrad_jax.curvature.term_shares import batch_factors
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.gradients import map_layers
 from natgrad_jax.layers.kinds.conv import conv, padded
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
-from natgrad_jax.shares import batch_factors
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms.blocks import check_statistics
 from natgrad_jax.utils.hyperparams import check_positive

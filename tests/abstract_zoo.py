@@ -16,11 +16,11 @@ from flax import nnx
 from transformations import Setting, find_layers
 
 import natgrad_jax as ng
+from natgrad_jax.curvature.inverses import RANK
+from natgrad_jax.curvature.layer_sums import MAX_CHUNK_BYTES
 from natgrad_jax.layers.limits import MAX_FREE, MAX_FULL, MAX_FULL_NORM
 from natgrad_jax.linalg.cholesky import LEAF, WHOLE
-from natgrad_jax.operators import RANK
 from natgrad_jax.requests import ENOUGH
-from natgrad_jax.sums import MAX_CHUNK_BYTES
 from natgrad_jax.transforms.refreshing import PERIOD
 
 Array = jax.Array

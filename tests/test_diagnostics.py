@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 
 import natgrad_jax as ng
-from natgrad_jax.averages import Factors
+from natgrad_jax.curvature.eigenbases import everywhere, scaled
+from natgrad_jax.curvature.factor_averages import Factors
+from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.diagnostics import errors, measures
-from natgrad_jax.eigenbases import everywhere, scaled
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.low_rank import LowRank
-from natgrad_jax.operators import operate
 from natgrad_jax.requests import parse
 from natgrad_jax.state.walk import states
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings, strategies as st
 from transformations import Jitted
 
 import natgrad_jax as ng
-from natgrad_jax.eigenbases import carried, everywhere, squares
+from natgrad_jax.curvature.eigenbases import carried, everywhere, squares
+from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal
-from natgrad_jax.operators import operate
 from natgrad_jax.requests import requests
 
 pytestmark = pytest.mark.once

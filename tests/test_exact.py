@@ -14,11 +14,11 @@ from cases import APPROXIMATED, CASES, LINEN_ONLY, REPRESENTATIVE, Case
 from flax import nnx
 
 import natgrad_jax as ng
-from natgrad_jax.directions import is_partial
-from natgrad_jax.eigenbases import everywhere
+from natgrad_jax.curvature.eigenbases import everywhere
+from natgrad_jax.curvature.inverses import operate
+from natgrad_jax.curvature.partial_eigenbasis import is_partial
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.losses import output_cotangents
-from natgrad_jax.operators import operate
 from natgrad_jax.utils.tree_paths import leaves
 
 EXAMPLES = 4

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgrad_jax as ng
-from natgrad_jax.sums import gram
+from natgrad_jax.curvature.layer_sums import gram
 
 DEVICES, STEPS = 4, 5
 

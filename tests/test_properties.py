@@ -255,7 +255,7 @@ def test_chunked_patches_give_the_same_factor(
     layers = ng.find_layers(loss_fn, params, x)
     run = lambda: jax.jit(lambda p, x: ng.value_and_grad(loss_fn, layers, fisher="none")(p, x)[2])
     whole = run()(params, x)
-    monkeypatch.setattr("natgrad_jax.sums.MAX_CHUNK_BYTES", 25 * 19 * 4 * held)
+    monkeypatch.setattr("natgrad_jax.curvature.layer_sums.MAX_CHUNK_BYTES", 25 * 19 * 4 * held)
     chunked = run().lower(params, x).compile()
     assert "while" in chunked.as_text()
     np.testing.assert_allclose(

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.curvature.eigenbases import scaled
+from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.diagnostics.found import found_in
-from natgrad_jax.eigenbases import scaled
 from natgrad_jax.explicit import check_size, fisher as explicit_fisher
 from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.operators import operate
 from natgrad_jax.statistics import value_and_grad
 from natgrad_jax.tagging import find_layers
 from natgrad_jax.transforms.ekfac import scale_by_ekfac

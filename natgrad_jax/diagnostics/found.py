@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from natgrad_jax.averages import in_full
+from natgrad_jax.curvature.factor_averages import in_full
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.requests import parse
 from natgrad_jax.state.walk import plain, states

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from natgrad_jax.curvature.eigenbases import everywhere
 from natgrad_jax.diagnostics import measures
 from natgrad_jax.diagnostics.found import Found, found_in
 from natgrad_jax.diagnostics.measures import Measures
 from natgrad_jax.diagnostics.spectrum import condition_number, of_layer
 from natgrad_jax.diagnostics.table import table
-from natgrad_jax.eigenbases import everywhere
 from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.requests import parse

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import explicit
-from natgrad_jax.averages import bias_of
 from natgrad_jax.coordinates import second_and_mean
+from natgrad_jax.curvature.eigenbases import everywhere
+from natgrad_jax.curvature.factor_averages import bias_of
 from natgrad_jax.diagnostics.found import Found, found_in
-from natgrad_jax.eigenbases import everywhere
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer

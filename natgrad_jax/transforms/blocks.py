@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.gradients import BlockMap, check_paths, map_layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.statistics import Statistics
-from natgrad_jax.sums import Sums
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import zeros_unless
 from natgrad_jax.utils.precision import at_least_float32

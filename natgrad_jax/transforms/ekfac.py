@@ -4,11 +4,11 @@ from typing import Any
 
 import optax
 
-from natgrad_jax.averages import stored_as
-from natgrad_jax.eigenbases import Refresh
+from natgrad_jax.curvature.eigenbases import Refresh
+from natgrad_jax.curvature.factor_averages import stored_as
+from natgrad_jax.curvature.inverses import checked_rank
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.operators import checked_rank
 from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
 from natgrad_jax.transforms.in_eigenbases import in_eigenbases

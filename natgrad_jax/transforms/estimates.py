@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages, shares
-from natgrad_jax.averages import Factors
+from natgrad_jax.curvature import factor_averages, term_shares
+from natgrad_jax.curvature.factor_averages import Factors
+from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.statistics import Statistics
-from natgrad_jax.sums import Sums
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.tree_paths import Path, join
 
@@ -41,7 +41,7 @@ Rate = Callable[..., tuple[jax.Array, jax.Array]]
 def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
     """Before anything was measured."""
     return Estimates(
-        factors={path: shares.initial(x, dtype=factor_dtype) for path, x in layers.items()},
+        factors={path: term_shares.initial(x, dtype=factor_dtype) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         diagonal={
             p.path: jnp.zeros(_terms(p) + p.shape, at_least_float32(p.dtype))
@@ -80,7 +80,7 @@ def update(state: State, statistics: Statistics, layers: Layers, decay: jax.Arra
     """A state with these fields after this batch; untouched where it brought no information."""
 
     def measured() -> State:
-        rate = partial(averages.rate, decay=decay)
+        rate = partial(factor_averages.rate, decay=decay)
         new = update_factors(state, statistics, layers, rate)
         diagonal, diagonal_weights, bad = _diagonals(state, statistics, layers, decay)
         return new._replace(
@@ -107,8 +107,10 @@ def update_factors(
         sums, old = sums_for(layer, statistics), state.factors[path]
         if layer.block == "kronecker" and old.G is None:
             sums = sums._replace(G=None)  # measured for another transformation
-        batch = shares.batch_factors(layer, sums, statistics.examples)
-        factors[path], weights[path] = shares.moved(layer, old, batch, state.weights[path], rate)
+        batch = term_shares.batch_factors(layer, sums, statistics.examples)
+        factors[path], weights[path] = term_shares.moved(
+            layer, old, batch, state.weights[path], rate
+        )
         rejected += jnp.sum(batch.seen & ~batch.good, dtype=jnp.int32)
     return state._replace(factors=factors, weights=weights, rejected=rejected)
 
@@ -134,13 +136,13 @@ def _diagonals(
     new, later, rejected = {}, {}, jnp.zeros((), jnp.int32)
     for parameter in layers.diagonals:
         path = parameter.path
-        count = shares.counts(statistics.examples, parameter.terms)
+        count = term_shares.counts(statistics.examples, parameter.terms)
         weight = state.diagonal_weights[path]
         measured = count > 0
-        value = averages.over(statistics.leftover[path], jnp.where(measured, count, 1))
+        value = factor_averages.over(statistics.leftover[path], jnp.where(measured, count, 1))
         good = jnp.isfinite(value.sum(tuple(range(weight.ndim, value.ndim)))) & measured
-        rate, later[path] = averages.rate(weight, decay, good)
-        new[path] = averages.step(rate, state.diagonal[path], value)
+        rate, later[path] = factor_averages.rate(weight, decay, good)
+        new[path] = factor_averages.step(rate, state.diagonal[path], value)
         rejected += jnp.sum(measured & ~good, dtype=jnp.int32)
     return new, later, rejected
 
@@ -172,5 +174,5 @@ def first_seen(before: Any, after: Any) -> jax.Array:
 
 
 def _weights(state: Any) -> list[jax.Array]:
-    own = [f.weights for f in state.factors.values() if isinstance(f, shares.FactorsOfTerms)]
+    own = [f.weights for f in state.factors.values() if isinstance(f, term_shares.FactorsOfTerms)]
     return [*state.weights.values(), *own]

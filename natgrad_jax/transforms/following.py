@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages, coordinates as charts, shares
+from natgrad_jax import coordinates as charts
 from natgrad_jax.coordinates import Choice, Coordinates
+from natgrad_jax.curvature import factor_averages, term_shares
+from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.linalg.distributed import Devices
-from natgrad_jax.operators import keep_finite
 from natgrad_jax.requests import Request, Spelled, spell
 from natgrad_jax.state.clock import Clock, due, start, tick
 from natgrad_jax.statistics import Statistics
@@ -72,7 +73,7 @@ def initial_state(
     zero = jnp.zeros((), float)
     return InCoordinatesState(
         clock=start(len(layers.terms)),
-        factors={path: shares.initial(x, request.inputs_only) for path, x in layers.items()},
+        factors={path: term_shares.initial(x, request.inputs_only) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         bases={path: charts.start(x, choice, rank) for path, x in layers.items()},
         gathered=zero,
@@ -88,7 +89,7 @@ def average(
 ) -> InCoordinatesState:
     """The state after this batch's factors, averaged by decay or evenly since the last refresh."""
     step, examples = state.clock.step, jnp.max(statistics.examples)
-    by_decay = partial(averages.rate, decay=at(rules.decay, step))
+    by_decay = partial(factor_averages.rate, decay=at(rules.decay, step))
 
     def evenly(weight: jax.Array, informative: jax.Array) -> tuple[jax.Array, jax.Array]:
         share = examples / jnp.where(examples > 0, state.gathered + examples, 1)
@@ -144,7 +145,7 @@ def rescaled(
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
             sums = estimates.sums_for(layer, statistics)
-            factors, _, good = shares.batch_factors(layer, sums, statistics.examples)
+            factors, _, good = term_shares.batch_factors(layer, sums, statistics.examples)
             new = charts.rescaled(layer, state.bases[path], factors, epsilon)
             bases[path], bad = keep_finite(layer, new, state.bases[path], good.astype(float))
             rejected += bad

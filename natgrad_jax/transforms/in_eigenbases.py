@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.averages import Factors
-from natgrad_jax.eigenbases import Refresh, initial, scaled
+from natgrad_jax.curvature.eigenbases import Refresh, initial, scaled
+from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.requests import Spelled

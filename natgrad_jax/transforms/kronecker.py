@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages, shares
-from natgrad_jax.averages import Factors
+from natgrad_jax.curvature import factor_averages, term_shares
+from natgrad_jax.curvature.factor_averages import Factors
+from natgrad_jax.curvature.inverses import (
+    Inversion,
+    followed,
+    identities,
+    inverses,
+    keep_finite,
+    operate,
+)
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
-from natgrad_jax.operators import Inversion, followed, identities, inverses, keep_finite, operate
 from natgrad_jax.requests import Spelled
 from natgrad_jax.state.clock import Clock
 from natgrad_jax.transforms import estimates
@@ -75,12 +82,12 @@ def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) ->
                 bases[path] = old
                 continue
             sums = estimates.sums_for(layer, statistics)
-            batch = shares.batch_factors(layer, sums, statistics.examples)
+            batch = term_shares.batch_factors(layer, sums, statistics.examples)
             factors, good, before = batch.factors, batch.good, now.weights[path]
             if good.ndim > before.ndim:  # terms, whose shares move at rates of their own
                 own = None if layer.mixed else factors.A
                 factors, good = factors._replace(A=own, G=None), good.any(0)
-            rate, _ = averages.rate(before, now.decay, good & (before > 0))
+            rate, _ = factor_averages.rate(before, now.decay, good & (before > 0))
             new = followed(layer, old, factors, rate, rank)
             bases[path], _ = keep_finite(layer, new, old, state.weights[path])
         return bases
@@ -103,7 +110,7 @@ def _refresh(
         bases, rejected = {}, jnp.zeros((), jnp.int32)
         of = lambda path, layer: inverses(
             layer,
-            averages.in_full(layer, state.factors[path]),
+            factor_averages.in_full(layer, state.factors[path]),
             now.damping,
             state.bases[path],
             inversion,

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.damping_rules import equal
+from natgrad_jax.curvature.damping_split import equal
+from natgrad_jax.curvature.inverses import inversion
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.operators import inversion
 from natgrad_jax.requests import Request, stride_of
 from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
 from natgrad_jax.transforms.kronecker import kronecker

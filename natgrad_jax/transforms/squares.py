@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages, shares
-from natgrad_jax.eigenbases import Refresh, carried, eigenbases, squares
+from natgrad_jax.curvature import factor_averages, term_shares
+from natgrad_jax.curvature.eigenbases import Refresh, carried, eigenbases, squares
+from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
-from natgrad_jax.operators import keep_finite
 from natgrad_jax.statistics import Statistics
 from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.refreshing import Turns, in_turn
@@ -32,9 +32,9 @@ def _averaged(
     weight = state.moment_weights[path]
     informative = seen & has_basis(state, path)
     finite = jnp.isfinite(new.sum(tuple(range(weight.ndim, new.ndim))))
-    rate, later = averages.rate(weight, decay, informative & finite)
+    rate, later = factor_averages.rate(weight, decay, informative & finite)
     bad = jnp.sum(informative & ~finite, dtype=jnp.int32)
-    return averages.step(rate, state.moments[path], new), later, bad
+    return factor_averages.step(rate, state.moments[path], new), later, bad
 
 
 def has_basis(state: State, path: Path) -> jax.Array:
@@ -67,8 +67,8 @@ def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Arr
     def measured() -> State:
         moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
         for path in found:
-            count = shares.counts(statistics.examples, layers[path].terms)
-            new = averages.over(found[path], jnp.where(count > 0, count, 1))
+            count = term_shares.counts(statistics.examples, layers[path].terms)
+            new = factor_averages.over(found[path], jnp.where(count > 0, count, 1))
             seen = jnp.expand_dims(count > 0, tuple(range(count.ndim, weights[path].ndim)))
             moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)
             rejected += bad
@@ -96,7 +96,7 @@ def average_gradient(
         layer = layers[path]
         if layer.block != "kronecker":
             continue
-        count = shares.counts(examples, layer.terms).max()
+        count = term_shares.counts(examples, layer.terms).max()
         new = count * squares(layer, state.bases[path], gradient)
         seen = jnp.any(gradient != 0, axis=tuple(range(len(layer.stack), gradient.ndim)))
         # at the first step S is K-FAC's, and this gradient has made the basis
@@ -117,7 +117,7 @@ def _renewed(
     """
     old, S = state.bases[path], state.moments[path]
     several = _several(state, path)
-    portions = shares.portions(layer, state.factors[path]) if several else jnp.ones(())
+    portions = term_shares.portions(layer, state.factors[path]) if several else jnp.ones(())
     wide = lambda x: jnp.expand_dims(x, tuple(range(x.ndim, products.ndim))).astype(products.dtype)
     olds = list(S) if several else [S]
     turned = [wide(p) * products for p in portions] if several else [products]
@@ -144,7 +144,7 @@ def refresh(
         new, rejected = {}, jnp.zeros((), jnp.int32)
         of = lambda path, layer: eigenbases(
             layer,
-            averages.in_full(layer, state.factors[path]),
+            factor_averages.in_full(layer, state.factors[path]),
             state.bases[path],
             unseen(path),
             how,

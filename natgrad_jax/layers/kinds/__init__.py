@@ -9,5 +9,5 @@ Every kind has a ``Call``: a hashable record of how one call arranges its arrays
 - ``width``: numbers that one example takes in ``inputs``, for bounding memory.
 
 N are examples, T positions (pixels of the output map, tokens). What is summed over them
-stands in ``natgrad_jax/sums.py`` and is the same for every kind.
+stands in ``natgrad_jax/curvature/layer_sums.py`` and is the same for every kind.
 """

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.sums import Sums
 
 
 class Factors(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import directions
+from natgrad_jax.curvature import partial_eigenbasis
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.utils.precision import HIGHEST
@@ -119,7 +119,7 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
     """
     assert layer.output_side is not None
     (left, A), (right, G) = (layer.input_side, bases.A), (layer.output_side, bases.G)
-    means = directions.mean_squares
+    means = partial_eigenbasis.mean_squares
     examples, outputs = call.examples(x), call.outputs(g)
     if layer.kind == "embed":
         along = call.squares(examples, _project(layer, right, G, outputs))
@@ -135,7 +135,7 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
 
     width = call.width(x) * 2 + math.prod(outputs.shape[1:])
     if outputs.shape[1] > 1:
-        pair = directions.laid_out(left, A) * directions.laid_out(right, G)
+        pair = partial_eigenbasis.laid_out(left, A) * partial_eigenbasis.laid_out(right, G)
         width += math.prod(layer.factor_blocks) * pair
     return over_chunks(squares, (examples, outputs), width)
 
@@ -143,7 +143,7 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
 def _project(layer: Layer, side: Side, basis: jax.Array, rows: jax.Array) -> jax.Array:
     """``Qᵀ r`` of every row: ``(N, T, *blocks, packed)``."""
     packed = side.pack(rows.astype(layer.factor_dtype), -1)
-    return directions.project_rows(side, basis, packed)
+    return partial_eigenbasis.project_rows(side, basis, packed)
 
 
 def _gradient_gram(layer: Layer, call: Any, x: Any, outputs: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.averages import (
+from natgrad_jax.curvature.factor_averages import (
     Batch,
     bias_of,
     of_one_term,
@@ -17,8 +17,8 @@ from natgrad_jax.averages import (
     step,
     zero_factors,
 )
+from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.sums import Sums
 
 
 class Shares(NamedTuple):

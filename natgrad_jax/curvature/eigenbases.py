@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import directions
-from natgrad_jax.averages import bias_of, pair
+from natgrad_jax.curvature import partial_eigenbasis
+from natgrad_jax.curvature.factor_averages import bias_of, pair
+from natgrad_jax.curvature.inverses import identities
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving
 from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.linalg.low_rank import initial_subspace, subspace
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
-from natgrad_jax.operators import identities
 from natgrad_jax.utils.precision import HIGHEST
 
 
@@ -38,14 +38,14 @@ def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
     rank = None if layer.output_side is None else rank
 
     def one(side: Side | None, x: Any) -> Any:
-        if not directions.may_be_partial(side, rank):
+        if not partial_eigenbasis.may_be_partial(side, rank):
             return x
         assert rank is not None
         return initial_subspace(x.shape[:-1], rank, x.dtype)
 
     A, G = one(layer.input_side, whole.A), one(layer.output_side, whole.G)
-    rows = directions.count(layer.input_side, A)
-    columns = 1 if layer.output_side is None else directions.count(layer.output_side, G)
+    rows = partial_eigenbasis.count(layer.input_side, A)
+    columns = 1 if layer.output_side is None else partial_eigenbasis.count(layer.output_side, G)
     S = jnp.zeros((*layer.stack_sizes, *layer.factor_blocks, rows, columns), layer.factor_dtype)
     return whole._replace(A=A, G=G), S
 
@@ -70,7 +70,9 @@ def eigenbases(
     ]
     bias = bias_of(factors)
     on_rows, *on_columns = (
-        directions.eigenvalues(side, basis, values, factor, bias if side is sides[0] else None)
+        partial_eigenbasis.eigenvalues(
+            side, basis, values, factor, bias if side is sides[0] else None
+        )
         for (side, factor, _), (basis, values) in zip(given, found, strict=True)
     )
     if not on_columns:
@@ -82,7 +84,7 @@ def eigenbases(
 def _problem(
     side: Side, factor: jax.Array, old: jax.Array, first: jax.Array, how: Refresh
 ) -> Problem:
-    if directions.is_partial(side, old):
+    if partial_eigenbasis.is_partial(side, old):
         return Problem(subspace, (factor, old))
     if how == Refresh():
         return Problem(eigenbasis, (factor,))
@@ -140,8 +142,8 @@ def carried(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array:
 def _turned(side: Side, S: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     if side.diagonal:
         return S
-    overlap = directions.overlaps(side, new, old)
-    if directions.is_partial(side, new):
+    overlap = partial_eigenbasis.overlaps(side, new, old)
+    if partial_eigenbasis.is_partial(side, new):
         return jnp.matmul(overlap, S, precision=HIGHEST)
     return side.apply(overlap, None, S)
 
@@ -149,27 +151,27 @@ def _turned(side: Side, S: jax.Array, old: jax.Array, new: jax.Array) -> jax.Arr
 def squares(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
     """``(Q_Aᵀ X Q_G)²`` of a packed matrix, elementwise, at the coordinates of the bases."""
     side = layer.output_side
-    found = directions.project(layer.input_side, bases.A, x)
+    found = partial_eigenbasis.project(layer.input_side, bases.A, x)
     if side is not None:
-        found = directions.project(side, bases.G, found.mT).mT
+        found = partial_eigenbasis.project(side, bases.G, found.mT).mT
     found = jnp.square(found)
     if side is not None:
-        found = directions.mean_squares(side, bases.G, found)
-    return directions.mean_squares(layer.input_side, bases.A, found, on_rows=True)
+        found = partial_eigenbasis.mean_squares(side, bases.G, found)
+    return partial_eigenbasis.mean_squares(layer.input_side, bases.A, found, on_rows=True)
 
 
 def scaled(layer: Layer, bases: Any, gains: jax.Array, x: jax.Array) -> jax.Array:
     """``Q_A [gains ∘ (Q_Aᵀ X Q_G)] Q_Gᵀ`` of a packed matrix."""
     side = layer.output_side
     if side is None:
-        return directions.scaled(layer.input_side, bases.A, gains, x)
-    inner = lambda g, y: directions.scaled(side, bases.G, g.mT, y.mT).mT
-    return directions.scaled(layer.input_side, bases.A, gains, x, inner)
+        return partial_eigenbasis.scaled(layer.input_side, bases.A, gains, x)
+    inner = lambda g, y: partial_eigenbasis.scaled(side, bases.G, g.mT, y.mT).mT
+    return partial_eigenbasis.scaled(layer.input_side, bases.A, gains, x, inner)
 
 
 def everywhere(layer: Layer, bases: Any, moments: jax.Array) -> jax.Array:
     """Moments at every packed coordinate: those that stand for many as often as there are."""
     side = layer.output_side
     if side is not None:
-        moments = directions.everywhere(side, bases.G, moments)
-    return directions.everywhere(layer.input_side, bases.A, moments.mT).mT
+        moments = partial_eigenbasis.everywhere(side, bases.G, moments)
+    return partial_eigenbasis.everywhere(layer.input_side, bases.A, moments.mT).mT

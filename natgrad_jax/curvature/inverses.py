@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.averages import bias_of, pair, zero_factors
-from natgrad_jax.damping_rules import split
+from natgrad_jax.curvature.damping_split import split
+from natgrad_jax.curvature.factor_averages import bias_of, pair, zero_factors
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving
