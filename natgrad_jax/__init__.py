@@ -1,7 +1,6 @@
 """Natural-gradient training for Flax models, as pure functions behind optax transformations."""
 
 from natgrad_jax import diagnostics
-from natgrad_jax.accumulation import accumulate
 from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.explicit import fisher, fisher_diagonal
 from natgrad_jax.hessian_free import natural_gradient
@@ -18,7 +17,8 @@ from natgrad_jax.ranks import rank_for
 from natgrad_jax.state.accessors import bases, damping, factors
 from natgrad_jax.state.checkpoints import check_state
 from natgrad_jax.state.train_state import TrainState
-from natgrad_jax.statistics import Statistics, value_and_grad
+from natgrad_jax.statistics.accumulation import accumulate
+from natgrad_jax.statistics.grad import Statistics, value_and_grad
 from natgrad_jax.tagging import UncoveredWarning, find_layers
 from natgrad_jax.transforms.adaptive_damping import (
     AdaptiveDampingState,

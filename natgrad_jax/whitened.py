@@ -16,8 +16,8 @@ from natgrad_jax.layers.gradients import map_layers
 from natgrad_jax.layers.kinds.conv import conv, padded
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
-from natgrad_jax.statistics import Statistics
-from natgrad_jax.transforms.blocks import check_statistics
+from natgrad_jax.statistics.checks import check_statistics
+from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.utils.hyperparams import check_positive
 from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.tree_paths import Path

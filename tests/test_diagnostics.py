@@ -19,8 +19,8 @@ from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.diagnostics import errors, measures
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.low_rank import LowRank
-from natgrad_jax.requests import parse
 from natgrad_jax.state.walk import states
+from natgrad_jax.statistics.spec import parse
 
 pytestmark = pytest.mark.once
 

@@ -17,7 +17,7 @@ import natgrad_jax as ng
 from natgrad_jax.curvature.eigenbases import carried, everywhere, squares
 from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal
-from natgrad_jax.requests import requests
+from natgrad_jax.statistics.spec import requests
 
 pytestmark = pytest.mark.once
 

@@ -15,7 +15,7 @@ import pytest
 from transformations import Jitted
 
 import natgrad_jax as ng
-from natgrad_jax import measuring
+from natgrad_jax.statistics import measuring
 
 pytestmark = pytest.mark.once
 

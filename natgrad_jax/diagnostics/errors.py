@@ -15,7 +15,7 @@ from natgrad_jax.explicit import check_size, fisher as explicit_fisher
 from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.statistics import value_and_grad
+from natgrad_jax.statistics.grad import value_and_grad
 from natgrad_jax.tagging import find_layers
 from natgrad_jax.transforms.ekfac import scale_by_ekfac
 from natgrad_jax.transforms.in_eigenbases import EKFACState

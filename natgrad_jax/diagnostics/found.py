@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 from natgrad_jax.curvature.factor_averages import in_full
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.requests import parse
 from natgrad_jax.state.walk import plain, states
+from natgrad_jax.statistics.spec import parse
 from natgrad_jax.transforms.following import InCoordinatesState
 from natgrad_jax.transforms.in_eigenbases import EKFACState
 from natgrad_jax.utils.tree_paths import Path, join

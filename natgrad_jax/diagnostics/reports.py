@@ -16,8 +16,8 @@ from natgrad_jax.diagnostics.spectrum import condition_number, of_layer
 from natgrad_jax.diagnostics.table import table
 from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.requests import parse
 from natgrad_jax.state.walk import instances, plain
+from natgrad_jax.statistics.spec import parse
 from natgrad_jax.transforms.adaptive_damping import AdaptiveDampingState
 from natgrad_jax.transforms.estimates import diagonal_of
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.layers.kinds.regrouped import regrouped
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.readings import Readings, Wanted, read
+from natgrad_jax.statistics.layer_statistics import Readings, Wanted, read
 
 # The name under which a layer's slot lies beside its kernel.
 SLOT = "natgrad_slot"

@@ -13,7 +13,7 @@ from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer, Parameter
-from natgrad_jax.statistics import Statistics
+from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.tree_paths import Path, join
 

@@ -16,9 +16,9 @@ from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.linalg.distributed import Devices
-from natgrad_jax.requests import Request, Spelled, spell
 from natgrad_jax.state.clock import Clock, due, start, tick
-from natgrad_jax.statistics import Statistics
+from natgrad_jax.statistics.grad import Statistics
+from natgrad_jax.statistics.spec import Request, Spelled, spell
 from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.carry import carry
 from natgrad_jax.utils.hyperparams import Scalar, at

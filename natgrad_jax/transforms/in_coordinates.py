@@ -14,10 +14,11 @@ from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.distributed import devices
-from natgrad_jax.requests import Request
 from natgrad_jax.state.clock import due
-from natgrad_jax.statistics import Statistics
-from natgrad_jax.transforms import blocks, estimates, following
+from natgrad_jax.statistics.checks import check_statistics
+from natgrad_jax.statistics.grad import Statistics
+from natgrad_jax.statistics.spec import Request
+from natgrad_jax.transforms import estimates, following
 from natgrad_jax.transforms.carry import ON_REFRESH
 from natgrad_jax.transforms.following import InCoordinatesState
 from natgrad_jax.utils import tree_paths
@@ -147,7 +148,7 @@ def in_coordinates(
         gradients.check_paths(tree_paths.leaves(updates), layers)
         own = all_own.within(state.factors)
         if own:
-            blocks.check_statistics(statistics, own, "in_coordinates", choice.outputs)
+            check_statistics(statistics, own, "in_coordinates", choice.outputs)
             assert statistics is not None
             state = _followed(state, statistics, updates, params, inner, own, rules)
         mapped = _run(inner, _frozen(updates, layers), state, params, own, extra)

@@ -10,8 +10,8 @@ from natgrad_jax.curvature.eigenbases import Refresh, initial, scaled
 from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.requests import Spelled
 from natgrad_jax.state.clock import Clock
+from natgrad_jax.statistics.spec import Spelled
 from natgrad_jax.transforms import squares
 from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.utils.tree_paths import Path

@@ -20,8 +20,8 @@ from natgrad_jax.curvature.inverses import (
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
-from natgrad_jax.requests import Spelled
 from natgrad_jax.state.clock import Clock
+from natgrad_jax.statistics.spec import Spelled
 from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.transforms.refreshing import Turns, in_turn

@@ -9,9 +9,10 @@ import optax
 
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.requests import Request, spell
 from natgrad_jax.state.clock import due, start, tick
-from natgrad_jax.statistics import Statistics
+from natgrad_jax.statistics.checks import check_statistics
+from natgrad_jax.statistics.grad import Statistics
+from natgrad_jax.statistics.spec import Request, spell
 from natgrad_jax.transforms import blocks, estimates
 from natgrad_jax.transforms.refreshing import Turns
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
@@ -85,7 +86,7 @@ def preconditioner(
     ) -> tuple[optax.Updates, Any]:
         del params, extra
         layers = all_layers.within(state.factors, state.diagonal)
-        blocks.check_statistics(statistics, layers, rules.name)
+        check_statistics(statistics, layers, rules.name)
         assert statistics is not None
         step = state.clock.step
         lam, decay = at(rules.damping, step), at(rules.decay, step)

@@ -14,7 +14,7 @@ from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
-from natgrad_jax.statistics import Statistics
+from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.refreshing import Turns, in_turn
 from natgrad_jax.utils.tree_paths import Path

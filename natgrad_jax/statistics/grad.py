@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import measuring
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses import output_cotangents
 from natgrad_jax.losses.loss import Loss, as_loss, global_count, whole_count
-from natgrad_jax.measuring import Measured, Plan
 from natgrad_jax.state.walk import statistics_due
+from natgrad_jax.statistics import measuring
+from natgrad_jax.statistics.measuring import Measured, Plan
 from natgrad_jax.tagging import frontend_of
 from natgrad_jax.utils import compat, tree_paths
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary

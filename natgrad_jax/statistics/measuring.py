@@ -13,8 +13,8 @@ from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer, Parameter
-from natgrad_jax.readings import Readings, Wanted, empty_slot, from_slot, to_slot
-from natgrad_jax.requests import requests
+from natgrad_jax.statistics.layer_statistics import Readings, Wanted, empty_slot, from_slot, to_slot
+from natgrad_jax.statistics.spec import requests
 from natgrad_jax.tagging.slots import Census, Slot
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.precision import HIGHEST, at_least_float32

@@ -18,7 +18,7 @@ from natgrad_jax.curvature.layer_sums import (
 from natgrad_jax.layers.kinds.regrouped import regrouped
 from natgrad_jax.layers.kinds.subsampled import Thinned
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.requests import usual_stride
+from natgrad_jax.statistics.spec import usual_stride
 
 
 class Wanted(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.losses.loss import as_loss
-from natgrad_jax.statistics import of_one_part, value_and_grad
+from natgrad_jax.statistics.grad import of_one_part, value_and_grad
 from natgrad_jax.tagging import frontend_of
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.sharding import AxisName

@@ -1,0 +1,1 @@
+"""One backward pass: what to measure, the measurement, and its checks."""
