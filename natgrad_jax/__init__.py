@@ -2,17 +2,17 @@
 
 from natgrad_jax import diagnostics
 from natgrad_jax.coordinates import Coordinates
-from natgrad_jax.explicit import fisher, fisher_diagonal
-from natgrad_jax.hessian_free import natural_gradient
-from natgrad_jax.layers.collection import Layers
-from natgrad_jax.layers.layer import Layer
-from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
-from natgrad_jax.losses.loss import Loss
-from natgrad_jax.quadratic import (
+from natgrad_jax.exact.conjugate_gradients import natural_gradient
+from natgrad_jax.exact.explicit_fisher import fisher, fisher_diagonal
+from natgrad_jax.exact.matvec import (
     fisher_vector_product,
     gauss_newton_vector_product,
     quadratic_forms,
 )
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.layer import Layer
+from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
+from natgrad_jax.losses.loss import Loss
 from natgrad_jax.ranks import rank_for
 from natgrad_jax.state.accessors import bases, damping, factors
 from natgrad_jax.state.checkpoints import check_state

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgrad_jax as ng
-from natgrad_jax.quadratic import gauss_newton_vector_product, quadratic_forms
+from natgrad_jax.exact.matvec import gauss_newton_vector_product, quadratic_forms
 
 pytestmark = pytest.mark.once
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from natgrad_jax.curvature.eigenbases import scaled
 from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.diagnostics.found import found_in
-from natgrad_jax.explicit import check_size, fisher as explicit_fisher
+from natgrad_jax.exact.explicit_fisher import check_size, fisher as explicit_fisher
 from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import explicit
 from natgrad_jax.coordinates import second_and_mean
 from natgrad_jax.curvature.eigenbases import everywhere
 from natgrad_jax.curvature.factor_averages import bias_of
 from natgrad_jax.diagnostics.found import Found, found_in
+from natgrad_jax.exact import explicit_fisher
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
@@ -105,7 +105,7 @@ def fisher_spectra(
     >>> ng.diagnostics.fisher_spectra(loss_fn, params, x, y).shape
     (12,)
     """
-    F = explicit.fisher(loss_fn, params, *args, fisher=fisher, rng=rng, layers=layers)
+    F = explicit_fisher.fisher(loss_fn, params, *args, fisher=fisher, rng=rng, layers=layers)
     return jax.tree.map(jnp.linalg.eigvalsh, F)
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax.exact.matvec import forms, model_at
 from natgrad_jax.losses.loss import as_loss
-from natgrad_jax.quadratic import forms, model_at
 from natgrad_jax.state.clock import due
 from natgrad_jax.state.walk import instances
 from natgrad_jax.transforms.extra import needed, on_parameters

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.quadratic import forms, model_at
+from natgrad_jax.exact.matvec import forms, model_at
 from natgrad_jax.transforms.extra import needed, on_parameters
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative

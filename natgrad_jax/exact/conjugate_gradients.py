@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from natgrad_jax.quadratic import fisher_vector_product, gauss_newton_vector_product
+from natgrad_jax.exact.matvec import fisher_vector_product, gauss_newton_vector_product
 from natgrad_jax.utils.hyperparams import check_not_negative
 
 PRODUCTS = {"fisher": fisher_vector_product, "gauss_newton": gauss_newton_vector_product}

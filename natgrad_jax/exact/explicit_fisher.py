@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.exact.matvec import Model, model_of
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Parameter
 from natgrad_jax.losses import output_cotangents
 from natgrad_jax.losses.loss import Loss, Term, positive
-from natgrad_jax.quadratic import Model, model_of
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.precision import HIGHEST, at_least_float32
 from natgrad_jax.utils.tree_paths import Path
