@@ -1,7 +1,6 @@
 """Natural-gradient training for Flax models, as pure functions behind optax transformations."""
 
 from natgrad_jax import diagnostics
-from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.exact.conjugate_gradients import natural_gradient
 from natgrad_jax.exact.explicit_fisher import fisher, fisher_diagonal
 from natgrad_jax.exact.matvec import (
@@ -14,6 +13,14 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.losses.loss import Loss
 from natgrad_jax.ranks import rank_for
+from natgrad_jax.reparametrization.coordinates import Coordinates
+from natgrad_jax.reparametrization.modules import WhitenedConv, WhitenedDense
+from natgrad_jax.reparametrization.parameters import (
+    unwhiten,
+    whiten,
+    whitening,
+    whitening_variables,
+)
 from natgrad_jax.state.accessors import bases, damping, factors
 from natgrad_jax.state.checkpoints import check_state
 from natgrad_jax.state.train_state import TrainState
@@ -37,14 +44,6 @@ from natgrad_jax.transforms.ngd import linear_natural_gradient, ngd
 from natgrad_jax.transforms.prong import prong
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState, scale_by_quadratic_model
 from natgrad_jax.transforms.trust import clip_by_trust_radius
-from natgrad_jax.whitened import (
-    WhitenedConv,
-    WhitenedDense,
-    unwhiten,
-    whiten,
-    whitening,
-    whitening_variables,
-)
 
 __all__ = [
     "AdaptiveDampingState",

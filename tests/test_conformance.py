@@ -34,7 +34,7 @@ from transformations import (
 )
 
 import natgrad_jax as ng
-from natgrad_jax.coordinates import CHOICES
+from natgrad_jax.reparametrization.coordinates import CHOICES
 from natgrad_jax.state.walk import states
 
 KEY = jax.random.key(0)

@@ -330,7 +330,7 @@ def test_transported_momentum_is_the_sum_of_canonical_gradients(
 def test_transported_squares_take_the_squares_of_the_map(
     name: str, rank: int | None, float64: None
 ) -> None:
-    from natgrad_jax.maps import carried, carried_squares
+    from natgrad_jax.reparametrization.change_of_basis import carried, carried_squares
 
     own = problem(jnp.float64)
     layer = own.layers[name,]

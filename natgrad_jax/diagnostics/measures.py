@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.coordinates import Coordinates, second_and_mean
 from natgrad_jax.curvature.damping_split import equal, split as pi_split
 from natgrad_jax.curvature.eigenbases import scaled
 from natgrad_jax.curvature.factor_averages import bias_of
@@ -20,6 +19,7 @@ from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.low_rank import LowRank
+from natgrad_jax.reparametrization.coordinates import Coordinates, second_and_mean
 from natgrad_jax.utils.precision import HIGHEST
 
 SPLITS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"pi": pi_split, "equal": equal}

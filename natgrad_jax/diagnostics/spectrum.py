@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.coordinates import second_and_mean
 from natgrad_jax.curvature.eigenbases import everywhere
 from natgrad_jax.curvature.factor_averages import bias_of
 from natgrad_jax.diagnostics.found import Found, found_in
@@ -14,6 +13,7 @@ from natgrad_jax.exact import explicit_fisher
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.reparametrization.coordinates import second_and_mean
 from natgrad_jax.transforms.squares import total_moments
 from natgrad_jax.utils.tree_paths import Path
 

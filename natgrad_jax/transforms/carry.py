@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from natgrad_jax import maps
-from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.layers.gradients import map_layers
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.reparametrization import change_of_basis
+from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.tree_paths import Path
 
@@ -44,7 +44,11 @@ def carry(
     def move(key_path: tuple[Any, ...], x: Any) -> Any:
         if not is_like(x):
             return x
-        of = maps.carried_squares if _field(key_path) in SQUARES else maps.carried
+        of = (
+            change_of_basis.carried_squares
+            if _field(key_path) in SQUARES
+            else change_of_basis.carried
+        )
         return map_layers(x, layers, lambda path, m: of(layers[path], old[path], new[path], m))
 
     return jax.tree_util.tree_map_with_path(move, inner, is_leaf=is_like)

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import coordinates as charts
-from natgrad_jax.coordinates import Choice, Coordinates
 from natgrad_jax.curvature import factor_averages, term_shares
 from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.linalg.distributed import Devices
+from natgrad_jax.reparametrization import coordinates as charts
+from natgrad_jax.reparametrization.coordinates import Choice, Coordinates
+from natgrad_jax.reparametrization.parameters import whiten
 from natgrad_jax.state.clock import Clock, due, start, tick
 from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.statistics.spec import Request, Spelled, spell
@@ -23,7 +24,6 @@ from natgrad_jax.transforms import estimates
 from natgrad_jax.transforms.carry import carry
 from natgrad_jax.utils.hyperparams import Scalar, at
 from natgrad_jax.utils.tree_paths import Path
-from natgrad_jax.whitened import whiten
 
 
 class InCoordinatesState(NamedTuple):

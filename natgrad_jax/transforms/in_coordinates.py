@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import coordinates as charts, maps
-from natgrad_jax.coordinates import CHOICES
 from natgrad_jax.layers import gradients
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.distributed import devices
+from natgrad_jax.reparametrization import change_of_basis, coordinates as charts
+from natgrad_jax.reparametrization.coordinates import CHOICES
+from natgrad_jax.reparametrization.parameters import unwhiten, whiten
 from natgrad_jax.state.clock import due
 from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.grad import Statistics
@@ -25,7 +26,6 @@ from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.utils.tree_paths import Path
-from natgrad_jax.whitened import unwhiten, whiten
 
 
 def in_coordinates(
@@ -218,7 +218,7 @@ def _run(
     """The inner transformation in the coordinates of now, and its updates out of them."""
     bases = state.bases
     into = lambda tree: gradients.map_layers(
-        tree, layers, lambda path, x: maps.gradient_to(layers[path], bases[path], x)
+        tree, layers, lambda path, x: change_of_basis.gradient_to(layers[path], bases[path], x)
     )
     if "grad" in extra:
         extra = {**extra, "grad": into(extra["grad"])}

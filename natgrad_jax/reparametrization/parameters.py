@@ -1,25 +1,21 @@
-"""The whitened network itself: parameters there and back, and the layers that they belong to."""
+"""Parameters of the whitened network: there and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from natgrad_jax import coordinates as charts, maps
-from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.curvature.term_shares import batch_factors
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.gradients import map_layers
-from natgrad_jax.layers.kinds.conv import conv, padded
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
+from natgrad_jax.reparametrization import change_of_basis, coordinates as charts
+from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.utils.hyperparams import check_positive
-from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.tree_paths import Path
 
 
@@ -86,7 +82,9 @@ def whiten(
     {}
     """
     own = _with_coordinates(layers, coordinates)
-    return map_layers(params, own, lambda path, x: maps.to(own[path], coordinates[path], x))
+    return map_layers(
+        params, own, lambda path, x: change_of_basis.to(own[path], coordinates[path], x)
+    )
 
 
 def unwhiten(
@@ -103,7 +101,9 @@ def unwhiten(
     {}
     """
     own = _with_coordinates(layers, coordinates)
-    return map_layers(params, own, lambda path, x: maps.back(own[path], coordinates[path], x))
+    return map_layers(
+        params, own, lambda path, x: change_of_basis.back(own[path], coordinates[path], x)
+    )
 
 
 def whitening_variables(coordinates: Mapping[Path, Coordinates]) -> dict[str, Any]:
@@ -146,95 +146,3 @@ def _with_coordinates(
             "that they were found with."
         )
     return {path: layers[path] for path in coordinates}
-
-
-class WhitenedDense(nn.Module):
-    """A dense layer of whitened inputs, ``s = (U (h − c)) V + d``.
-
-    ``kernel`` V and ``bias`` d are parameters; U ``(n, n)`` and c ``(n,)`` are statistics, in the
-    collection ``"whitening"``, the identity and zero at first.
-
-    Source: Desjardins et al. 2015, section 3.
-
-    >>> x = jnp.ones((2, 3))
-    >>> jax.tree.map(jnp.shape, WhitenedDense(4).init(jax.random.key(0), x)["whitening"])
-    {'U': (3, 3), 'c': (3,)}
-    """
-
-    features: int
-    use_bias: bool = True
-    kernel_init: Any = nn.initializers.lecun_normal()
-    bias_init: Any = nn.initializers.zeros_init()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        z = _whitened(self, x, 1)
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        s = jnp.matmul(z, kernel, precision=HIGHEST)
-        return s + self.param("bias", self.bias_init, (self.features,)) if self.use_bias else s
-
-
-class WhitenedConv(nn.Module):
-    """A convolution of whitened feature maps: a 1 × 1 convolution by U, then the kernel.
-
-    What is padded is whitened too: a pixel outside the image is a zero of the canonical network.
-    With groups there is one U for the channels of each, ``(groups, n, n)``. Otherwise as
-    :class:`WhitenedDense`; arguments as those of ``flax.linen.Conv``, for one batch axis.
-
-    Source: Desjardins et al. 2015, section 3.2.
-
-    >>> x = jnp.ones((2, 5, 5, 3))
-    >>> WhitenedConv(4, (3, 3)).init_with_output(jax.random.key(0), x)[0].shape
-    (2, 5, 5, 4)
-    """
-
-    features: int
-    kernel_size: Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: Any = "SAME"
-    input_dilation: int | Sequence[int] = 1
-    kernel_dilation: int | Sequence[int] = 1
-    feature_group_count: int = 1
-    use_bias: bool = True
-    kernel_init: Any = nn.initializers.lecun_normal()
-    bias_init: Any = nn.initializers.zeros_init()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        groups = self.feature_group_count
-        shape = (*self.kernel_size, x.shape[-1] // groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        call, _, _ = conv(
-            shape, self.strides, self.padding, self.input_dilation, self.kernel_dilation, groups,
-            self.use_bias,
-        )  # fmt: skip
-        s = jax.lax.conv_general_dilated(
-            _whitened(self, padded(x, call), groups),
-            kernel,
-            call.strides,
-            "VALID",
-            rhs_dilation=call.kernel_dilation,
-            dimension_numbers=_channels_last(x.ndim),
-            feature_group_count=groups,
-            precision=HIGHEST,
-        )
-        return s + self.param("bias", self.bias_init, (self.features,)) if self.use_bias else s
-
-
-def _channels_last(rank: int) -> jax.lax.ConvDimensionNumbers:
-    places = tuple(range(1, rank - 1))
-    image = (0, rank - 1, *places)
-    kernel = (rank - 1, rank - 2, *range(rank - 2))
-    return jax.lax.ConvDimensionNumbers(image, kernel, image)
-
-
-def _whitened(module: nn.Module, x: jax.Array, groups: int) -> jax.Array:
-    """``U (x − c)`` over the last axis, group by group."""
-    n = x.shape[-1] // groups
-    lead = (groups,) if groups > 1 else ()
-    eye = lambda: jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), (*lead, n, n))
-    U = module.variable("whitening", "U", eye).value
-    c = module.variable("whitening", "c", lambda: jnp.zeros((*lead, n), x.dtype)).value
-    x = x.reshape(*x.shape[:-1], *lead, n) - c
-    z = jnp.einsum("...ij,...j->...i", U, x, precision=HIGHEST)
-    return z.reshape(*x.shape[: x.ndim - 1 - len(lead)], -1)

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.coordinates import Coordinates
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.low_rank import LowRank
+from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.utils.precision import HIGHEST
 
 
