@@ -41,7 +41,7 @@ from race import positive
 from rich.console import Console
 
 import natgrad_jax as ng
-from natgrad_jax.transforms.refreshing import PERIOD
+from natgrad_jax.transforms.common.schedule import PERIOD
 
 WIDTHS, DEPTHS = (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64)
 WIDTH, DEPTH = 256, 4  # of the other series

@@ -35,15 +35,15 @@ from natgrad_jax.transforms.adaptive_damping import (
     levenberg_marquardt,
 )
 from natgrad_jax.transforms.adaptive_kfac import adaptive_kfac
+from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
+from natgrad_jax.transforms.common.kronecker import KFACState
 from natgrad_jax.transforms.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.transforms.in_coordinates import InCoordinatesState, in_coordinates
-from natgrad_jax.transforms.in_eigenbases import EKFACState
 from natgrad_jax.transforms.kfac import kfac, scale_by_kfac
-from natgrad_jax.transforms.kronecker import KFACState
 from natgrad_jax.transforms.ngd import linear_natural_gradient, ngd
 from natgrad_jax.transforms.prong import prong
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState, scale_by_quadratic_model
-from natgrad_jax.transforms.trust import clip_by_trust_radius
+from natgrad_jax.transforms.trust_region import clip_by_trust_radius
 
 __all__ = [
     "AdaptiveDampingState",

@@ -17,9 +17,9 @@ from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.statistics.grad import value_and_grad
 from natgrad_jax.tagging import find_layers
+from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
+from natgrad_jax.transforms.common.second_moments import total_moments
 from natgrad_jax.transforms.ekfac import scale_by_ekfac
-from natgrad_jax.transforms.in_eigenbases import EKFACState
-from natgrad_jax.transforms.squares import total_moments
 from natgrad_jax.utils.tree_paths import Path
 
 # Forms of the factors beside the whole ones.

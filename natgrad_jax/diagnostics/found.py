@@ -6,8 +6,8 @@ from natgrad_jax.curvature.factor_averages import in_full
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.state.walk import plain, states
 from natgrad_jax.statistics.spec import parse
-from natgrad_jax.transforms.following import InCoordinatesState
-from natgrad_jax.transforms.in_eigenbases import EKFACState
+from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
+from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
 from natgrad_jax.utils.tree_paths import Path, join
 
 

@@ -19,9 +19,9 @@ from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.state.walk import instances, plain
 from natgrad_jax.statistics.spec import parse
 from natgrad_jax.transforms.adaptive_damping import AdaptiveDampingState
-from natgrad_jax.transforms.estimates import diagonal_of
+from natgrad_jax.transforms.common.estimators import diagonal_of
+from natgrad_jax.transforms.common.second_moments import total_moments
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
-from natgrad_jax.transforms.squares import total_moments
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.tree_paths import Path
 

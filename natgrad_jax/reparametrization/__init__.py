@@ -1,1 +1,1 @@
-"""Coordinates of layers in which plain gradients are natural ones: whitened inputs and outputs (PRONG)."""
+"""Coordinates in which plain gradients are natural ones: whitened inputs and outputs (PRONG)."""

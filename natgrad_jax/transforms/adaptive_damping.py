@@ -11,7 +11,7 @@ from natgrad_jax.exact.matvec import forms, model_at
 from natgrad_jax.losses.loss import as_loss
 from natgrad_jax.state.clock import due
 from natgrad_jax.state.walk import instances
-from natgrad_jax.transforms.extra import needed, on_parameters
+from natgrad_jax.transforms.common.extra_args import needed, on_parameters
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import check_fraction, check_period, check_positive, is_concrete

@@ -10,10 +10,10 @@ from natgrad_jax.curvature.inverses import checked_rank
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.statistics.spec import Request, stride_of
-from natgrad_jax.transforms.alias import descent, per_squared_rate, trace
-from natgrad_jax.transforms.in_eigenbases import in_eigenbases
-from natgrad_jax.transforms.preconditioner import Rules
-from natgrad_jax.transforms.refreshing import turns
+from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
+from natgrad_jax.transforms.common.eigenbasis_diagonal import in_eigenbases
+from natgrad_jax.transforms.common.preconditioner import Rules
+from natgrad_jax.transforms.common.schedule import turns
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
 
 MOMENTS = ("intra_batch", "running_average")

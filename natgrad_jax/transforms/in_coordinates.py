@@ -19,9 +19,9 @@ from natgrad_jax.state.clock import due
 from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.statistics.spec import Request
-from natgrad_jax.transforms import estimates, following
-from natgrad_jax.transforms.carry import ON_REFRESH
-from natgrad_jax.transforms.following import InCoordinatesState
+from natgrad_jax.transforms.common import coordinate_state, estimators
+from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
+from natgrad_jax.transforms.common.transport import ON_REFRESH
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
@@ -121,7 +121,7 @@ def in_coordinates(
     check_period(statistics_period=statistics_period, refresh_period=refresh_period)
     check_fraction(decay=decay)
     over = devices(refresh_over)
-    rules = following.Rules(
+    rules = coordinate_state.Rules(
         choice, epsilon, decay, statistics_period, refresh_period, samples, on_refresh, over
     )
     form = approximation(convolution, None, weight_sharing)._replace(centred=choice.centred)
@@ -134,8 +134,8 @@ def in_coordinates(
     def init_fn(params: optax.Params) -> InCoordinatesState:
         # of params only which there are: shapes come from the layers
         kept = all_own.within(every.of(params))
-        state = jax.jit(lambda: following.initial_state(kept, choice, request, rank))()
-        return estimates.for_params(state, params)._replace(inner=inner.init(params))
+        state = jax.jit(lambda: coordinate_state.initial_state(kept, choice, request, rank))()
+        return estimators.for_params(state, params)._replace(inner=inner.init(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -153,7 +153,7 @@ def in_coordinates(
             state = _followed(state, statistics, updates, params, inner, own, rules)
         mapped = _run(inner, _frozen(updates, layers), state, params, own, extra)
         examples = jnp.zeros(()) if statistics is None else statistics.examples
-        return _frozen(mapped[0], layers), following.ticked(mapped[1], rules, examples)
+        return _frozen(mapped[0], layers), coordinate_state.ticked(mapped[1], rules, examples)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -173,16 +173,20 @@ def _followed(
     params: optax.Params | None,
     inner: optax.GradientTransformationExtraArgs,
     layers: Mapping[Path, Layer],
-    rules: following.Rules,
+    rules: coordinate_state.Rules,
 ) -> InCoordinatesState:
     """The coordinates of this step, and the inner state in them."""
     old, before = state.bases, state
-    state = following.average(state, statistics, layers, rules)
+    state = coordinate_state.average(state, statistics, layers, rules)
     refresh = due(state.clock.step, at(rules.refresh_period, state.clock.step))
-    refresh |= estimates.first_seen(before, state)
-    state = following.refresh(state, layers, rules, refresh)
-    state = following.carried(state, updates, params, inner, layers, old, rules, refresh)
-    return following.rescaled(state, statistics, layers, rules) if rules.choice.rescaled else state
+    refresh |= estimators.first_seen(before, state)
+    state = coordinate_state.refresh(state, layers, rules, refresh)
+    state = coordinate_state.carried(state, updates, params, inner, layers, old, rules, refresh)
+    return (
+        coordinate_state.rescaled(state, statistics, layers, rules)
+        if rules.choice.rescaled
+        else state
+    )
 
 
 def _choice(coordinates: str, on_refresh: str, rank: Any, samples: Any) -> charts.Choice:

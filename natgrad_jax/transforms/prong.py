@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.transforms.alias import descent, trace
+from natgrad_jax.transforms.common.chain import descent, trace
 from natgrad_jax.transforms.in_coordinates import in_coordinates
 from natgrad_jax.utils.hyperparams import Scalar
 

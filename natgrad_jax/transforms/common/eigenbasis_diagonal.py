@@ -12,8 +12,8 @@ from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.state.clock import Clock
 from natgrad_jax.statistics.spec import Spelled
-from natgrad_jax.transforms import squares
-from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
+from natgrad_jax.transforms.common import second_moments
+from natgrad_jax.transforms.common.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.utils.tree_paths import Path
 
 
@@ -27,7 +27,7 @@ class EKFACState(NamedTuple):
     Where several terms of the loss have each an S of its own, both have an axis of terms in front.
     ``examples``: of the last measured batch, ``()`` or ``(terms,)``. ``request``: what it asks of
     the backward pass, without arrays. The other fields are those of
-    :class:`~natgrad_jax.transforms.estimates.Estimates`.
+    :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
 
     >>> import natgrad_jax as ng
     >>> state = ng.scale_by_ekfac(ng.Layers({})).init({})
@@ -74,11 +74,13 @@ def in_eigenbases(
 
     def follow(state: EKFACState, layers: Layers, now: Now) -> EKFACState:
         if intra_batch:
-            state = squares.measure(state, now.statistics, layers, now.decay)
-        state = squares.refresh(state, layers, now.decay, now.first, how, rules.turns)
+            state = second_moments.measure(state, now.statistics, layers, now.decay)
+        state = second_moments.refresh(state, layers, now.decay, now.first, how, rules.turns)
         if intra_batch:
             return state
-        return squares.average_gradient(now.updates, state, now.statistics, layers, now.decay)
+        return second_moments.average_gradient(
+            now.updates, state, now.statistics, layers, now.decay
+        )
 
     return preconditioner(layers, rules, Method(EKFACState, start, follow, _apply))
 
@@ -86,7 +88,7 @@ def in_eigenbases(
 def _apply(
     layer: Layer, state: EKFACState, path: Path, gradient: jax.Array, damping: jax.Array
 ) -> jax.Array:
-    S, known = squares.total_moments(state, path), squares.has_basis(state, path)
+    S, known = second_moments.total_moments(state, path), second_moments.has_basis(state, path)
     known = jnp.expand_dims(known, tuple(range(known.ndim, S.ndim)))
     gains = 1 / jnp.where(known, S + damping.astype(S.dtype), 1)
     return scaled(layer, state.bases[path], gains, gradient)

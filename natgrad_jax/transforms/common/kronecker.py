@@ -22,9 +22,9 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.state.clock import Clock
 from natgrad_jax.statistics.spec import Spelled
-from natgrad_jax.transforms import estimates
-from natgrad_jax.transforms.preconditioner import Method, Now, Rules, preconditioner
-from natgrad_jax.transforms.refreshing import Turns, in_turn
+from natgrad_jax.transforms.common import estimators
+from natgrad_jax.transforms.common.preconditioner import Method, Now, Rules, preconditioner
+from natgrad_jax.transforms.common.schedule import Turns, in_turn
 from natgrad_jax.utils.tree_paths import Path
 
 Divide = Callable[..., tuple[jax.Array, jax.Array]]  # of λ between the factors
@@ -35,7 +35,7 @@ class KFACState(NamedTuple):
 
     ``damping``: λ of the last step, ``()``. ``bases``: damped inverses of the factors as of the
     last refresh. ``request``: what it asks of the backward pass, without arrays. The other fields
-    are those of :class:`~natgrad_jax.transforms.estimates.Estimates`.
+    are those of :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
     """
 
     clock: Clock
@@ -81,7 +81,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) ->
             if layer.output_side is None:
                 bases[path] = old
                 continue
-            sums = estimates.sums_for(layer, statistics)
+            sums = estimators.sums_for(layer, statistics)
             batch = term_shares.batch_factors(layer, sums, statistics.examples)
             factors, good, before = batch.factors, batch.good, now.weights[path]
             if good.ndim > before.ndim:  # terms, whose shares move at rates of their own
@@ -92,7 +92,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) ->
             bases[path], _ = keep_finite(layer, new, old, state.weights[path])
         return bases
 
-    bases = jax.lax.cond(estimates.any_seen(statistics), seen, lambda: state.bases)
+    bases = jax.lax.cond(estimators.any_seen(statistics), seen, lambda: state.bases)
     return state._replace(bases=bases)
 
 

@@ -15,8 +15,8 @@ from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.statistics.grad import Statistics
-from natgrad_jax.transforms import estimates
-from natgrad_jax.transforms.refreshing import Turns, in_turn
+from natgrad_jax.transforms.common import estimators
+from natgrad_jax.transforms.common.schedule import Turns, in_turn
 from natgrad_jax.utils.tree_paths import Path
 
 State = TypeVar("State", bound=Any)
@@ -74,7 +74,7 @@ def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Arr
             rejected += bad
         return state._replace(moments=moments, moment_weights=weights, rejected=rejected)
 
-    return jax.lax.cond(estimates.any_seen(statistics), measured, lambda: state)
+    return jax.lax.cond(estimators.any_seen(statistics), measured, lambda: state)
 
 
 def average_gradient(

@@ -13,8 +13,8 @@ from natgrad_jax.state.clock import due, start, tick
 from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.statistics.spec import Request, spell
-from natgrad_jax.transforms import blocks, estimates
-from natgrad_jax.transforms.refreshing import Turns
+from natgrad_jax.transforms.common import apply, estimators
+from natgrad_jax.transforms.common.schedule import Turns
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.utils.tree_paths import Path
 
@@ -74,7 +74,7 @@ def preconditioner(
         own = all_layers.of(params)
         # one compiled program: op by op, every shape would compile on its own
         state = jax.jit(lambda: _initial_state(own, rules, method))()
-        return estimates.for_params(state, params)
+        return estimators.for_params(state, params)
 
     def update_fn(
         updates: optax.Updates,
@@ -91,17 +91,17 @@ def preconditioner(
         step = state.clock.step
         lam, decay = at(rules.damping, step), at(rules.decay, step)
         before = state
-        state = estimates.update(state, statistics, layers, decay)
+        state = estimators.update(state, statistics, layers, decay)
         # what was measured for the first time is refreshed now, not a period later
-        first = estimates.first_seen(before, state)
+        first = estimators.first_seen(before, state)
         now = Now(updates, statistics, lam, decay, before.weights, first)
         state = method.follow(state, layers, now)
         of_layer = lambda path, x: method.apply(layers[path], state, path, x, lam)
-        over_diagonal = estimates.over_diagonal(state, lam)
+        over_diagonal = estimators.over_diagonal(state, lam)
         # the natural gradient, and Δᵀ∇ = ΔᵀFΔ of the damped F
-        updates, quadratic = blocks.map_blocks(updates, all_layers, of_layer, over_diagonal)
+        updates, quadratic = apply.map_blocks(updates, all_layers, of_layer, over_diagonal)
         if radius is not None:
-            updates = blocks.trust_region(updates, all_layers, quadratic, at(radius, step))
+            updates = apply.trust_region(updates, all_layers, quadratic, at(radius, step))
         wanted = due(step + 1, at(rules.statistics_period, step + 1))
         clock = tick(state.clock, wanted, statistics.examples)
         rejected = state.rejected + jnp.isnan(quadratic)
@@ -116,5 +116,5 @@ def _initial_state(layers: Layers, rules: Rules, method: Method) -> Any:
         damping=at(rules.damping, jnp.zeros((), jnp.int32)),
         request=spell(rules.request),
         **method.start(layers),
-        **estimates.start(layers, rules.factor_dtype)._asdict(),
+        **estimators.start(layers, rules.factor_dtype)._asdict(),
     )

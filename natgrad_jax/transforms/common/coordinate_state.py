@@ -20,8 +20,8 @@ from natgrad_jax.reparametrization.parameters import whiten
 from natgrad_jax.state.clock import Clock, due, start, tick
 from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.statistics.spec import Request, Spelled, spell
-from natgrad_jax.transforms import estimates
-from natgrad_jax.transforms.carry import carry
+from natgrad_jax.transforms.common import estimators
+from natgrad_jax.transforms.common.transport import carry
 from natgrad_jax.utils.hyperparams import Scalar, at
 from natgrad_jax.utils.tree_paths import Path
 
@@ -98,7 +98,7 @@ def average(
 
     def measured() -> InCoordinatesState:
         rate = by_decay if rules.samples is None else evenly
-        new = estimates.update_factors(state, statistics, layers, rate)
+        new = estimators.update_factors(state, statistics, layers, rate)
         gathered = (state.gathered + examples).astype(state.gathered.dtype)
         return new._replace(gathered=gathered, examples=examples.astype(state.examples.dtype))
 
@@ -144,7 +144,7 @@ def rescaled(
     def measured() -> tuple[dict[Path, Coordinates], jax.Array]:
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
-            sums = estimates.sums_for(layer, statistics)
+            sums = estimators.sums_for(layer, statistics)
             factors, _, good = term_shares.batch_factors(layer, sums, statistics.examples)
             new = charts.rescaled(layer, state.bases[path], factors, epsilon)
             bases[path], bad = keep_finite(layer, new, state.bases[path], good.astype(float))
@@ -152,7 +152,7 @@ def rescaled(
         return bases, rejected
 
     bases, rejected = jax.lax.cond(
-        estimates.any_seen(statistics), measured, lambda: (state.bases, state.rejected)
+        estimators.any_seen(statistics), measured, lambda: (state.bases, state.rejected)
     )
     return state._replace(bases=bases, rejected=rejected)
 

@@ -1,0 +1,1 @@
+"""What the transformations share: the step, factors in the state, refreshes, damped inverses."""
