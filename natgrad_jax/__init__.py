@@ -1,6 +1,10 @@
 """Natural-gradient training for Flax models, as pure functions behind optax transformations."""
 
+import importlib
+from typing import Any
+
 from natgrad_jax import diagnostics
+from natgrad_jax.diagnostics.rank import rank_for
 from natgrad_jax.exact.conjugate_gradients import natural_gradient
 from natgrad_jax.exact.explicit_fisher import fisher, fisher_diagonal
 from natgrad_jax.exact.matvec import (
@@ -12,7 +16,6 @@ from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.losses.loss import Loss
-from natgrad_jax.ranks import rank_for
 from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.reparametrization.modules import WhitenedConv, WhitenedDense
 from natgrad_jax.reparametrization.parameters import (
@@ -44,6 +47,8 @@ from natgrad_jax.transforms.ngd import linear_natural_gradient, ngd
 from natgrad_jax.transforms.prong import prong
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState, scale_by_quadratic_model
 from natgrad_jax.transforms.trust_region import clip_by_trust_radius
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveDampingState",
@@ -98,3 +103,14 @@ __all__ = [
     "whitening",
     "whitening_variables",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``plots`` needs matplotlib, an extra: it is imported when it is asked for."""
+    if name == "plots":
+        return importlib.import_module("natgrad_jax.diagnostics.plots")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "plots"]

@@ -16,7 +16,7 @@ import natgrad_jax as ng
 from natgrad_jax.curvature.eigenbases import everywhere, scaled
 from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.curvature.inverses import operate
-from natgrad_jax.diagnostics import errors, measures
+from natgrad_jax.diagnostics import errors, layer_measures
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.state.walk import states
@@ -300,7 +300,7 @@ def test_many_inputs_are_probed() -> None:
     M = np.linalg.inv(A * random.uniform(0.5, 1.5))
     factors, held = Factors(jnp.asarray(A), jnp.eye(2)), Factors(jnp.asarray(M), jnp.eye(2))
     on = {"A": jnp.asarray(0.2), "G": jnp.asarray(0.0)}
-    found = measures.of_inverses(layer, factors, held, on)
+    found = layer_measures.of_inverses(layer, factors, held, on)
     exact = np.linalg.norm((A + 0.2 * np.eye(201)) @ M - np.eye(201)) / np.sqrt(201)
     np.testing.assert_allclose(found["drift_A"], exact, rtol=0.1)
     assert float(found["drift_G"]) == 0

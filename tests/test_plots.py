@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import natgrad_jax as ng
-from natgrad_jax import plots
+from natgrad_jax.diagnostics import plots
 
 
 @pytest.fixture(autouse=True)
@@ -96,10 +96,10 @@ def test_matplotlib_is_optional_and_asked_for_by_name() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "import natgrad_jax\n"
-        "assert 'natgrad_jax.plots' not in sys.modules\n"
-        "try:\n    import natgrad_jax.plots\n"
+        "assert 'natgrad_jax.diagnostics.plots' not in sys.modules\n"
+        "try:\n    import natgrad_jax.diagnostics.plots\n"
         "except ImportError as error:\n    print(error)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'natgrad-jax[plots]'" in found.stdout
-    assert not hasattr(ng, "plots") or "natgrad_jax.plots" in sys.modules
+    assert ng.plots is plots and "plots" in dir(ng)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.curvature.eigenbases import scaled
 from natgrad_jax.curvature.inverses import operate
-from natgrad_jax.diagnostics.found import found_in
+from natgrad_jax.diagnostics.states import found_in
 from natgrad_jax.exact.explicit_fisher import check_size, fisher as explicit_fisher
 from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.collection import Layers, check_layers

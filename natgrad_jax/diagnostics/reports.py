@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from natgrad_jax.curvature.eigenbases import everywhere
-from natgrad_jax.diagnostics import measures
-from natgrad_jax.diagnostics.found import Found, found_in
-from natgrad_jax.diagnostics.measures import Measures
+from natgrad_jax.diagnostics import layer_measures
+from natgrad_jax.diagnostics.layer_measures import Measures
 from natgrad_jax.diagnostics.spectrum import condition_number, of_layer
+from natgrad_jax.diagnostics.states import Found, found_in
 from natgrad_jax.diagnostics.table import table
 from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers, check_layers
@@ -165,7 +165,7 @@ def _rows(found: Found, updates: Any, grads: Any, spectra: bool) -> dict[Path, M
     rows = {}
     for path, layer in layers.items():
         given = change.get(path), gradient.get(path)
-        rows[path] = measures.of_update(*given, len(layer.stack))
+        rows[path] = layer_measures.of_update(*given, len(layer.stack))
         if path in state.factors:
             rows[path] |= _of_kind(found, path, given[0])
             rows[path] |= _conditions(found, path) if spectra else {}
@@ -173,7 +173,7 @@ def _rows(found: Found, updates: Any, grads: Any, spectra: bool) -> dict[Path, M
     diagonal = getattr(state, "diagonal", {})
     for x in layers.leftover:
         given = change.get(x.path), gradient.get(x.path)
-        rows[x.path] = measures.of_update(*given, 0)
+        rows[x.path] = layer_measures.of_update(*given, 0)
         if x.path in diagonal and given[0] is not None:
             own = diagonal_of(state, x.path)
             rows[x.path]["kl"] = jnp.sum(own * jnp.square(given[0])) / 2
@@ -185,21 +185,21 @@ def _of_kind(found: Found, path: Path, update: jax.Array | None) -> Measures:
     state, layer = found.state, found.layers[path]
     factors, bases = found.factors(path), state.bases[path]
     if found.kind == "in_coordinates":
-        own = measures.of_coordinates(layer, factors, bases)
+        own = layer_measures.of_coordinates(layer, factors, bases)
         if factors.G is None or layer.input_side.constant:  # of inputs, or of channels' means
             return own
-        return own | _with_kl(measures.kl, layer, factors, update=update)
-    own = measures.of_factors(layer, factors)
+        return own | _with_kl(layer_measures.kl, layer, factors, update=update)
+    own = layer_measures.of_factors(layer, factors)
     if found.kind == "ekfac":
-        drifts, diagonals = measures.of_bases(layer, factors, bases)
+        drifts, diagonals = layer_measures.of_bases(layer, factors, bases)
         S = total_moments(state, path)
         whole = everywhere(layer, bases, S)
-        own |= drifts | measures.of_moments(layer, whole, diagonals, state.damping)
-        return own | _with_kl(measures.kl_of_moments, layer, bases, S, update=update)
+        own |= drifts | layer_measures.of_moments(layer, whole, diagonals, state.damping)
+        return own | _with_kl(layer_measures.kl_of_moments, layer, bases, S, update=update)
     split = parse(state.request).split
-    damping = measures.dampings(layer, factors, state.damping, split)
-    own |= measures.of_inverses(layer, factors, bases, damping)
-    return own | _with_kl(measures.kl, layer, factors, update=update)
+    damping = layer_measures.dampings(layer, factors, state.damping, split)
+    own |= layer_measures.of_inverses(layer, factors, bases, damping)
+    return own | _with_kl(layer_measures.kl, layer, factors, update=update)
 
 
 def _with_kl(of: Any, *given: Any, update: jax.Array | None) -> Measures:
@@ -211,7 +211,7 @@ def _conditions(found: Found, path: Path) -> Measures:
     layer, factors = found.layers[path], found.factors(path)
     if found.kind in ("kfac", "ngd"):
         split = parse(found.state.request).split
-        damping = measures.dampings(layer, factors, found.state.damping, split)
+        damping = layer_measures.dampings(layer, factors, found.state.damping, split)
         stack = len(layer.stack)
         damping = {k: x.reshape(*x.shape[:stack], -1).mean(-1) for k, x in damping.items()}
     return {

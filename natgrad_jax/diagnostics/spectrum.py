@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.curvature.eigenbases import everywhere
 from natgrad_jax.curvature.factor_averages import bias_of
-from natgrad_jax.diagnostics.found import Found, found_in
+from natgrad_jax.diagnostics.states import Found, found_in
 from natgrad_jax.exact import explicit_fisher
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.factor_structure import Side

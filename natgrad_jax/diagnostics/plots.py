@@ -18,7 +18,7 @@ try:
     from matplotlib.colors import LogNorm
 except ImportError as error:
     raise ImportError(
-        "natgrad_jax.plots draws with matplotlib, which is not installed: "
+        "natgrad_jax.diagnostics.plots draws with matplotlib, which is not installed: "
         "pip install 'natgrad-jax[plots]'."
     ) from error
 
