@@ -128,7 +128,7 @@ def exact(task: Task, steps: int) -> dict[str, Any]:
     train = jax.tree.map(lambda a: a[:EXACT_EXAMPLES], task.train)
     params = regular_start(task, train, steps)
     layers = ng.find_layers(own, params, train)
-    tx = ng.ngd(ALPHA, layers, damping=0.0, inverse="eigh", cutoff=1e-13)
+    tx = ng.ngd(ALPHA, layers, damping=0.0, inverse=ng.Eigh(cutoff=1e-13))
     grad_fn = ng.value_and_grad(own, layers, fisher="exact")
 
     @jax.jit

@@ -84,8 +84,7 @@ def train(mesh: Mesh, args: argparse.Namespace, log: Any = None) -> Trained:
         layers,
         damping=args.damping,
         statistics_period=args.statistics_period,
-        refresh_period=args.refresh_period,
-        refresh_over=(mesh, "data"),
+        refresh=ng.every(args.refresh_period, over=(mesh, "data")),
     )
     grad_fn = ng.value_and_grad(problem.loss_fn, layers)
 

@@ -61,7 +61,7 @@ def natural(alias: Callable, fisher: str = "mc") -> Callable[..., Contender]:
 
 OPTIMIZERS = {
     "kfac": natural(lambda learning_rate, layers: ng.kfac(learning_rate, layers)),
-    "kfac-at-once": natural(partial(ng.kfac, spread=False, statistics_fraction=1.0)),
+    "kfac-at-once": natural(partial(ng.kfac, refresh="every", statistics_fraction=1.0)),
     "kfac-wide": natural(partial(ng.kfac, trust_radius=1e-2)),  # what its docstring tells for these
     "kfac-exact": natural(partial(ng.kfac, inverse="cholesky")),
     "kfac-full": natural(partial(ng.kfac, inverse="cholesky", statistics_period=1, decay=0.95)),

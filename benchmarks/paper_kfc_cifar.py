@@ -26,8 +26,10 @@ ekfac = partial(ng.ekfac, trust_radius=1e-3)
 METHODS = {
     "sgd": Method(sgd, (0.01, 0.03, 0.1), ":"),
     "kfc": Method(kfac, RATE, "-", fisher="mc"),
-    "sua": Method(partial(kfac, convolution="sua"), RATE, "--", fisher="mc"),
-    "groups": Method(partial(kfac, group_size=GROUP), RATE, "-.", fisher="mc"),
+    "sua": Method(partial(kfac, approximation="sua"), RATE, "--", fisher="mc"),
+    "groups": Method(
+        partial(kfac, approximation=ng.Approximation(group_size=GROUP)), RATE, "-.", fisher="mc"
+    ),
     "ekfac": Method(ekfac, RATE, "o-", fisher="mc"),
 }
 

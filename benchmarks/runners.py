@@ -127,8 +127,7 @@ def second_order(problem: Problem, name: str, kinds: tuple[str, ...], group_size
         DAMPING,
         statistics_period=STATISTICS_PERIOD,
         refresh_period=REFRESH_PERIOD,
-        convolution=method.convolution,
-        group_size=group_size if method.grouped else None,
+        approximation=ng.Approximation(method.convolution, group_size if method.grouped else None),
     )
     tx = optax.chain(scale, optax.trace(MOMENTUM), optax.scale(-LEARNING_RATE))
     grad_fn = ng.value_and_grad(problem.loss_fn, layers, has_aux=True)

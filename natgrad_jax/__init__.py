@@ -4,6 +4,8 @@ import importlib
 from typing import Any
 
 from natgrad_jax import diagnostics
+from natgrad_jax.curvature.eigenbases import Eigenbasis
+from natgrad_jax.curvature.inverse_methods import Cholesky, Eigh, LowRank, NewtonSchulz, Woodbury
 from natgrad_jax.diagnostics.rank import rank_for
 from natgrad_jax.exact.conjugate_gradients import natural_gradient
 from natgrad_jax.exact.explicit_fisher import fisher, fisher_diagonal
@@ -12,6 +14,7 @@ from natgrad_jax.exact.matvec import (
     gauss_newton_vector_product,
     quadratic_forms,
 )
+from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
@@ -40,6 +43,7 @@ from natgrad_jax.transforms.adaptive_damping import (
 from natgrad_jax.transforms.adaptive_kfac import adaptive_kfac
 from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
 from natgrad_jax.transforms.common.kronecker import KFACState
+from natgrad_jax.transforms.common.schedule import every, staggered
 from natgrad_jax.transforms.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.transforms.in_coordinates import InCoordinatesState, in_coordinates
 from natgrad_jax.transforms.kfac import kfac, scale_by_kfac
@@ -52,23 +56,30 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveDampingState",
+    "Approximation",
     "Bernoulli",
     "Categorical",
+    "Cholesky",
     "Coordinates",
     "DampingRule",
     "EKFACState",
+    "Eigenbasis",
+    "Eigh",
     "Gaussian",
     "InCoordinatesState",
     "KFACState",
     "Layer",
     "Layers",
     "Loss",
+    "LowRank",
+    "NewtonSchulz",
     "QuadraticModelState",
     "Statistics",
     "TrainState",
     "UncoveredWarning",
     "WhitenedConv",
     "WhitenedDense",
+    "Woodbury",
     "accumulate",
     "adaptive_damping",
     "adaptive_kfac",
@@ -79,6 +90,7 @@ __all__ = [
     "damping",
     "diagnostics",
     "ekfac",
+    "every",
     "factors",
     "find_layers",
     "fisher",
@@ -97,6 +109,7 @@ __all__ = [
     "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_quadratic_model",
+    "staggered",
     "unwhiten",
     "value_and_grad",
     "whiten",

@@ -41,7 +41,7 @@ def main(folder: str, steps: int) -> None:
     # all that a state can hold: averages, bases that follow the last ones, moments, turns
     tx = ng.ekfac(
         0.05, layers, statistics_period=2, statistics_fraction=0.5,
-        basis="qr", refresh_period=3, spread=True,
+        basis="qr", refresh=ng.staggered(3),
     )  # fmt: skip
     grad_fn = ng.value_and_grad(loss_fn, layers)
 

@@ -4,6 +4,7 @@ The shapes that a program has at its defaults and beyond, on both sides of every
 after an update a state has the types of the state before, and updates those of the parameters.
 """
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -22,27 +23,32 @@ pytestmark = pytest.mark.no_cover  # that would take half as long again, and oth
 
 RATE = {"learning_rate": 0.1}
 
+
+def approximated(**fields: Any) -> dict[str, Any]:
+    return {"approximation": ng.Approximation(**fields)}
+
+
 # Values beside the defaults, by what they decide: two of one line exclude each other.
 SHARED: dict[str, list[dict[str, Any]]] = {
-    "convolution": [{"convolution": "sua"}],
-    "group_size": [{"group_size": RANK}, {"group_size": 3 * RANK // 2}, {"group_size": 1}],
-    "weight_sharing": [{"weight_sharing": "reduce"}],
+    "convolution": [approximated(convolution="sua")],
+    "group_size": [approximated(group_size=n) for n in (RANK, 3 * RANK // 2, 1)],
+    "weight_sharing": [approximated(weight_sharing="reduce")],
     "factor_dtype": [{"factor_dtype": jnp.bfloat16}],
     "statistics_fraction": [{"statistics_fraction": 0.5}],
-    "refresh_period": [{"spread": False}, {"refresh_period": 3, "spread": True}],
+    "refresh": [{"refresh": ng.every(20)}, {"refresh": ng.staggered(3)}],
 }
 KFAC = {
     "inverse": [
         {"inverse": "cholesky"}, {"inverse": "eigh"}, {"inverse": "newton_schulz"},
-        {"inverse": "woodbury", "rank": RANK, "statistics_period": 1}, {"rank": 1},
-        {"rank": 2 * RANK},
+        {"inverse": ng.Woodbury(RANK), "statistics_period": 1}, {"inverse": ng.LowRank(1)},
+        {"inverse": ng.LowRank(2 * RANK)},
     ],
     **SHARED,
 }  # fmt: skip
 EKFAC = {
     "basis": [
-        {"basis": "eigh"}, {"basis": "qr"}, {"basis": "qr", "basis_tolerance": 0.1}, {"rank": 1},
-        {"rank": 2 * RANK},
+        {"basis": "eigh"}, {"basis": "qr"}, {"basis": ng.Eigenbasis("qr", 0.1)},
+        {"basis": ng.LowRank(1)}, {"basis": ng.LowRank(2 * RANK)},
     ],
     "moments": [{"moments": "running_average"}],
     **SHARED,
@@ -50,14 +56,14 @@ EKFAC = {
 NGD = {
     "inverse": [
         {"inverse": "low_rank"}, {"inverse": "eigh", "damping": 0.0},
-        {"inverse": "newton_schulz"}, {"inverse": "woodbury", "rank": 1, "decay": 0.9},
+        {"inverse": "newton_schulz"}, {"inverse": ng.Woodbury(1), "decay": 0.9},
     ],
 }  # fmt: skip
 PRONG = {
     "plus": [{"plus": True}],
     "rank": [{"rank": RANK}],
-    "convolution": [{"convolution": "kfc"}],
-    "weight_sharing": [{"weight_sharing": "reduce"}],
+    "convolution": [approximated(convolution="kfc")],
+    "weight_sharing": [approximated(convolution="sua", weight_sharing="reduce")],
     "samples": [{"samples": 1000}],
 }
 FAMILIES: dict[str, tuple[Any, dict[str, list[dict[str, Any]]]]] = {
@@ -68,7 +74,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, list[dict[str, Any]]]]] = {
     **{
         f"in_coordinates, {coordinates}": (
             functools.partial(ng.in_coordinates, optax.adam(1e-3), coordinates=coordinates),
-            {"convolution": [{"convolution": "kfc"}]},
+            {"convolution": [approximated(convolution="kfc")]},
         )
         for coordinates in ("whitening", "whitening_plus", "both_sides", "eigenbasis", "identity")
     },
@@ -77,11 +83,26 @@ FAMILIES: dict[str, tuple[Any, dict[str, list[dict[str, Any]]]]] = {
 
 def row(family: str, *chosen: dict[str, Any]) -> Row:
     factory, given = FAMILIES[family][0], {k: v for one in chosen for k, v in one.items()}
+    forms = [one["approximation"] for one in chosen if "approximation" in one]
+    if len(forms) > 1:
+        fields = {k: v for form in forms for k, v in chosen_fields(form).items()}
+        given |= approximated(**fields)
     return Row(factory, lambda s: {"layers": s.layers, **given})
 
 
+def chosen_fields(record: Any) -> dict[str, Any]:
+    """What is not default in a record."""
+    own = {x.name: (getattr(record, x.name), x.default) for x in dataclasses.fields(record)}
+    return {name: value for name, (value, usual) in own.items() if value != usual}
+
+
 def told(family: str, *chosen: dict[str, Any]) -> str:
-    values = [f"{k}={getattr(v, '__name__', v)}" for one in chosen for k, v in one.items()]
+    values = []
+    for k, v in (item for one in chosen for item in one.items()):
+        if isinstance(v, ng.Approximation):
+            values += [f"{name}={value}" for name, value in chosen_fields(v).items()]
+        else:
+            values.append(f"{k}={getattr(v, '__name__', v)}")
     return ", ".join([family, *values])
 
 

@@ -91,11 +91,14 @@ def test_micro_batches_add_up_to_the_whole(loss_fn: Any, fisher: str) -> None:
 TRANSFORMATIONS = {
     "kfac": partial(ng.kfac, statistics_period=1, refresh_period=1),
     "kfac, thinned, reduce": partial(
-        ng.kfac, statistics_period=1, statistics_fraction=0.5, weight_sharing="reduce"
+        ng.kfac,
+        statistics_period=1,
+        statistics_fraction=0.5,
+        approximation=ng.Approximation(weight_sharing="reduce"),
     ),
     "kfac, nothing measured": partial(ng.kfac, statistics_period=9),
     "ekfac": partial(ng.ekfac, statistics_period=1),
-    "ekfac, one direction": partial(ng.ekfac, statistics_period=1, rank=1),
+    "ekfac, one direction": partial(ng.ekfac, statistics_period=1, basis=ng.LowRank(1)),
     "ekfac, running average": partial(ng.ekfac, statistics_period=1, moments="running_average"),
     "prong": partial(ng.prong, statistics_period=1),
 }

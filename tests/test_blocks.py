@@ -76,7 +76,7 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize(
     "transformation",
-    [ng.scale_by_kfac, ng.scale_by_ekfac, partial(ng.scale_by_ekfac, rank=1)],
+    [ng.scale_by_kfac, ng.scale_by_ekfac, partial(ng.scale_by_ekfac, basis=ng.LowRank(1))],
     ids=["kfac", "ekfac", "ekfac, rank 1"],
 )
 @pytest.mark.parametrize("width", [4, 70])
@@ -299,7 +299,9 @@ def test_a_layer_called_twice_is_reduced_over_its_calls() -> None:
     params = filled(module, x)
     layers = ng.find_layers(loss_fn, params, x)
     assert layers[("dense",)].calls == 2
-    tx = ng.scale_by_kfac(layers, decay=0.0, weight_sharing="reduce")
+    tx = ng.scale_by_kfac(
+        layers, decay=0.0, approximation=ng.Approximation(weight_sharing="reduce")
+    )
     _, _, state, _ = steps(tx, loss_fn, params, x, layers, fisher="empirical")
 
     W, b = params["dense"]["kernel"], params["dense"]["bias"]
@@ -342,7 +344,9 @@ def test_a_scanned_cell_is_the_unrolled_one(sharing: str) -> None:
         loss_fn = categorical(Recurrent(nn.GRUCell, scanned))
         layers = ng.find_layers(loss_fn, params, x)
         assert {x.calls for path, x in layers.items() if path[0] == "cell"} == {3}
-        tx = ng.scale_by_ekfac(layers, statistics_period=1, weight_sharing=sharing)
+        tx = ng.scale_by_ekfac(
+            layers, statistics_period=1, approximation=ng.Approximation(weight_sharing=sharing)
+        )
         found.append(steps(tx, loss_fn, params, x, layers, 2)[2])
     close(*(ng.factors(state) for state in found))
     close(*(state.moments for state in found), 1e-7)
@@ -421,7 +425,7 @@ def test_reduce_needs_the_same_examples_in_every_call() -> None:
     params = filled(module, x)
     for loss_fn, message in ((uneven, r"\[1, 3\] examples"), (mapped, "mapped over single")):
         layers = ng.find_layers(loss_fn, params, x)
-        tx = ng.scale_by_kfac(layers, weight_sharing="reduce")
+        tx = ng.scale_by_kfac(layers, approximation=ng.Approximation(weight_sharing="reduce"))
         with pytest.raises(ValueError, match=message):
             steps(tx, loss_fn, params, x, layers)
 

@@ -105,7 +105,7 @@ def test_a_state_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
     fewer = ng.scale_by_kfac(layers.select(lambda path, layer: path == HIDDEN)).init(params)
     with pytest.raises(ValueError, match=r"opt_state/bases/\('head',\)/A: saved, and not there"):
         restore(tmp_path / "now", {"opt_state": fewer})
-    in_groups = ng.scale_by_kfac(layers, group_size=2).init(params)
+    in_groups = ng.scale_by_kfac(layers, approximation=ng.Approximation(group_size=2)).init(params)
     with pytest.raises(ValueError, match=r"\('hidden',\)/A: saved with shape \(5, 5\), now"):
         restore(tmp_path / "now", {"opt_state": in_groups})
     thinned = ng.scale_by_kfac(layers, statistics_fraction=0.5).init(params)

@@ -252,7 +252,7 @@ def test_prong_is_kfac_with_white_outputs(float64: None) -> None:
         )
 
     tx = ng.in_coordinates(
-        optax.sgd(1.0), own.layers, "both_sides", epsilon=1e-16, convolution="kfc"
+        optax.sgd(1.0), own.layers, "both_sides", epsilon=1e-16, approximation="kfc"
     )
     _, both, _ = one_step(own, tx)
     _, kfac, _ = one_step(own, optax.chain(ng.scale_by_kfac(own.layers, 1e-16), optax.sgd(1.0)))

@@ -1,5 +1,6 @@
 """Every layer kind against brute force, in float64: factors, and the preconditioned update."""
 
+import dataclasses
 import warnings
 from functools import partial
 from typing import Any, NamedTuple
@@ -173,9 +174,9 @@ def check(
     assert layers.uncovered == ()
     rng, damping = jax.random.key(3), 0.05
     grad_fn = ng.value_and_grad(setup.loss_fn, layers, fisher=fisher)
-    options = {"damping": damping, "decay": 0.0, "statistics_period": 1, **how.keywords}
+    options = {"damping": damping, "decay": 0.0, "statistics_period": 1, "approximation": how}
     kfac = ng.scale_by_kfac(layers, **options)
-    ekfac = ng.scale_by_ekfac(layers, basis="low_rank", rank=rank, **options)
+    ekfac = ng.scale_by_ekfac(layers, basis=ng.LowRank(rank), **options)
 
     @jax.jit
     def step(batch: Any) -> Any:
@@ -286,7 +287,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("how", WAYS, ids=lambda how: " ".join(map(str, how)))
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: " ".join(map(str, dataclasses.astuple(how))))
 @pytest.mark.parametrize("case", APPROXIMATED, ids=lambda c: c.name)
 def test_approximations(case: Case, how: Approximation, float64: None) -> None:
     check(case, "linen", "categorical", "mc", jnp.float64, 1e-10, how)

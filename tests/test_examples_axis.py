@@ -224,7 +224,7 @@ def test_time_first_is_batch_first() -> None:
         layers = ng.find_layers(loss_fn, params, *args)
         grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
         for sharing in ("expand", "reduce"):
-            tx = ng.scale_by_kfac(layers, weight_sharing=sharing)
+            tx = ng.scale_by_kfac(layers, approximation=ng.Approximation(weight_sharing=sharing))
             _, _, statistics = grad_fn(params, *args, opt_state=tx.init(params))
             sums = statistics.layers if sharing == "expand" else statistics.reduced
             found.append({path: (s.A, s.G) for path, s in sums.items() if path != ("norm",)})

@@ -58,19 +58,22 @@ class Contender(NamedTuple):
     make: Any
     dtype: Any
     divided: bool  # whether the devices divide refreshes among them
+    refresh: Any = ng.every
 
 
 TRANSFORMATIONS = {
     "kfac": Contender(ng.kfac, jnp.float32, False),
     "kfac, thinned, in turn, divided": Contender(
-        partial(ng.kfac, statistics_fraction=0.5, spread=True), jnp.float32, True
+        partial(ng.kfac, statistics_fraction=0.5), jnp.float32, True, ng.staggered
     ),
     "ekfac, divided": Contender(
-        partial(ng.ekfac, convolution="sua", group_size=4, weight_sharing="reduce"),
+        partial(ng.ekfac, approximation=ng.Approximation("sua", 4, "reduce")),
         jnp.float64,
         True,
     ),
-    "ekfac, two directions, divided": Contender(partial(ng.ekfac, rank=2), jnp.float64, True),
+    "ekfac, two directions, divided": Contender(
+        partial(ng.ekfac, basis=ng.LowRank(2)), jnp.float64, True
+    ),
 }
 TOLERANCES = {jnp.float32: {"rtol": 1e-4, "atol": 1e-5}, jnp.float64: {"rtol": 1e-9, "atol": 1e-9}}
 
@@ -98,8 +101,8 @@ def make_problem(contender: Contender) -> Any:
 
     def make(over: Any) -> Any:
         over = over if contender.divided else None
-        periods = {"statistics_period": 2, "refresh_period": 2}
-        return contender.make(0.1, layers, **periods, refresh_over=over, damping=0.1)
+        refresh = contender.refresh(2, over=over)
+        return contender.make(0.1, layers, statistics_period=2, refresh=refresh, damping=0.1)
 
     return layers, make, params, batch
 

@@ -19,7 +19,7 @@ from natgrad_jax.linalg.batched_solve import Problem, in_stacks
 from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.linalg.distributed import balanced, devices
 from natgrad_jax.linalg.eigh import eigenbasis
-from natgrad_jax.transforms.common.schedule import turns
+from natgrad_jax.transforms.common.schedule import USUAL, refresh_schedule
 
 PERIOD = 4
 
@@ -80,14 +80,14 @@ def changes(found: list[tuple[Any, Any]]) -> list[set[Any]]:
 
 MAKERS = {
     "kfac": ng.scale_by_kfac,
-    "kfac, low rank": partial(ng.scale_by_kfac, inverse="low_rank", rank=2),
+    "kfac, low rank": partial(ng.scale_by_kfac, inverse=ng.LowRank(2)),
     "ekfac": ng.scale_by_ekfac,
 }
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_layers_in_turn_are_refreshed_once_a_period_each(name: str) -> None:
-    found = bases_over_time(partial(MAKERS[name], spread=True), 3 * PERIOD, 1)
+    found = bases_over_time(partial(MAKERS[name], refresh="staggered"), 3 * PERIOD, 1)
     changed = changes(found)
     paths = set(found[0][1])
     for start in range(0, 2 * PERIOD, PERIOD):
@@ -99,7 +99,8 @@ def test_layers_in_turn_are_refreshed_once_a_period_each(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_in_turn_and_together_agree_while_factors_stay(name: str) -> None:
-    own = [bases_over_time(partial(MAKERS[name], spread=s), 3, 100)[-1][0] for s in (True, False)]
+    own = [bases_over_time(partial(MAKERS[name], refresh=how), 3, 100)[-1][0]
+           for how in ("staggered", "every")]  # fmt: skip
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *own)
 
 
@@ -109,7 +110,8 @@ def test_layers_are_in_turn_unless_a_period_is_given(name: str) -> None:
     moved = changes(found)
     assert sum(map(len, moved[:20])) == len(found[0][1]) == 6 and max(map(len, moved)) == 1
     assert not any(moved[:10])  # in the first half of the first period
-    assert not turns(20, None, None).spread and not turns(None, False, None).spread
+    assert not refresh_schedule(None, 20, USUAL).staggered
+    assert not refresh_schedule(ng.every(), None, USUAL).staggered
 
 
 def programs(equation: Any) -> list[Any]:
@@ -130,7 +132,7 @@ def primitives(jaxpr: Any) -> Any:
 def test_programs_do_not_grow_with_layers_of_equal_size() -> None:
     def factorisations(depth: int) -> int:
         loss_fn, params, batch, layers = problem(depth)
-        tx = ng.scale_by_kfac(layers, spread=False)
+        tx = ng.scale_by_kfac(layers, refresh="every")
         _, grads, statistics = jax.eval_shape(
             lambda: ng.value_and_grad(loss_fn, layers)(params, *batch, rng=jax.random.key(0))
         )

@@ -130,7 +130,7 @@ EVERY = {"statistics_period": 1, "refresh_period": 1}
 MAKE = {
     "kfac": lambda layers: ng.kfac(0.1, layers, inverse="cholesky", **EVERY),
     "kfac, reduce, groups": lambda layers: ng.kfac(
-        0.1, layers, weight_sharing="reduce", group_size=2, **EVERY
+        0.1, layers, approximation=ng.Approximation(group_size=2, weight_sharing="reduce"), **EVERY
     ),
     "ekfac": lambda layers: ng.ekfac(
         0.1,

@@ -86,7 +86,7 @@ def layerwise(own: Problem, **kwargs: Any) -> Any:
     return step, tx.init(own.params)
 
 
-EXACT = {"damping": 0.0, "inverse": "eigh", "cutoff": 1e-10}
+EXACT = {"damping": 0.0, "inverse": ng.Eigh(cutoff=1e-10)}
 
 
 def test_every_generalized_inverse_gives_the_same_losses() -> None:
@@ -174,8 +174,8 @@ def test_ngd_is_its_formula() -> None:
         np.testing.assert_allclose(matrix(updates), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("how", [{"inverse": "eigh"}, {"inverse": "low_rank", "rank": 6},
-                                 {"inverse": "low_rank", "rank": 2}])  # fmt: skip
+@pytest.mark.parametrize("how", [{"inverse": "eigh"}, {"inverse": ng.LowRank(6)},
+                                 {"inverse": ng.LowRank(2)}])  # fmt: skip
 def test_other_inverses_agree_where_they_are_exact(how: Any) -> None:
     own = problem(MLP(), 5, 4)
     grad_fn = ng.value_and_grad(own.loss_fn, own.layers)
@@ -185,7 +185,9 @@ def test_other_inverses_agree_where_they_are_exact(how: Any) -> None:
         tx = ng.scale_by_kfac(own.layers, **kwargs)
         updates, _ = tx.update(grads, tx.init(own.params), statistics=statistics)
         found.append(ravel_pytree(updates)[0])
-    if how.get("rank") == 2:  # kept: the leading directions; so it is near, and not the same
+    if how["inverse"] == ng.LowRank(
+        2
+    ):  # kept: the leading directions; so it is near, and not the same
         assert 1e-6 < np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0]) < 1
     else:
         np.testing.assert_allclose(found[1], found[0], rtol=1e-7)
@@ -197,7 +199,7 @@ def test_woodbury_follows_every_batch() -> None:
     own = problem(MLP(), 5, 4, examples=3)
     grad_fn = ng.value_and_grad(own.loss_fn, own.layers)
     tx = ng.scale_by_kfac(
-        own.layers, 0.1, inverse="woodbury", rank=3, decay=0.9, refresh_period=100,
+        own.layers, 0.1, inverse=ng.Woodbury(3), decay=0.9, refresh_period=100,
         statistics_period=1,
     )  # fmt: skip
     state = tx.init(own.params)
@@ -377,16 +379,21 @@ def test_missing_arguments_show_the_call() -> None:
     "make, message",
     [
         (lambda x: ng.ngd(1.0, x, damping=0.0), 'inverse="eigh"'),
-        (lambda x: ng.ngd(1.0, x, inverse="woodbury", rank=3), "give a decay"),
-        (lambda x: ng.kfac(1.0, x, inverse="woodbury"), "needs rank="),
+        (lambda x: ng.ngd(1.0, x, inverse=ng.Woodbury(3)), "give a decay"),
+        (lambda x: ng.kfac(1.0, x, inverse="woodbury"), "needs the rank"),
         (lambda x: ng.kfac(1.0, x, inverse="svd"), "'low_rank'"),
-        (lambda x: ng.kfac(1.0, x, inverse="eigh", rank=3), 'inverse="low_rank"'),
+        (lambda x: ng.kfac(1.0, x, inverse=ng.LowRank(0)), "whole number"),
         (lambda x: ng.kfac(1.0, x, statistics_fraction=0.0), r"in \(0, 1\]"),
         (lambda x: ng.ekfac(1.0, x, statistics_fraction=jnp.ones(())), "static_args"),
-        (lambda x: ng.ekfac(1.0, x, spread=True, refresh_period=lambda step: 20), "must be known"),
-        (lambda x: ng.kfac(1.0, x, refresh_over=3), "name of an axis"),
         (
-            lambda x: ng.prong(1.0, x, refresh_over=(jax.make_mesh((1,), ("data",)), "batch")),
+            lambda x: ng.ekfac(1.0, x, refresh="staggered", refresh_period=lambda step: 20),
+            "must be known",
+        ),
+        (lambda x: ng.kfac(1.0, x, refresh=ng.every(over=3)), "name of an axis"),
+        (
+            lambda x: ng.prong(
+                1.0, x, refresh=ng.every(over=(jax.make_mesh((1,), ("data",)), "batch"))
+            ),
             "the mesh has axes",
         ),
         (lambda x: ng.adaptive_damping(x, ng.bernacchia(), None, initial=1e9), "within bounds"),

@@ -1,6 +1,7 @@
 """Kronecker eigenbases of one block: found, refreshed, and moments measured and carried in them."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,28 @@ from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
 from natgrad_jax.utils.precision import HIGHEST
 
 
-class Refresh(NamedTuple):
-    """How a basis is renewed; static.
+@dataclasses.dataclass(frozen=True)
+class Eigenbasis:
+    """All eigenvectors Q of each factor F, and how they are renewed at a refresh.
 
-    ``method``: ``"eigh"``, or ``"qr"``: one step of orthogonal iteration from the last basis.
-    ``tolerance``: a basis is kept while ``‖B − diag B‖ ≤ tolerance · ‖B‖``, ``B = Qᵀ F Q``; None to
-    renew always.
+    Args:
+      method: ``"eigh"``, or ``"qr"``: after the first basis one step of orthogonal iteration.
+      tolerance: keep a basis while ``B = QᵀFQ`` has ``‖B − diag B‖ ≤ tolerance · ‖B‖``; None to
+        renew it at every refresh.
+
+    Raises:
+      ValueError: a method that there is not.
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.ekfac(0.1, ng.Layers({}), basis=ng.Eigenbasis("qr", tolerance=0.1))
     """
 
-    method: str = "eigh"
+    method: Literal["eigh", "qr"] = "eigh"
     tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("eigh", "qr"):
+            raise ValueError(f"method must be 'eigh' or 'qr'; got {self.method!r}.")
 
 
 def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
@@ -51,7 +64,7 @@ def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
 
 
 def eigenbases(
-    layer: Layer, factors: Any, old: Any, first: jax.Array, how: Refresh
+    layer: Layer, factors: Any, old: Any, first: jax.Array, how: Eigenbasis
 ) -> Solving[tuple[Any, jax.Array]]:
     """The bases of A and G, and the eigenvalue products at all of their coordinates.
 
@@ -82,15 +95,15 @@ def eigenbases(
 
 
 def _problem(
-    side: Side, factor: jax.Array, old: jax.Array, first: jax.Array, how: Refresh
+    side: Side, factor: jax.Array, old: jax.Array, first: jax.Array, how: Eigenbasis
 ) -> Problem:
     if partial_eigenbasis.is_partial(side, old):
         return Problem(subspace, (factor, old))
-    if how == Refresh():
+    if how == Eigenbasis():
         return Problem(eigenbasis, (factor,))
     lead = factor.shape[:-2]
     first = jnp.broadcast_to(jnp.expand_dims(first, tuple(range(first.ndim, len(lead)))), lead)
-    return Problem(renewed, (factor, old, first), tuple(how._asdict().items()))
+    return Problem(renewed, (factor, old, first), tuple(dataclasses.asdict(how).items()))
 
 
 def renewed(

@@ -126,7 +126,7 @@ def _measured(
     loss_fn: Any, params: Any, args: Any, layers: Layers, form: Approximation, fisher: str, rng: Any
 ) -> EKFACState:
     """The state after this batch alone: bases from one step, moments in them from another."""
-    tx = scale_by_ekfac(layers, decay=0.0, statistics_period=1, basis="eigh", **form.keywords)
+    tx = scale_by_ekfac(layers, decay=0.0, statistics_period=1, basis="eigh", approximation=form)
     grad_fn = value_and_grad(loss_fn, layers, fisher=fisher)
 
     def step(state: EKFACState) -> EKFACState:

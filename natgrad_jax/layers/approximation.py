@@ -1,50 +1,53 @@
-"""Which Kronecker approximation: chosen by one keyword each, the same for every transformation."""
+"""How Kronecker factors are simplified: the same choices for every transformation."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Literal
 
 CONVOLUTIONS = ("kfc", "sua")
 WEIGHT_SHARINGS = ("expand", "reduce")
 
 
-class Approximation(NamedTuple):
-    """How Kronecker factors are simplified and how positions enter them.
+@dataclasses.dataclass(frozen=True)
+class Approximation:
+    """How Kronecker factors are simplified, and how positions enter them.
 
-    ``convolution``: ``"kfc"`` keeps all of a patch's covariance (Grosse & Martens 2016); ``"sua"``
-    takes its places as uncorrelated, ``A ≈ I ⊗ C`` with the channel covariance C (Laurent et al.
-    2018, section 2.1). ``group_size``: channels in a group; correlations across groups are dropped
-    (section 2.2); None for one group. ``weight_sharing``: ``"expand"`` treats positions as
-    examples; ``"reduce"`` averages activations and sums gradients over them first (Eschenhagen et
-    al. 2023). ``centred``: under SUA the channels' mean is kept beside C, for whitening.
+    Args:
+      convolution: ``"kfc"``, the covariance of whole patches, or ``"sua"``, of channels alone:
+        ``A ≈ I ⊗ C``, C averaged over the positions of a patch, the bias apart.
+      group_size: channels in a group; correlations across groups (and with the bias) are dropped.
+        None for whole factors. A last group that is not full is filled up with zeros.
+      weight_sharing: ``"expand"`` treats positions and calls as examples; ``"reduce"`` averages
+        activations and sums gradients over them first.
+      centred: under SUA, keep the channels' mean beside C. Whitening needs it and sets it.
+
+    Raises:
+      ValueError: a choice that there is not, or a ``group_size`` that is no whole number.
+
+    Source: Grosse & Martens 2016 (KFC); Laurent et al. 2018, section 2 (SUA, groups); Eschenhagen
+    et al. 2023 (expand, reduce).
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.kfac(0.1, ng.Layers({}), approximation=ng.Approximation("sua", group_size=32))
     """
 
-    convolution: str = "kfc"
+    convolution: Literal["kfc", "sua"] = "kfc"
     group_size: int | None = None
-    weight_sharing: str = "expand"
+    weight_sharing: Literal["expand", "reduce"] = "expand"
     centred: bool = False
 
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """The choices that a user has, as transformations take them."""
-        return {key: value for key, value in self._asdict().items() if key != "centred"}
+    def __post_init__(self) -> None:
+        for name, known in (("convolution", CONVOLUTIONS), ("weight_sharing", WEIGHT_SHARINGS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
+        size = self.group_size
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        if size is not None and (not whole or size < 1):
+            raise ValueError(
+                "group_size is how many channels are in a group: a whole number, at least 1, or "
+                f"None for one group; got {size!r}."
+            )
 
 
 # Nothing simplified.
 WHOLE = Approximation()
-
-
-def approximation(convolution: str, group_size: Any, weight_sharing: str) -> Approximation:
-    """The checked choice; raises ValueError with the values there are."""
-    for name, value, known in (
-        ("convolution", convolution, CONVOLUTIONS),
-        ("weight_sharing", weight_sharing, WEIGHT_SHARINGS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
-    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
-    if group_size is not None and (not whole or group_size < 1):
-        raise ValueError(
-            "group_size is how many channels are in a group: a whole number, at least 1, or None "
-            f"for one group; got {group_size!r}. (Under optax.inject_hyperparams name it in "
-            "static_args.)"
-        )
-    return Approximation(convolution, group_size, weight_sharing)

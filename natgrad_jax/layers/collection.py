@@ -227,9 +227,9 @@ def _approximate(layers: Layers, approximation: Approximation) -> Layers:
         if layer.block != "kronecker":
             own = Approximation()
         if not layer.kind.startswith("conv"):
-            own = own._replace(convolution="kfc", centred=False)
+            own = replace(own, convolution="kfc", centred=False)
         if not layer.shares:
-            own = own._replace(weight_sharing="expand")
+            own = replace(own, weight_sharing="expand")
         return replace(layer, approximation=own)
 
     own = {path: of(layer) for path, layer in layers.items()}

@@ -4,6 +4,7 @@ A request is static, and a state must be made of arrays that any checkpoint or o
 takes: so it is spelled in the keys of a dict without leaves, ``{"weight_sharing=reduce": ()}``.
 """
 
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from natgrad_jax.layers.approximation import Approximation
@@ -34,8 +35,8 @@ def spell(request: Request) -> Spelled:
     >>> spell(Request(Approximation(group_size=32), moments=True))
     {'group_size=32': (), 'moments': ()}
     """
-    own, usual = (r.approximation._asdict() | r._asdict() for r in (request, Request()))
-    named = (*Approximation._fields, "stride", "split")
+    own, usual = (asdict(r.approximation) | r._asdict() for r in (request, Request()))
+    named = (*asdict(Approximation()), "stride", "split")
     chosen = {f"{k}={own[k]}": () for k in named if own[k] != usual[k]}
     return chosen | {k: () for k in ("moments", "inputs_only") if own[k]}
 

@@ -5,39 +5,30 @@ from typing import Any
 
 import optax
 
+from natgrad_jax.curvature.inverse_methods import Inverse
+from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.transforms.adaptive_damping import (
     DampingRule,
     adaptive_damping,
     levenberg_marquardt,
 )
+from natgrad_jax.transforms.common.options import renamed_keywords
+from natgrad_jax.transforms.common.schedule import Refresh
 from natgrad_jax.transforms.kfac import scale_by_kfac
 from natgrad_jax.transforms.quadratic_model import scale_by_quadratic_model
 from natgrad_jax.utils.hyperparams import Scalar
 
 
+@renamed_keywords
 def adaptive_kfac(
-    layers: Layers,
-    loss_fn: Callable[..., Any],
-    *,
-    rule: DampingRule | None = None,
-    initial: float = 1.0,
-    bounds: tuple[float, float] = (1e-8, 1e8),
-    l2: Scalar = 0.0,
-    decay: Scalar = 0.95,
-    statistics_period: Scalar = 1,
-    statistics_fraction: float | None = None,
-    refresh_period: Scalar = 5,
-    spread: bool | None = None,
-    refresh_over: Any = None,
-    factor_dtype: Any = None,
-    convolution: str = "kfc",
-    group_size: int | None = None,
-    weight_sharing: str = "expand",
-    inverse: str = "low_rank",
-    rank: int | None = None,
-    trust_radius: Scalar | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    layers: Layers, loss_fn: Callable[..., Any], *, rule: DampingRule | None = None,
+    initial: float = 1.0, bounds: tuple[float, float] = (1e-8, 1e8), l2: Scalar = 0.0,
+    decay: Scalar = 0.95, statistics_period: Scalar = 1, refresh_period: Scalar | None = None,
+    trust_radius: Scalar | None = None, inverse: Inverse | str = "low_rank",
+    approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
+    statistics_fraction: float | None = None, factor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """K-FAC without a learning rate: the whole method of Martens & Grosse.
 
     :func:`scale_by_kfac`, then :func:`scale_by_quadratic_model` with the same λ, inside
@@ -50,9 +41,9 @@ def adaptive_kfac(
       rule: how λ follows, :func:`levenberg_marquardt` by default.
       initial, bounds: of λ.
       l2: coefficient of ``½ l2 ‖θ‖²`` in the objective.
-      decay, statistics_period, statistics_fraction, refresh_period, spread, refresh_over,
-        factor_dtype, convolution, group_size, weight_sharing, inverse, rank, trust_radius: as in
-        :func:`scale_by_kfac`.
+      refresh_period: steps from one inversion to the next; None: 5.
+      decay, statistics_period, trust_radius, inverse, approximation, refresh, statistics_fraction,
+        factor_dtype: as in :func:`scale_by_kfac`.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics, value, args)``, for an NNX
@@ -81,6 +72,8 @@ def adaptive_kfac(
     True
     """
     check_layers(layers)
+    if refresh_period is None and getattr(refresh, "period", None) is None:
+        refresh_period = 5
 
     def make(damping: Any) -> optax.GradientTransformation:
         return optax.chain(
@@ -89,17 +82,13 @@ def adaptive_kfac(
                 damping,
                 decay=decay,
                 statistics_period=statistics_period,
-                statistics_fraction=statistics_fraction,
                 refresh_period=refresh_period,
-                spread=spread,
-                refresh_over=refresh_over,
-                factor_dtype=factor_dtype,
-                convolution=convolution,
-                group_size=group_size,
-                weight_sharing=weight_sharing,
-                inverse=inverse,
-                rank=rank,
                 trust_radius=trust_radius,
+                inverse=inverse,
+                approximation=approximation,
+                refresh=refresh,
+                statistics_fraction=statistics_fraction,
+                factor_dtype=factor_dtype,
             ),
             scale_by_quadratic_model(loss_fn, damping=damping, l2=l2),
         )

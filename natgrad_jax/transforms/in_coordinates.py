@@ -1,5 +1,6 @@
 """Any optax transformation, run in coordinates of each layer: whitened, or an eigenbasis."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,10 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.layers import gradients
-from natgrad_jax.layers.approximation import approximation
+from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.linalg.distributed import devices
 from natgrad_jax.reparametrization import change_of_basis, coordinates as charts
 from natgrad_jax.reparametrization.coordinates import CHOICES
 from natgrad_jax.reparametrization.parameters import unwhiten, whiten
@@ -21,6 +21,8 @@ from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.statistics.spec import Request
 from natgrad_jax.transforms.common import coordinate_state, estimators
 from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
+from natgrad_jax.transforms.common.options import approximation_of, renamed_keywords
+from natgrad_jax.transforms.common.schedule import Refresh, every, refresh_schedule
 from natgrad_jax.transforms.common.transport import ON_REFRESH
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import only_finite
@@ -28,22 +30,14 @@ from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_peri
 from natgrad_jax.utils.tree_paths import Path
 
 
+@renamed_keywords
 def in_coordinates(
-    inner: optax.GradientTransformation,
-    layers: Layers,
-    coordinates: str = "whitening",
-    *,
-    epsilon: Scalar = 1e-2,
-    decay: Scalar = 0.95,
-    statistics_period: Scalar | None = None,
-    refresh_period: Scalar = 100,
-    refresh_over: Any = None,
-    samples: Scalar | None = None,
-    on_refresh: str = "transport",
-    convolution: str = "sua",
-    weight_sharing: str = "expand",
-    rank: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    inner: optax.GradientTransformation, layers: Layers, coordinates: str = "whitening", *,
+    epsilon: Scalar = 1e-2, decay: Scalar = 0.95, statistics_period: Scalar | None = None,
+    refresh_period: Scalar | None = None, samples: Scalar | None = None,
+    on_refresh: str = "transport", approximation: Approximation | str = "sua",
+    refresh: Refresh | str | None = None, rank: int | None = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Run an optax transformation in coordinates of each layer; the model stays as it is.
 
     With ``K̄ = [K; b]`` of a layer, ``K̄ = L_A K̂ L_Gᵀ``::
@@ -86,15 +80,16 @@ def in_coordinates(
       decay: of the factors: factor = decay · old + (1 − decay) · batch, bias-corrected.
       statistics_period: steps from one measurement to the next, 10 by default and 1 for
         ``"whitening_plus"``; the first step always measures, and so does a step that refreshes.
-      refresh_period: T, steps from one set of coordinates to the next; the first step always finds
-        them (whitened initialization). To whiten by more than its batch, give the first update the
-        sum of several batches' statistics.
-      refresh_over: the devices that divide a refresh, as in :func:`natgrad_jax.scale_by_kfac`.
+      refresh_period: T, steps from one set of coordinates to the next, None: 100. The first step
+        always finds them (whitened initialization). To whiten by more than its batch, give the
+        first update the sum of several batches' statistics.
       samples: Nₛ, instead of ``decay`` and ``statistics_period``: the mean over about the last Nₛ
         examples before a refresh, measured then and only then.
       on_refresh: see above.
-      convolution: ``"sua"``, channels alone, or ``"kfc"``, whole patches.
-      weight_sharing: as in :func:`natgrad_jax.scale_by_kfac`.
+      approximation: ``"sua"``, channels alone, ``"kfc"``, whole patches, or an
+        :class:`~natgrad_jax.Approximation` without groups.
+      refresh: :func:`~natgrad_jax.every`, with the devices that share the work (``over``). All
+        coordinates change in one step, since the inner state is carried over in one.
       rank: k, for the two whitenings of inputs: the k leading directions of a layer, warm-started,
         and the others at their mean variance, ``L = V diag(s) Vᵀ + r (I − V Vᵀ)``, where that is
         cheaper (2 k less than the inputs); None for all directions.
@@ -118,22 +113,29 @@ def in_coordinates(
     if statistics_period is None:
         statistics_period = 1 if choice.rescaled else 10
     check_positive(epsilon=epsilon, samples=1 if samples is None else samples)
-    check_period(statistics_period=statistics_period, refresh_period=refresh_period)
+    check_period(statistics_period=statistics_period)
     check_fraction(decay=decay)
-    over = devices(refresh_over)
+    schedule = refresh_schedule(refresh, refresh_period, every(100))
+    form = dataclasses.replace(approximation_of(approximation), centred=choice.centred)
+    if schedule.staggered or form.group_size is not None:
+        raise ValueError(
+            "coordinates change in one step and keep correlations between all channels: "
+            "refresh=ng.every(100), and an approximation without group_size."
+        )
     rules = coordinate_state.Rules(
-        choice, epsilon, decay, statistics_period, refresh_period, samples, on_refresh, over
+        choice, epsilon, decay, statistics_period, schedule, samples, on_refresh
     )
-    form = approximation(convolution, None, weight_sharing)._replace(centred=choice.centred)
     request = Request(form, inputs_only=not choice.outputs)
-    every = layers.approximate(form)
-    has_some = [path for path, x in every.items() if charts.applies(x) and choice.find is not None]
-    all_own = every.within(has_some)
+    approximated = layers.approximate(form)
+    has_some = [
+        path for path, x in approximated.items() if charts.applies(x) and choice.find is not None
+    ]
+    all_own = approximated.within(has_some)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> InCoordinatesState:
         # of params only which there are: shapes come from the layers
-        kept = all_own.within(every.of(params))
+        kept = all_own.within(approximated.of(params))
         state = jax.jit(lambda: coordinate_state.initial_state(kept, choice, request, rank))()
         return estimators.for_params(state, params)._replace(inner=inner.init(params))
 
@@ -178,7 +180,7 @@ def _followed(
     """The coordinates of this step, and the inner state in them."""
     old, before = state.bases, state
     state = coordinate_state.average(state, statistics, layers, rules)
-    refresh = due(state.clock.step, at(rules.refresh_period, state.clock.step))
+    refresh = due(state.clock.step, at(rules.refresh.period, state.clock.step))
     refresh |= estimators.first_seen(before, state)
     state = coordinate_state.refresh(state, layers, rules, refresh)
     state = coordinate_state.carried(state, updates, params, inner, layers, old, rules, refresh)

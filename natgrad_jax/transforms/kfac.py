@@ -6,35 +6,30 @@ import optax
 
 from natgrad_jax.curvature.damping_split import split
 from natgrad_jax.curvature.factor_averages import stored_as
-from natgrad_jax.curvature.inverses import inversion
-from natgrad_jax.layers.approximation import approximation
+from natgrad_jax.curvature.inverse_methods import Inverse
+from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.statistics.spec import Request, stride_of
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
 from natgrad_jax.transforms.common.kronecker import kronecker
+from natgrad_jax.transforms.common.options import (
+    approximation_of,
+    inverse_method,
+    renamed_keywords,
+)
 from natgrad_jax.transforms.common.preconditioner import Rules
-from natgrad_jax.transforms.common.schedule import turns
+from natgrad_jax.transforms.common.schedule import USUAL, Refresh, refresh_schedule
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
 
 
+@renamed_keywords
 def scale_by_kfac(
-    layers: Layers,
-    damping: Scalar = 1e-2,
-    *,
-    decay: Scalar = 0.8,
-    statistics_period: Scalar = 10,
-    statistics_fraction: float | None = None,
-    refresh_period: Scalar | None = None,
-    spread: bool | None = None,
-    refresh_over: Any = None,
-    factor_dtype: Any = None,
-    convolution: str = "kfc",
-    group_size: int | None = None,
-    weight_sharing: str = "expand",
-    inverse: str = "low_rank",
-    rank: int | None = None,
-    trust_radius: Scalar | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
+    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    trust_radius: Scalar | None = None, inverse: Inverse | str = "low_rank",
+    approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
+    statistics_fraction: float | None = None, factor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Precondition gradients by the Kronecker-factored Fisher of each layer.
 
     With ``K̄ = [K; b]`` of a layer and ``F ≈ A ⊗ G``, ``A = E[ā āᵀ]``, ``G = E[g gᵀ]``::
@@ -52,38 +47,26 @@ def scale_by_kfac(
       layers: from :func:`natgrad_jax.find_layers`.
       damping: λ > 0, in the units of the Fisher (loss per parameter squared).
       decay: of the factors, at each measurement: factor = decay · old + (1 − decay) · batch,
-        bias-corrected; 0 is this batch alone. With a shorter ``statistics_period`` nearer to 1.
+        bias-corrected; 0 is this batch alone. Use a value closer to 1 when measuring more often.
       statistics_period: steps from one measurement to the next; the first step always measures.
-      statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
-        example of each layer's, k the nearest whole number to its inverse. None: a half of 512
-        examples and more, all of fewer, and all where ``statistics_period`` is 1.
       refresh_period: steps from one inversion to the next; the first step always inverts. None:
-        20, the layers in turn.
-      spread: refresh each layer at its own step of the period, by cost, instead of all in one step.
-        None: so where no ``refresh_period`` is given.
-      refresh_over: the devices that divide a refresh among them: the name of the axis inside
-        shard_map or pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None
-        where each device does all of it.
+        20, staggered (see ``refresh``).
+      trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
+        ``ΔᵀFΔ = Δᵀ∇``. The learning rate counts as 1 here (:func:`kfac` includes its own).
+      inverse: how factors are inverted: ``"low_rank"``, or ``"cholesky"``, ``"eigh"`` or
+        ``"newton_schulz"``, which are exact, or a record: :class:`~natgrad_jax.LowRank`,
+        :class:`~natgrad_jax.Cholesky`, :class:`~natgrad_jax.Eigh`,
+        :class:`~natgrad_jax.NewtonSchulz`, :class:`~natgrad_jax.Woodbury`.
+      approximation: ``"kfc"``, ``"sua"`` or an :class:`~natgrad_jax.Approximation`: how factors
+        of convolutions are simplified, groups of channels, how positions are treated.
+      refresh: :func:`~natgrad_jax.every` or :func:`~natgrad_jax.staggered`: whether all layers are
+        refreshed in one step or in turn, and which devices share the work. None: staggered where
+        no ``refresh_period`` is given, else all in one step.
+      statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
+        example, k the nearest whole number to its inverse. None: half of 512 examples or more, all
+        of fewer, and all where ``statistics_period`` is 1.
       factor_dtype: of stored factors, which are averaged and inverted in float32 all the same;
         ``jnp.bfloat16`` halves their memory; None for float32 (float64 with float64 parameters).
-      convolution: ``"kfc"``, the covariance of whole patches, or ``"sua"``, of channels alone:
-        ``A ≈ I ⊗ C``, C averaged over the places of a patch, the bias apart.
-      group_size: channels in a group, for factors without correlations across groups (and the bias
-        apart); None for whole factors. A last group that is not full is filled up with zeros.
-      weight_sharing: ``"expand"`` treats positions and calls as examples; ``"reduce"`` averages
-        activations and sums gradients over them first. Give value_and_grad the ``opt_state``: it
-        then measures the one that is asked for, and no more.
-      inverse: ``"low_rank"``: the ``rank`` leading eigenpairs of each factor A and G, warm-started,
-        and the others at their mean; whole, by Cholesky, where twice the rank is not less than the
-        factor, and in blocks with one matrix.
-        Exact: ``"cholesky"``; ``"eigh"``; ``"newton_schulz"``, by matrix products alone from the
-        last inverse. ``"woodbury"``: by Cholesky at a refresh, and between refreshes each measured
-        batch is absorbed by an update of that ``rank``, under which the damping of the refresh
-        fades with the factors' decay.
-      rank: for ``low_rank`` (None: 64; :func:`natgrad_jax.rank_for` tells what is needed) and
-        ``woodbury``.
-      trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
-        ``ΔᵀFΔ = Δᵀ∇``. Here the learning rate is taken to be 1 (:func:`kfac` includes its own).
 
     All numbers may be floats, arrays or schedules (periods: whole numbers). Under
     ``optax.inject_hyperparams`` every number becomes a traced value.
@@ -104,45 +87,31 @@ def scale_by_kfac(
     """
     check_layers(layers)
     check_positive(damping=damping)
-    request = Request(
-        approximation(convolution, group_size, weight_sharing),
-        stride=stride_of(statistics_fraction, statistics_period),
-    )
     rules = Rules(
         "scale_by_kfac",
-        request,
+        Request(
+            approximation_of(approximation),
+            stride=stride_of(statistics_fraction, statistics_period),
+        ),
         damping,
         decay,
         statistics_period,
-        turns(refresh_period, spread, refresh_over),
+        refresh_schedule(refresh, refresh_period, USUAL),
         trust_radius,
         stored_as(factor_dtype),
     )
-    return kronecker(layers, rules, inversion(inverse, rank), split)
+    return kronecker(layers, rules, inverse_method(inverse), split)
 
 
+@renamed_keywords
 def kfac(
-    learning_rate: Scalar,
-    layers: Layers,
-    *,
-    damping: Scalar = 1e-2,
-    decay: Scalar = 0.8,
-    statistics_period: Scalar = 10,
-    statistics_fraction: float | None = None,
-    refresh_period: Scalar | None = None,
-    spread: bool | None = None,
-    refresh_over: Any = None,
-    factor_dtype: Any = None,
-    convolution: str = "kfc",
-    group_size: int | None = None,
-    weight_sharing: str = "expand",
-    inverse: str = "low_rank",
-    rank: int | None = None,
-    momentum: Scalar | None = 0.8,
-    nesterov: bool = True,
-    weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | None = 2e-3,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.8,
+    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
+    trust_radius: Scalar | None = 2e-3, inverse: Inverse | str = "low_rank",
+    approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
+    statistics_fraction: float | None = None, factor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """K-FAC with momentum, decoupled weight decay and a trust region.
 
     :func:`scale_by_kfac`, then ``optax.trace(momentum, nesterov)``, then ``weight_decay · params``
@@ -151,11 +120,10 @@ def kfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, statistics_fraction, refresh_period, spread,
-        refresh_over, factor_dtype, convolution, group_size, weight_sharing, inverse, rank: as in
-        :func:`scale_by_kfac`.
-      momentum: decay of the trace of preconditioned gradients, to which curvature is near 1
-        everywhere: a heavier ball oscillates.
+      damping, decay, statistics_period, refresh_period, inverse, approximation, refresh,
+        statistics_fraction, factor_dtype: as in :func:`scale_by_kfac`.
+      momentum: decay of the trace of preconditioned gradients. Preconditioned curvature is near
+        the identity, so that larger momentum tends to oscillate.
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
@@ -179,17 +147,13 @@ def kfac(
         damping,
         decay=decay,
         statistics_period=statistics_period,
-        statistics_fraction=statistics_fraction,
         refresh_period=refresh_period,
-        spread=spread,
-        refresh_over=refresh_over,
-        factor_dtype=factor_dtype,
-        convolution=convolution,
-        group_size=group_size,
-        weight_sharing=weight_sharing,
-        inverse=inverse,
-        rank=rank,
         trust_radius=per_squared_rate(trust_radius, learning_rate),
+        inverse=inverse,
+        approximation=approximation,
+        refresh=refresh,
+        statistics_fraction=statistics_fraction,
+        factor_dtype=factor_dtype,
     )
     velocity = trace(momentum, nesterov)
     return descent(preconditioner, layers, learning_rate, velocity, weight_decay)

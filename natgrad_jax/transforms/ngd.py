@@ -7,37 +7,32 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.curvature.damping_split import equal
-from natgrad_jax.curvature.inverses import inversion
-from natgrad_jax.layers.approximation import approximation
+from natgrad_jax.curvature.factor_averages import stored_as
+from natgrad_jax.curvature.inverse_methods import Eigh, Inverse, Woodbury
+from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.statistics.spec import Request, stride_of
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
 from natgrad_jax.transforms.common.kronecker import kronecker
+from natgrad_jax.transforms.common.options import (
+    approximation_of,
+    inverse_method,
+    renamed_keywords,
+)
 from natgrad_jax.transforms.common.preconditioner import Rules
-from natgrad_jax.transforms.common.schedule import turns
+from natgrad_jax.transforms.common.schedule import Refresh, every, refresh_schedule
 from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative
 
 
+@renamed_keywords
 def ngd(
-    learning_rate: Scalar,
-    layers: Layers,
-    *,
-    damping: Scalar = 1e-3,
-    decay: Scalar = 0.0,
-    statistics_period: Scalar = 1,
-    statistics_fraction: float | None = None,
-    refresh_period: Scalar = 1,
-    refresh_over: Any = None,
-    inverse: str = "cholesky",
-    rank: int | None = None,
-    cutoff: float | None = None,
-    convolution: str = "kfc",
-    group_size: int | None = None,
-    weight_sharing: str = "expand",
-    momentum: Scalar | None = None,
-    weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-3, decay: Scalar = 0.0,
+    statistics_period: Scalar = 1, refresh_period: Scalar | None = None,
+    momentum: Scalar | None = None, nesterov: bool = False, weight_decay: Scalar = 0.0,
+    trust_radius: Scalar | None = None, inverse: Inverse | str = "cholesky",
+    approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
+    statistics_fraction: float | None = None, factor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Natural gradient descent by the inverse covariances of each layer.
 
     For a network of L layers, α the learning rate::
@@ -52,14 +47,13 @@ def ngd(
       learning_rate: α, 1 in the paper's nonlinear networks.
       layers: from :func:`natgrad_jax.find_layers`; L counts those with a Kronecker block.
       damping: λ ≥ 0, in the units of the Fisher; 0 only with ``inverse="eigh"``.
-      decay, statistics_period, statistics_fraction, refresh_period, refresh_over, convolution,
-        group_size, weight_sharing: as in :func:`natgrad_jax.scale_by_kfac`.
-      inverse: ``"cholesky"``; ``"eigh"``, which gives Moore–Penrose inverses; ``"low_rank"`` and
-        ``"woodbury"`` as in :func:`natgrad_jax.scale_by_kfac` (the latter with a decay).
-      rank: for the last two.
-      cutoff: for ``"eigh"``: eigenvalues at or below ``cutoff`` times the largest count as zero; n
-        times the precision's ε by default.
-      momentum: decay of the heavy-ball trace; None for none.
+      decay, statistics_period, approximation, refresh, statistics_fraction, factor_dtype: as in
+        :func:`natgrad_jax.scale_by_kfac`.
+      refresh_period: steps from one inversion to the next; None: 1.
+      inverse: as in :func:`natgrad_jax.scale_by_kfac`; ``"eigh"`` gives Moore–Penrose inverses,
+        :class:`~natgrad_jax.Woodbury` needs a ``decay``.
+      momentum: decay of the trace of natural gradients; None for none.
+      nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, per step, times α.
       trust_radius: κ, as in :func:`natgrad_jax.kfac`.
 
@@ -76,29 +70,31 @@ def ngd(
     """
     check_layers(layers)
     check_not_negative(damping=damping)
-    if inverse != "eigh" and isinstance(damping, int | float) and damping == 0:
+    method = inverse_method(inverse)
+    if not isinstance(method, Eigh) and isinstance(damping, int | float) and damping == 0:
         raise ValueError(
             'damping=0 needs Moore–Penrose inverses: use inverse="eigh", or a positive damping.'
         )
-    if inverse == "woodbury" and isinstance(decay, int | float) and decay == 0:
-        raise ValueError('inverse="woodbury" updates a running inverse: give a decay, as 0.95.')
+    if isinstance(method, Woodbury) and isinstance(decay, int | float) and decay == 0:
+        raise ValueError("ng.Woodbury updates a running inverse: give a decay, as 0.95.")
     count = max(sum(layer.block == "kronecker" for layer in layers.values()), 1)
     rules = Rules(
         "ngd",
         Request(
-            approximation(convolution, group_size, weight_sharing),
+            approximation_of(approximation),
             stride=stride_of(statistics_fraction, statistics_period),
             split="equal",
         ),
         damping,
         decay,
         statistics_period,
-        turns(refresh_period, False, refresh_over),
+        refresh_schedule(refresh, refresh_period, every(1)),
         per_squared_rate(trust_radius, learning_rate),
+        stored_as(factor_dtype),
     )
-    inner = kronecker(layers, rules, inversion(inverse, rank, cutoff), equal)
+    inner = kronecker(layers, rules, method, equal)
     rate = _over(learning_rate, count)
-    return descent(inner, layers, rate, trace(momentum), weight_decay)
+    return descent(inner, layers, rate, trace(momentum, nesterov), weight_decay)
 
 
 def _over(value: Scalar, divisor: int) -> Scalar:

@@ -1,33 +1,25 @@
 """PRONG: gradient descent in whitened coordinates (Natural Neural Networks)."""
 
-from typing import Any
-
 import optax
 
+from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.transforms.common.chain import descent, trace
+from natgrad_jax.transforms.common.options import renamed_keywords
+from natgrad_jax.transforms.common.schedule import Refresh
 from natgrad_jax.transforms.in_coordinates import in_coordinates
 from natgrad_jax.utils.hyperparams import Scalar
 
 
+@renamed_keywords
 def prong(
-    learning_rate: Scalar,
-    layers: Layers,
-    *,
-    epsilon: Scalar = 1e-2,
-    plus: bool = False,
-    decay: Scalar = 0.95,
-    statistics_period: Scalar | None = None,
-    refresh_period: Scalar = 100,
-    refresh_over: Any = None,
-    samples: Scalar | None = None,
-    convolution: str = "sua",
-    weight_sharing: str = "expand",
-    rank: int | None = None,
-    momentum: Scalar | None = 0.9,
-    weight_decay: Scalar = 0.0,
-    on_refresh: str = "transport",
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: Scalar, layers: Layers, *, epsilon: Scalar = 1e-2, plus: bool = False,
+    decay: Scalar = 0.95, statistics_period: Scalar | None = None,
+    refresh_period: Scalar | None = None, samples: Scalar | None = None,
+    momentum: Scalar | None = 0.9, nesterov: bool = False, weight_decay: Scalar = 0.0,
+    on_refresh: str = "transport", approximation: Approximation | str = "sua",
+    refresh: Refresh | str | None = None, rank: int | None = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Gradient descent with momentum in coordinates in which every layer's inputs are white.
 
     ``V ← V − η ∂ℓ/∂V``, ``d ← d − η ∂ℓ/∂d`` in ``s = (U (h − c)) V + d``; in canonical coordinates
@@ -41,10 +33,11 @@ def prong(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      epsilon, decay, statistics_period, refresh_period, refresh_over, samples, convolution,
-        weight_sharing, rank, on_refresh: as in :func:`in_coordinates`.
+      epsilon, decay, statistics_period, refresh_period, samples, on_refresh, approximation,
+        refresh, rank: as in :func:`in_coordinates`.
       plus: PRONG+ instead of PRONG.
-      momentum: decay of the heavy-ball trace; None for none.
+      momentum: decay of the trace of whitened gradients; None for none.
+      nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: per step, times the learning rate.
 
     Returns:
@@ -60,17 +53,16 @@ def prong(
     """
     check_layers(layers)
     return in_coordinates(
-        descent(optax.identity(), layers, learning_rate, trace(momentum), weight_decay),
+        descent(optax.identity(), layers, learning_rate, trace(momentum, nesterov), weight_decay),
         layers,
         "whitening_plus" if plus else "whitening",
         epsilon=epsilon,
         decay=decay,
         statistics_period=statistics_period,
         refresh_period=refresh_period,
-        refresh_over=refresh_over,
         samples=samples,
         on_refresh=on_refresh,
-        convolution=convolution,
-        weight_sharing=weight_sharing,
+        approximation=approximation,
+        refresh=refresh,
         rank=rank,
     )

@@ -13,7 +13,6 @@ from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
-from natgrad_jax.linalg.distributed import Devices
 from natgrad_jax.reparametrization import coordinates as charts
 from natgrad_jax.reparametrization.coordinates import Choice, Coordinates
 from natgrad_jax.reparametrization.parameters import whiten
@@ -21,6 +20,7 @@ from natgrad_jax.state.clock import Clock, due, start, tick
 from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.statistics.spec import Request, Spelled, spell
 from natgrad_jax.transforms.common import estimators
+from natgrad_jax.transforms.common.schedule import RefreshSchedule
 from natgrad_jax.transforms.common.transport import carry
 from natgrad_jax.utils.hyperparams import Scalar, at
 from natgrad_jax.utils.tree_paths import Path
@@ -61,10 +61,9 @@ class Rules(NamedTuple):
     epsilon: Scalar
     decay: Scalar
     statistics_period: Scalar
-    refresh_period: Scalar
+    refresh: RefreshSchedule
     samples: Scalar | None
     on_refresh: str
-    over: Devices | None
 
 
 def initial_state(
@@ -122,7 +121,7 @@ def refresh(
                 path: find(layer, state.factors[path], epsilon, state.bases[path])
                 for path, layer in layers.items()
             },
-            rules.over,
+            rules.refresh.over,
         )
         for path, layer in layers.items():
             new, old = found[path], state.bases[path]
@@ -185,7 +184,7 @@ def carried(
 def ticked(state: InCoordinatesState, rules: Rules, examples: jax.Array) -> InCoordinatesState:
     """The state after the step; a refresh has statistics of its own batch at least."""
     step = state.clock.step + 1
-    period = at(rules.refresh_period, step).astype(jnp.int32)
+    period = at(rules.refresh.period, step).astype(jnp.int32)
     if rules.samples is None:
         wanted = due(step, at(rules.statistics_period, step)) | due(step, period)
     else:  # as many steps before the next refresh as it takes to see enough examples

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.curvature.eigenbases import Refresh, initial, scaled
+from natgrad_jax.curvature.eigenbases import Eigenbasis, initial, scaled
 from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
@@ -50,7 +50,7 @@ class EKFACState(NamedTuple):
 
 
 def in_eigenbases(
-    layers: Layers, rules: Rules, how: Refresh, rank: int | None
+    layers: Layers, rules: Rules, how: Eigenbasis, rank: int | None
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by the Fisher's diagonal in each layer's Kronecker eigenbasis.
 
@@ -75,7 +75,7 @@ def in_eigenbases(
     def follow(state: EKFACState, layers: Layers, now: Now) -> EKFACState:
         if intra_batch:
             state = second_moments.measure(state, now.statistics, layers, now.decay)
-        state = second_moments.refresh(state, layers, now.decay, now.first, how, rules.turns)
+        state = second_moments.refresh(state, layers, now.decay, now.first, how, rules.refresh)
         if intra_batch:
             return state
         return second_moments.average_gradient(

@@ -9,6 +9,7 @@ import optax
 
 from natgrad_jax.curvature import factor_averages, term_shares
 from natgrad_jax.curvature.factor_averages import Factors
+from natgrad_jax.curvature.inverse_methods import METHODS, Inverse
 from natgrad_jax.curvature.inverses import (
     Inversion,
     followed,
@@ -24,7 +25,7 @@ from natgrad_jax.state.clock import Clock
 from natgrad_jax.statistics.spec import Spelled
 from natgrad_jax.transforms.common import estimators
 from natgrad_jax.transforms.common.preconditioner import Method, Now, Rules, preconditioner
-from natgrad_jax.transforms.common.schedule import Turns, in_turn
+from natgrad_jax.transforms.common.schedule import RefreshSchedule, refresh_due
 from natgrad_jax.utils.tree_paths import Path
 
 Divide = Callable[..., tuple[jax.Array, jax.Array]]  # of λ between the factors
@@ -50,9 +51,11 @@ class KFACState(NamedTuple):
 
 
 def kronecker(
-    layers: Layers, rules: Rules, inversion: Inversion, divide: Divide
+    layers: Layers, rules: Rules, method: Inverse, divide: Divide
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by damped inverses of Kronecker factors."""
+    name = next(name for name, kind in METHODS.items() if isinstance(method, kind))
+    inversion = Inversion(name, getattr(method, "rank", None), getattr(method, "cutoff", None))
 
     def start(layers: Layers) -> dict[str, Any]:
         return {"bases": {path: identities(layer, inversion) for path, layer in layers.items()}}
@@ -60,7 +63,7 @@ def kronecker(
     def follow(state: KFACState, layers: Layers, now: Now) -> KFACState:
         if inversion.method == "woodbury":
             state = _absorb(state, layers, now, inversion)
-        return _refresh(state, layers, now, inversion, divide, rules.turns)
+        return _refresh(state, layers, now, inversion, divide, rules.refresh)
 
     apply = lambda layer, state, path, x, damping: operate(layer, state.bases[path], x)
     return preconditioner(layers, rules, Method(KFACState, start, follow, apply))
@@ -102,7 +105,7 @@ def _refresh(
     now: Now,
     inversion: Inversion,
     divide: Divide,
-    turns: Turns,
+    refresh: RefreshSchedule,
 ) -> KFACState:
     """Inverses of the current factors, where due; the last ones where that fails."""
 
@@ -116,7 +119,7 @@ def _refresh(
             inversion,
             divide,
         )
-        found = solve({path: of(path, layer) for path, layer in due.items()}, turns.over)
+        found = solve({path: of(path, layer) for path, layer in due.items()}, refresh.over)
         for path, layer in due.items():
             old, weights = state.bases[path], state.weights[path]
             new, failures = found[path]
@@ -126,5 +129,5 @@ def _refresh(
             rejected += bad + jnp.where(jnp.any(weights > 0), failures, 0)
         return bases, rejected
 
-    bases, bad = in_turn(layers, turns, state.clock.step, now.first, state.bases, renew)
+    bases, bad = refresh_due(layers, refresh, state.clock.step, now.first, state.bases, renew)
     return state._replace(bases=bases, rejected=state.rejected + bad)

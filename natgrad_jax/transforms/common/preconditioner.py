@@ -14,20 +14,20 @@ from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.statistics.spec import Request, spell
 from natgrad_jax.transforms.common import apply, estimators
-from natgrad_jax.transforms.common.schedule import Turns
+from natgrad_jax.transforms.common.schedule import RefreshSchedule
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.utils.tree_paths import Path
 
 
 class Rules(NamedTuple):
-    """The choices that all have; ``name``: in errors; ``turns``: of refreshes."""
+    """The choices that all have; ``name``: in errors; ``refresh``: when bases are renewed."""
 
     name: str
     request: Request
     damping: Scalar
     decay: Scalar
     statistics_period: Scalar
-    turns: Turns
+    refresh: RefreshSchedule
     trust_radius: Scalar | None
     factor_dtype: Any = None
 

@@ -1,5 +1,6 @@
-"""When each layer is refreshed, and by which device."""
+"""When each layer is refreshed, and by which device: one schedule for all transformations."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -16,38 +17,129 @@ from natgrad_jax.utils.tree_paths import Path
 
 T = TypeVar("T")
 
-PERIOD = 20  # steps, where none is given
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """When each layer is refreshed, and which devices share the work: made by :func:`every` or
+    :func:`staggered`.
+
+    ``period``: steps from one refresh of a layer to its next; None: the transformation's own, or
+    its ``refresh_period``. ``staggered``: whether the layers take turns within a period; None: as
+    the transformation's default has it, where no ``refresh_period`` is given. ``over``: devices.
+    """
+
+    period: int | None = None
+    staggered: bool | None = None
+    over: Any = None
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.period, int | float) and not isinstance(self.period, bool)
+        if self.period is not None and not known:
+            raise ValueError(
+                "the period of ng.every and ng.staggered is a number, known when the "
+                f"transformation is made; got {self.period!r}. Schedules and traced numbers go "
+                "into the keyword refresh_period."
+            )
+        check_period(period=1 if self.period is None else self.period)
+        devices(self.over)
+
+    def __repr__(self) -> str:
+        name = "staggered" if self.staggered else "every"
+        given = [] if self.period is None else [repr(self.period)]
+        return f"{name}({', '.join(given + ([f'over={self.over!r}'] if self.over else []))})"
 
 
-class Turns(NamedTuple):
-    """``period``: steps from one refresh of a layer to its next; ``spread``: whether the layers
-    take turns within it instead of all at once; ``over``: the devices that divide the work."""
+def every(period: int | None = None, *, over: Any = None) -> Refresh:
+    """Refresh all layers in the same step, once in each period.
+
+    Args:
+      period: T, in steps; None: the transformation's own, or its keyword ``refresh_period``.
+      over: the devices that divide a refresh among them: the name of the axis inside shard_map or
+        pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None where each
+        device does all of it.
+
+    Returns:
+      What the keyword ``refresh`` of a transformation takes.
+
+    Raises:
+      ValueError: ``period`` is no whole number of at least 1; ``over`` names no axis.
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.kfac(0.1, ng.Layers({}), refresh=ng.every(50))
+    """
+    return Refresh(period, False, over)
+
+
+def staggered(period: int | None = None, *, over: Any = None) -> Refresh:
+    """Refresh the layers in turn, each once in a period, so that steps take equally long.
+
+    Args:
+      period, over: as in :func:`every`. With few layers a step there is little to divide among
+        devices.
+
+    Returns:
+      What the keyword ``refresh`` of a transformation takes.
+
+    Raises:
+      ValueError: as :func:`every`.
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.kfac(0.1, ng.Layers({}), refresh=ng.staggered(50))
+    """
+    return Refresh(period, True, over)
+
+
+USUAL = staggered(20)
+
+
+class RefreshSchedule(NamedTuple):
+    """A checked choice. ``period``: a float, an array or a schedule, in steps; ``staggered``:
+    whether the layers take turns; ``over``: the devices that share the work."""
 
     period: Scalar
-    spread: bool = False
+    staggered: bool = False
     over: Devices | None = None
 
 
-def turns(period: Scalar | None, spread: bool | None, over: Any) -> Turns:
-    """The checked choice, in turn where no period is given; raises ValueError."""
-    spread = period is None if spread is None else spread
-    period = PERIOD if period is None else period
-    check_period(refresh_period=period)
-    if spread and not isinstance(period, int | float):
+def refresh_schedule(
+    refresh: Refresh | str | None, refresh_period: Scalar | None, default: Refresh
+) -> RefreshSchedule:
+    """What the keywords ``refresh`` and ``refresh_period`` say together; raises ValueError."""
+    shorthands = {None: Refresh(), "every": every(), "staggered": staggered()}
+    if not isinstance(refresh, Refresh):
+        if refresh not in shorthands:
+            raise ValueError(
+                f"refresh must be ng.every(20), ng.staggered(20), or 'every' or 'staggered' with "
+                f"the usual period; got {refresh!r}. A number goes into refresh_period."
+            )
+        refresh = shorthands[refresh]
+    if refresh.period is not None and refresh_period is not None:
         raise ValueError(
-            "spread=True gives each layer its own step of the period, which must be known when the "
-            f"transformation is made: refresh_period=20 and not {period!r}. (Under "
-            "optax.inject_hyperparams name it in static_args.)"
+            f"refresh={refresh!r} and refresh_period={refresh_period!r} both give a period: leave "
+            "one of them out."
         )
-    return Turns(period, spread, devices(over))
+    in_turn = refresh.staggered
+    if in_turn is None:
+        in_turn = bool(default.staggered) and refresh_period is None
+    given = refresh_period if refresh.period is None else refresh.period
+    period = default.period if given is None else given
+    assert period is not None
+    check_period(refresh_period=period)
+    if in_turn and not isinstance(period, int | float):
+        raise ValueError(
+            "staggered refreshes give each layer its own step of the period, which must be known "
+            f"when the transformation is made: refresh=ng.staggered(20), and not {period!r}."
+        )
+    return RefreshSchedule(period, in_turn, devices(refresh.over))
 
 
-def phases(layers: Mapping[Path, Layer], when: Turns) -> list[dict[Path, Layer]]:
-    """The layers of each step of the period, of about equal work; all in the first if together.
+def phases(layers: Mapping[Path, Layer], when: RefreshSchedule) -> list[dict[Path, Layer]]:
+    """The layers of each step of a period: all at its first, or about equal work at each.
 
-    In turn the second half of a period comes first: in the first half of the first one factors have
-    hardly moved since all layers were refreshed. Last comes its first step, which measures too."""
-    if not when.spread:
+    Staggered refreshes begin with the second half of the period, since all layers were refreshed at
+    step 0 and factors have moved little in the first half. The first step, which measures too,
+    comes last."""
+    if not when.staggered:
         return [dict(layers)]
     assert isinstance(when.period, int | float)
     period, half = int(when.period), int(when.period) // 2
@@ -72,16 +164,15 @@ def cost(layer: Layer) -> float:
     )
 
 
-def in_turn(
+def refresh_due(
     layers: Mapping[Path, Layer],
-    when: Turns,
+    when: RefreshSchedule,
     step: jax.Array,
     first: jax.Array,
     old: Mapping[Path, T],
     renew: Callable[[Mapping[Path, Layer]], tuple[dict[Path, T], jax.Array]],
 ) -> tuple[dict[Path, T], jax.Array]:
-    """What ``renew`` makes of the layers whose turn it is, ``old`` of the others, and how many
-    failed.
+    """``renew`` of the layers that are due, ``old`` of the others, and how many failed.
 
     ``first``: whether something was measured for the first time: then all are due.
     """

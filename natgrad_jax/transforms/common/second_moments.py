@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.curvature import factor_averages, term_shares
-from natgrad_jax.curvature.eigenbases import Refresh, carried, eigenbases, squares
+from natgrad_jax.curvature.eigenbases import Eigenbasis, carried, eigenbases, squares
 from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers
@@ -16,7 +16,7 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.transforms.common import estimators
-from natgrad_jax.transforms.common.schedule import Turns, in_turn
+from natgrad_jax.transforms.common.schedule import RefreshSchedule, refresh_due
 from natgrad_jax.utils.tree_paths import Path
 
 State = TypeVar("State", bound=Any)
@@ -133,7 +133,12 @@ def _renewed(
 
 
 def refresh(
-    state: State, layers: Layers, decay: jax.Array, first: jax.Array, how: Refresh, when: Turns
+    state: State,
+    layers: Layers,
+    decay: jax.Array,
+    first: jax.Array,
+    how: Eigenbasis,
+    when: RefreshSchedule,
 ) -> State:
     """Bases of the current factors, where due, with S carried over; the last where that fails."""
 
@@ -162,7 +167,7 @@ def refresh(
         path: (state.bases[path], state.moments[path], state.moment_weights[path])
         for path in layers
     }
-    found, bad = in_turn(layers, when, state.clock.step, first, kept, renew)
+    found, bad = refresh_due(layers, when, state.clock.step, first, kept, renew)
     bases, moments, weights = ({path: x[i] for path, x in found.items()} for i in range(3))
     return state._replace(
         bases=bases, moments=moments, moment_weights=weights, rejected=state.rejected + bad

@@ -1,0 +1,156 @@
+"""The static choices of transformations: records, their shorthands, and 0.1.0's keywords.
+
+What is chosen once, when a transformation is made, is a small frozen record with its defaults in
+its own definition; a string is the shorthand of a record with those. Numbers that may be traced or
+scheduled stay keywords, which ``optax.inject_hyperparams`` finds in the signature.
+"""
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from natgrad_jax.curvature.eigenbases import Eigenbasis
+from natgrad_jax.curvature.inverse_methods import METHODS, Inverse, LowRank
+from natgrad_jax.layers.approximation import CONVOLUTIONS, Approximation
+from natgrad_jax.transforms.common.schedule import Refresh
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BASES: dict[str, LowRank | Eigenbasis] = {
+    "low_rank": LowRank(),
+    "eigh": Eigenbasis("eigh"),
+    "qr": Eigenbasis("qr"),
+}
+
+# 0.1.0's keywords: the record that holds each now (the first that the transformation takes), and
+# its field there.
+_MOVED = {
+    "convolution": (("approximation",), "convolution"),
+    "group_size": (("approximation",), "group_size"),
+    "weight_sharing": (("approximation",), "weight_sharing"),
+    "rank": (("inverse", "basis"), "rank"),
+    "cutoff": (("inverse",), "cutoff"),
+    "basis_tolerance": (("basis",), "tolerance"),
+    "spread": (("refresh",), "staggered"),
+    "refresh_over": (("refresh",), "over"),
+}
+
+
+def inverse_method(inverse: Inverse | str) -> Inverse:
+    """The record of ``inverse=``; raises ValueError with what there is."""
+    if isinstance(inverse, str) and inverse == "woodbury":
+        raise ValueError(
+            'inverse="woodbury" needs the rank of its updates: write inverse=ng.Woodbury(rank=32).'
+        )
+    make: Any = METHODS.get(inverse) if isinstance(inverse, str) else None
+    if make is not None:
+        return make()
+    if not isinstance(inverse, Inverse):
+        raise ValueError(
+            f"inverse must be {' or '.join(map(repr, METHODS))}, or a record as "
+            f"ng.LowRank(rank=64); got {inverse!r}."
+        )
+    return inverse
+
+
+def eigenbasis_method(basis: LowRank | Eigenbasis | str) -> LowRank | Eigenbasis:
+    """The record of ``basis=``; raises ValueError with what there is."""
+    found = BASES.get(basis) if isinstance(basis, str) else basis
+    if not isinstance(found, LowRank | Eigenbasis):
+        raise ValueError(
+            f"basis must be {' or '.join(map(repr, BASES))}, or a record as ng.LowRank(rank=64) or "
+            f"ng.Eigenbasis('qr', tolerance=0.1); got {basis!r}."
+        )
+    return found
+
+
+def approximation_of(approximation: Approximation | str) -> Approximation:
+    """The record of ``approximation=``; raises ValueError with what there is."""
+    if isinstance(approximation, str) and approximation in CONVOLUTIONS:
+        return Approximation(approximation)  # type: ignore[arg-type]
+    if not isinstance(approximation, Approximation):
+        raise ValueError(
+            f"approximation must be {' or '.join(map(repr, CONVOLUTIONS))}, or a record as "
+            f"ng.Approximation(group_size=32); got {approximation!r}."
+        )
+    return approximation
+
+
+def renamed_keywords(make: F) -> F:
+    """``make``, which for one release also takes the keywords that records hold now.
+
+    They are in its signature as ``**deprecated``, since ``optax.inject_hyperparams`` binds it.
+    """
+    signature = inspect.signature(make)
+    moved = {k: v for k, v in _MOVED.items() if k not in signature.parameters}
+
+    @functools.wraps(make)
+    def wrapper(*args: Any, **given: Any) -> Any:
+        given |= given.pop("deprecated", {})  # as inject_hyperparams hands it on
+        old = {k: given.pop(k) for k in moved if k in given}
+        if old:
+            given |= _records(make.__name__, signature, old, given)
+        return make(*args, **given)
+
+    rest = inspect.Parameter("deprecated", inspect.Parameter.VAR_KEYWORD)
+    wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), rest]
+    )
+    return wrapper  # type: ignore[return-value]
+
+
+def _records(
+    name: str, signature: inspect.Signature, old: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The records that say what the old keywords say, with a warning that spells them."""
+    fields: dict[str, dict[str, Any]] = {}
+    for keyword, value in old.items():
+        options, field = _MOVED[keyword]
+        option = next((x for x in options if x in signature.parameters), None)
+        if option is None:
+            raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
+        fields.setdefault(option, {})
+        if value is not None:
+            fields[option][field] = value
+    records = {
+        option: _with_fields(option, given.get(option, signature.parameters[option].default), own)
+        for option, own in fields.items()
+    }
+    was = ", ".join(f"{k}={v!r}" for k, v in old.items())
+    now = ", ".join(f"{k}={_spelled(v)}" for k, v in records.items())
+    warnings.warn(
+        f"{name}({was}) is written {name}({now}) now; the old keywords go with the next release.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return records
+
+
+def _with_fields(option: str, value: Any, fields: Mapping[str, Any]) -> Any:
+    """The record of ``value`` (a record, a shorthand or None) with fields replaced."""
+    if option == "inverse" and isinstance(value, str) and value in METHODS:
+        kind: Any = METHODS[value]
+        known = {x.name for x in dataclasses.fields(kind)}
+        if set(fields) <= known and (fields or value != "woodbury"):
+            return kind(**fields)
+        value = inverse_method(value)
+    parse = {"inverse": inverse_method, "basis": eigenbasis_method,
+             "approximation": approximation_of, "refresh": lambda x: x or Refresh()}  # fmt: skip
+    record = parse[option](value)
+    known = {x.name for x in dataclasses.fields(record)}
+    if not set(fields) <= known:
+        wrong = ", ".join(f"{k}={v!r}" for k, v in fields.items() if k not in known)
+        raise ValueError(f"{wrong} does not go with {option}={_spelled(record)}.")
+    return dataclasses.replace(record, **fields)
+
+
+def _spelled(record: Any) -> str:
+    """The record as a user writes it, without what is default."""
+    if isinstance(record, Refresh):
+        return f"ng.{record!r}"
+    own = [f"{x.name}={getattr(record, x.name)!r}" for x in dataclasses.fields(record)
+           if getattr(record, x.name) != x.default]  # fmt: skip
+    return f"ng.{type(record).__name__}({', '.join(own)})"
