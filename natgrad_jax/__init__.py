@@ -31,7 +31,8 @@ from natgrad_jax.state.accessors import bases, damping, factors
 from natgrad_jax.state.checkpoints import check_state
 from natgrad_jax.state.train_state import TrainState
 from natgrad_jax.statistics.accumulation import accumulate
-from natgrad_jax.statistics.grad import Statistics, value_and_grad
+from natgrad_jax.statistics.batch_statistics import Statistics
+from natgrad_jax.statistics.grad import value_and_grad
 from natgrad_jax.tagging import UncoveredWarning, find_layers
 from natgrad_jax.transforms.adaptive_damping import (
     AdaptiveDampingState,

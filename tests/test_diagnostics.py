@@ -20,7 +20,7 @@ from natgrad_jax.diagnostics import errors, layer_measures
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.state.walk import states
-from natgrad_jax.statistics.spec import parse
+from natgrad_jax.statistics.spec import decode
 
 pytestmark = pytest.mark.once
 
@@ -82,7 +82,7 @@ class Run:
         _, _, state = self.step(self.tx.init(self.params), x[:12], y[:12])
         self.updates, self.grads, self.opt_state = self.step(state, x[12:], y[12:])
         (self.state,) = states(self.opt_state)
-        form = parse(self.state.request).approximation
+        form = decode(self.state.request).approximation
         self.own = self.layers.approximate(form)
         self.report = ng.diagnostics.report(
             self.layers, self.opt_state, updates=self.updates, grads=self.grads, spectra=True

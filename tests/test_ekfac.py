@@ -17,7 +17,7 @@ import natgrad_jax as ng
 from natgrad_jax.curvature.eigenbases import carried, everywhere, squares
 from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal
-from natgrad_jax.statistics.spec import requests
+from natgrad_jax.statistics.spec import specs
 
 pytestmark = pytest.mark.once
 
@@ -83,7 +83,7 @@ def test_products_of_eigenvalues_are_kfac_with_undivided_damping(how: Any, float
     params, batch, layers = problem(jnp.float64)
     key = jax.random.key(0)
     _, grads, _ = ng.value_and_grad(loss_fn, layers)(params, *batch, rng=key)
-    own = layers.approximate(requests(state)[0][0].approximation)
+    own = layers.approximate(specs(state)[0][0].approximation)
     for path, layer in own.items():
         if layer.block != "kronecker":
             continue

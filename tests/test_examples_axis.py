@@ -226,7 +226,7 @@ def test_time_first_is_batch_first() -> None:
         for sharing in ("expand", "reduce"):
             tx = ng.scale_by_kfac(layers, approximation=ng.Approximation(weight_sharing=sharing))
             _, _, statistics = grad_fn(params, *args, opt_state=tx.init(params))
-            sums = statistics.layers if sharing == "expand" else statistics.reduced
+            sums = statistics.sums[sharing]
             found.append({path: (s.A, s.G) for path, s in sums.items() if path != ("norm",)})
     for a, b in zip(found[:2], found[2:], strict=True):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12), a, b)

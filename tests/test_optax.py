@@ -265,7 +265,7 @@ def test_a_step_on_accumulated_statistics_is_the_step_on_the_whole():
 def spoiled(statistics, path, field, value=jnp.nan):
     sums = statistics.layers[path]
     bad = sums._replace(**{field: getattr(sums, field).at[..., 0, 0].set(value)})
-    return statistics._replace(layers={**statistics.layers, path: bad})
+    return statistics._replace(sums={**statistics.sums, "expand": {**statistics.layers, path: bad}})
 
 
 @pytest.mark.parametrize("field", ["A", "G"])

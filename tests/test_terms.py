@@ -15,7 +15,7 @@ import pytest
 from transformations import Jitted
 
 import natgrad_jax as ng
-from natgrad_jax.statistics import measuring
+from natgrad_jax.statistics import plan as planning
 
 pytestmark = pytest.mark.once
 
@@ -283,9 +283,9 @@ def test_models_that_share_nothing_share_a_pass() -> None:
     params = {"one": nn.Dense(3), "other": nn.Dense(2)}
     params = {k: m.init(jax.random.key(0), x)["params"] for k, m in params.items()}
     layers = ng.find_layers(loss_fn, params, x)
-    assert measuring.plan(layers, None, "mc").passes == ((0, 1),)
+    assert planning.make_plan(layers, None, "mc").passes == ((0, 1),)
     shared = layers_of(in_order((0, 1, 2)))
-    assert measuring.plan(shared, None, "mc").passes == ((0,), (1,), (2,))
+    assert planning.make_plan(shared, None, "mc").passes == ((0,), (1,), (2,))
 
 
 def test_another_number_of_terms_is_told() -> None:

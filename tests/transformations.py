@@ -248,7 +248,7 @@ class Poison(NamedTuple):
                 for path, s in statistics.layers.items()}  # fmt: skip
         every = lambda tree, y: None if tree is None else {k: add(x, y) for k, x in tree.items()}
         return jax.tree.map(lambda g: add(g, self.grads), grads), statistics._replace(
-            layers=sums,
+            sums={**statistics.sums, "expand": sums},
             leftover=every(statistics.leftover, self.leftover),
             moments=every(statistics.moments, self.moments),
         )

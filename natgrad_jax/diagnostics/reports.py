@@ -17,7 +17,7 @@ from natgrad_jax.diagnostics.table import table
 from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.state.walk import instances, plain
-from natgrad_jax.statistics.spec import parse
+from natgrad_jax.statistics.spec import decode
 from natgrad_jax.transforms.adaptive_damping import AdaptiveDampingState
 from natgrad_jax.transforms.common.estimators import diagonal_of
 from natgrad_jax.transforms.common.second_moments import total_moments
@@ -196,7 +196,7 @@ def _of_kind(found: Found, path: Path, update: jax.Array | None) -> Measures:
         whole = everywhere(layer, bases, S)
         own |= drifts | layer_measures.of_moments(layer, whole, diagonals, state.damping)
         return own | _with_kl(layer_measures.kl_of_moments, layer, bases, S, update=update)
-    split = parse(state.request).split
+    split = decode(state.request).split
     damping = layer_measures.dampings(layer, factors, state.damping, split)
     own |= layer_measures.of_inverses(layer, factors, bases, damping)
     return own | _with_kl(layer_measures.kl, layer, factors, update=update)
@@ -210,7 +210,7 @@ def _conditions(found: Found, path: Path) -> Measures:
     values, damping = of_layer(found, path), {}
     layer, factors = found.layers[path], found.factors(path)
     if found.kind in ("kfac", "ngd"):
-        split = parse(found.state.request).split
+        split = decode(found.state.request).split
         damping = layer_measures.dampings(layer, factors, found.state.damping, split)
         stack = len(layer.stack)
         damping = {k: x.reshape(*x.shape[:stack], -1).mean(-1) for k, x in damping.items()}

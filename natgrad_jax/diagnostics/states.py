@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from natgrad_jax.curvature.factor_averages import in_full
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.state.walk import plain, states
-from natgrad_jax.statistics.spec import parse
+from natgrad_jax.statistics.spec import decode
 from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
 from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
 from natgrad_jax.utils.tree_paths import Path, join
@@ -37,7 +37,7 @@ def found_in(layers: Layers, opt_state: Any) -> list[Found]:
                 f"opt_state has factors of {', '.join(sorted(map(join, strange)))}, and these "
                 "Layers have no such layers: pass the Layers that it was made with."
             )
-        request = parse(state.request)
+        request = decode(state.request)
         kind = _kind(state, request.split)
         before = sum(x.kind == kind for x in found)
         name = f"{kind}_{before}" if before else kind

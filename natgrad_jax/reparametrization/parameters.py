@@ -13,8 +13,8 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.reparametrization import change_of_basis, coordinates as charts
 from natgrad_jax.reparametrization.coordinates import Coordinates
+from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
-from natgrad_jax.statistics.grad import Statistics
 from natgrad_jax.utils.hyperparams import check_positive
 from natgrad_jax.utils.tree_paths import Path
 
@@ -42,7 +42,8 @@ def whitening(
     Source: Desjardins et al. 2015, section 3.
 
     >>> import natgrad_jax as ng
-    >>> ng.whitening(ng.Statistics(jnp.ones(()), {}, None, {}, None), ng.Layers({}))
+    >>> statistics = ng.Statistics(jnp.ones(()), {"expand": {}, "reduce": {}}, None, None)
+    >>> ng.whitening(statistics, ng.Layers({}))
     {}
     """
     check_layers(layers)

@@ -1,11 +1,16 @@
-"""Whether statistics are of the layers of the transformation that got them."""
+"""Whether layers, parameters, losses and statistics belong together."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from natgrad_jax.curvature.layer_sums import Sums
+from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.statistics.grad import Statistics
+from natgrad_jax.losses.loss import Loss
+from natgrad_jax.statistics.batch_statistics import Statistics
+from natgrad_jax.utils import compat, tree_paths
 from natgrad_jax.utils.tree_paths import Path, join
 
 
@@ -25,7 +30,7 @@ def check_statistics(
             f"statistics must be what ng.value_and_grad returns as its third result; got "
             f"{type(statistics).__name__}."
         )
-    measured = {*statistics.layers, *statistics.reduced}
+    measured = {path for own in statistics.sums.values() for path in own}
     if set(layers) - measured:
         strange = sorted(map(join, measured ^ set(layers)))
         raise ValueError(
@@ -38,9 +43,9 @@ def check_statistics(
             'inputs alone. Use fisher="mc" (the default), "exact" or "empirical".'
         )
     for path, layer in layers.items():
-        for sums in (statistics.layers.get(path), statistics.reduced.get(path)):
-            if sums is not None:
-                _check_shapes(layer, sums)
+        for own in statistics.sums.values():
+            if path in own:
+                _check_shapes(layer, own[path])
 
 
 def _check_shapes(layer: Layer, sums: Sums) -> None:
@@ -60,3 +65,48 @@ def _check_shapes(layer: Layer, sums: Sums) -> None:
                 f"{tuple(factor.shape)}, these Layers need {wanted[0]}: they were measured on "
                 "another model, or for another group_size or convolution."
             )
+
+
+def check_params(layers: Layers, tree: Any) -> None:
+    """Raise where the layers are not of these parameters."""
+    given = tree_paths.leaves(tree)
+    wanted = [p for layer in layers.values() for p in layer.parameters]
+    wanted += [u.parameter for u in layers.leftover]
+    for parameter in wanted:
+        leaf = given.get(parameter.path)
+        if leaf is None or tuple(leaf.shape) != parameter.shape:
+            came = "no such parameter" if leaf is None else f"shape {tuple(leaf.shape)}"
+            raise ValueError(
+                f"these Layers were found on another model: they have "
+                f"{tree_paths.join(parameter.path)} of shape {parameter.shape}, params has {came}. "
+                "Call find_layers again with this model's params."
+            )
+
+
+def check_terms(layers: Layers, loss: Loss) -> None:
+    """Raise where the loss has other terms than the one that the layers were found on."""
+    if len(layers.terms) != len(loss.terms) and (layers or layers.leftover):
+        names = lambda terms: ", ".join(type(t.distribution).__name__ for t in terms)
+        before = ", ".join(term.distribution for term in layers.terms)
+        raise ValueError(
+            f"these Layers were found on a loss of {len(layers.terms)} terms ({before}), and "
+            f"loss_fn returned one of {len(loss.terms)} ({names(loss.terms)}). Each term has "
+            "curvature of its own: return the same terms always, and leave a task out of a batch "
+            "by nll(targets, where=mask)."
+        )
+
+
+def check_axes(tree: Any, args: Any, axes: tuple[str, ...]) -> None:
+    """Raise where the batch varies over a mesh axis that ``axis_name`` does not name."""
+
+    def varying(values: Any) -> set[Any]:
+        leaves = (x for x in jax.tree.leaves(values) if isinstance(x, jax.Array))
+        return set().union(*(compat.varying_axes(x) for x in leaves))
+
+    missing = varying(args) - varying(tree) - set(axes)
+    if missing:
+        names = ", ".join(map(repr, sorted(map(str, missing))))
+        raise ValueError(
+            f"the batch varies over the mesh axis {names} here, inside shard_map: pass "
+            f"axis_name={names} to value_and_grad, so that its results are the global ones."
+        )

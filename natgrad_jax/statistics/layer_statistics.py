@@ -1,4 +1,4 @@
-"""What is read off a layer in the backward pass: which statistics, and their empty forms."""
+"""One layer's statistics: what a call of it adds in the backward pass, and their empty forms."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from natgrad_jax.curvature.layer_sums import (
     Rows,
-    Sums,
     measure,
     measure_moments,
     measure_rows,
@@ -21,18 +20,26 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.statistics.spec import usual_stride
 
 
-class Wanted(NamedTuple):
-    """The layer as each kind of statistics sees it, None where that kind is not wanted.
+class LayerStatistics(NamedTuple):
+    """``sums``: :class:`Sums` by weight sharing, ``"expand"`` or ``"reduce"``; inside a slot those
+    of a layer that is called several times are :class:`Rows`, where positions are summed first.
+    ``moments``: squares of examples' gradients in the current eigenbasis, or None."""
 
-    ``sums``: positions as examples; ``reduced``: positions summed first; ``moments``: squares of
-    examples' gradients in the current eigenbasis, an array of ``moments_shape``. ``examples``: of
-    one call, for ``reduced`` of a layer that is called several times. ``stride``: of the examples
-    that are looked at, None where their number decides; for which ``parts`` is of how many equal
-    parts of a batch, on other devices or in other micro-batches, a call sees one.
+    sums: dict[str, Any]
+    moments: jax.Array | None = None
+
+
+class LayerReader(NamedTuple):
+    """Static: which statistics the backward pass reads off each call of a layer.
+
+    ``forms``: the layer as each weight sharing sees it. ``moments``: the layer whose moments are
+    measured, an array of ``moments_shape``; None for none. ``examples``: of one call, for
+    ``"reduce"`` of a layer that is called several times. ``stride``: every how many examples are
+    measured, None where their number decides; for which ``parts`` is of how many equal parts of a
+    batch, on other devices or in other micro-batches, a call sees one.
     """
 
-    sums: Layer | None
-    reduced: Layer | None = None
+    forms: tuple[tuple[str, Layer], ...]
     moments: Layer | None = None
     moments_shape: tuple[int, ...] = ()
     examples: int = 0
@@ -41,82 +48,91 @@ class Wanted(NamedTuple):
 
     @property
     def layer(self) -> Layer:
-        layer = self.sums or self.reduced
-        assert layer is not None
-        return layer
+        return self.forms[0][1]
 
+    def keeps_rows(self, sharing: str) -> bool:
+        """Whether calls of one example are added up before products are taken."""
+        return sharing == "reduce" and self.layer.calls != 1
 
-class Readings(NamedTuple):
-    """One layer's statistics in the forms of :class:`Wanted`; as a slot, zeros of their shapes."""
+    def read(self, call: Any, x: Any, g: jax.Array, bases: Any) -> LayerStatistics:
+        """What one call with input ``x`` and output cotangent ``g`` adds.
 
-    sums: Sums | None = None
-    reduced: Any = None  # Sums; Rows inside a slot
-    moments: jax.Array | None = None
+        With a stride: what every such example adds, times all examples over those.
+        """
+        call = regrouped(call, self.layer.example_axis, g)
+        n = jax.eval_shape(call.outputs, g).shape[0]
+        stride = usual_stride(n * self.parts) if self.stride is None else self.stride
+        few = call if stride == 1 else Thinned(call, stride)
+        times = n / len(range(0, n, stride))
+        scaled = lambda found: jax.tree.map(lambda s: s * times if stride > 1 else s, found)
+        sums = {
+            sharing: measure_rows(layer, call, x, g)
+            if self.keeps_rows(sharing)
+            else scaled(measure(layer, few, x, g))
+            for sharing, layer in self.forms
+        }
+        if self.moments is None:
+            return LayerStatistics(sums)
+        return LayerStatistics(sums, scaled(measure_moments(self.moments, few, x, g, bases)))
 
+    def shapes(self) -> LayerStatistics:
+        """Shapes of the statistics of one element of the stack."""
+        sums = {
+            sharing: rows_shapes(layer, self.examples)
+            if self.keeps_rows(sharing)
+            else sums_shapes(layer)
+            for sharing, layer in self.forms
+        }
+        return LayerStatistics(sums, None if self.moments is None else self.moments_shape)  # type: ignore[arg-type]
 
-def read(wanted: Wanted, call: Any, x: Any, g: jax.Array, bases: Any) -> Readings:
-    """What one call with input ``x`` and output cotangent ``g`` adds.
+    def zeros(self) -> LayerStatistics:
+        """Empty statistics, as a slot: stack axes are where the layer's parameters have them."""
+        layer = self.layer
+        return jax.tree.map(
+            lambda shape: to_slot(
+                jnp.zeros((*layer.stack_sizes, *shape), layer.factor_dtype), layer
+            ),
+            self.shapes(),
+            is_leaf=_is_shape,
+        )
 
-    With a stride, what every such example adds, times all examples over those.
-    """
-    call = regrouped(call, wanted.layer.example_axis, g)
-    n = jax.eval_shape(call.outputs, g).shape[0]
-    stride = usual_stride(n * wanted.parts) if wanted.stride is None else wanted.stride
-    few = call if stride == 1 else Thinned(call, stride)
-    sums = reduced = moments = None
-    if wanted.sums is not None:
-        sums = measure(wanted.sums, few, x, g)
-    if wanted.reduced is not None and wanted.reduced.calls == 1:
-        reduced = measure(wanted.reduced, few, x, g)
-    if wanted.moments is not None:
-        moments = measure_moments(wanted.moments, few, x, g, bases)
-    found = Readings(sums, reduced, moments)
-    if stride > 1:
-        found = jax.tree.map(lambda s: s * (n / len(range(0, n, stride))), found)
-    if wanted.reduced is not None and wanted.reduced.calls > 1:  # rows of every example
-        found = found._replace(reduced=measure_rows(wanted.reduced, call, x, g))
-    return found
+    def from_slot(self, slot: LayerStatistics) -> LayerStatistics:
+        """A slot's cotangent with its stack axes in front, and rows of examples multiplied."""
+        layer = self.layer
+        axes = [axis for axis, _ in layer.stack]
 
+        def leaf(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x, axes, range(len(axes))).reshape(*layer.stack_sizes, *shape)
 
-def shapes(wanted: Wanted) -> Any:
-    """Shapes of the readings for one element of the stack, in a ``Readings``."""
-    reduced, moments = wanted.reduced, wanted.moments
-    of: Any = Readings
-    return of(
-        None if wanted.sums is None else sums_shapes(wanted.sums),
-        None
-        if reduced is None
-        else sums_shapes(reduced)
-        if reduced.calls == 1
-        else rows_shapes(reduced, wanted.examples),
-        None if moments is None else wanted.moments_shape,
-    )
-
-
-def empty_slot(wanted: Wanted) -> Readings:
-    """Zeros, with stack axes where the layer's parameters have them."""
-    layer = wanted.layer
-    return jax.tree.map(
-        lambda shape: to_slot(jnp.zeros((*layer.stack_sizes, *shape), layer.factor_dtype), layer),
-        shapes(wanted),
-        is_leaf=_is_shape,
-    )
-
-
-def from_slot(wanted: Wanted, slot: Readings) -> Readings:
-    """A slot's cotangent with its stack axes in front, and rows of examples multiplied."""
-    layer = wanted.layer
-    axes = [axis for axis, _ in layer.stack]
-
-    def leaf(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, axes, range(len(axes))).reshape(*layer.stack_sizes, *shape)
-
-    plain = jax.tree.map(leaf, shapes(wanted), slot, is_leaf=_is_shape)
-    if isinstance(plain.reduced, Rows):
-        assert wanted.reduced is not None
+        plain = jax.tree.map(leaf, self.shapes(), slot, is_leaf=_is_shape)
         lead = len(layer.stack) + (layer.uses > 1)
-        return plain._replace(reduced=sums_of_rows(wanted.reduced, plain.reduced, lead))
-    return plain
+        forms = dict(self.forms)
+        sums = {
+            sharing: sums_of_rows(forms[sharing], x, lead) if isinstance(x, Rows) else x
+            for sharing, x in plain.sums.items()
+        }
+        return plain._replace(sums=sums)
+
+    def own_bases(self, bases: Any) -> Any:
+        """Bases in their own shapes: a slot's arrays may have unit axes in front."""
+        if bases is None or self.moments is None:
+            return bases
+        outputs = self.moments.output_factor_shape
+        assert outputs is not None
+        shapes = (self.moments.input_factor_shape, outputs)
+        own = (x.reshape(*s[:-1], x.shape[-1]) for x, s in zip(bases, shapes, strict=True))
+        return type(bases)(*own)
+
+
+class ExamplesCount:
+    """In place of a reader: notes how many examples each call of a layer has."""
+
+    def __init__(self, layer: Layer):
+        self.layer, self.examples = layer, set[int]()
+
+    def note(self, call: Any, s: jax.Array) -> None:
+        call = regrouped(call, self.layer.example_axis, s)
+        self.examples.add(jax.eval_shape(call.outputs, s).shape[0])
 
 
 def to_slot(x: jax.Array, layer: Layer) -> jax.Array:

@@ -1,7 +1,8 @@
 """What a transformation asks of the next backward pass, readable from its state under jit.
 
-A request is static, and a state must be made of arrays that any checkpoint or optimizer wrapper
-takes: so it is spelled in the keys of a dict without leaves, ``{"weight_sharing=reduce": ()}``.
+A specification is static, and a state must be made of arrays that any checkpoint or optimizer
+wrapper takes: so it is encoded in the keys of a dict without leaves,
+``{"weight_sharing=reduce": ()}``, the field ``request`` of a state.
 """
 
 from dataclasses import asdict
@@ -10,12 +11,12 @@ from typing import Any, NamedTuple
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.state.walk import plain, states
 
-Spelled = dict[str, tuple[()]]
+EncodedSpec = dict[str, tuple[()]]
 
 ENOUGH = 256  # examples to measure, where no fraction is given: all of fewer than twice as many
 
 
-class Request(NamedTuple):
+class StatisticsSpec(NamedTuple):
     """``approximation`` of the factors; ``moments``: whether squares in the current bases too;
     ``inputs_only``: whether input factors alone, for which no Fisher pass is needed; ``stride``: of
     the examples that are measured, None for :func:`usual_stride` of their number. ``split``: how
@@ -29,29 +30,29 @@ class Request(NamedTuple):
     split: str = "pi"
 
 
-def spell(request: Request) -> Spelled:
-    """The request as keys of a dict; what is default is not spelled.
+def encode(spec: StatisticsSpec) -> EncodedSpec:
+    """The specification as keys of a dict; what is default is left out.
 
-    >>> spell(Request(Approximation(group_size=32), moments=True))
+    >>> encode(StatisticsSpec(Approximation(group_size=32), moments=True))
     {'group_size=32': (), 'moments': ()}
     """
-    own, usual = (asdict(r.approximation) | r._asdict() for r in (request, Request()))
+    own, usual = (asdict(r.approximation) | r._asdict() for r in (spec, StatisticsSpec()))
     named = (*asdict(Approximation()), "stride", "split")
     chosen = {f"{k}={own[k]}": () for k in named if own[k] != usual[k]}
     return chosen | {k: () for k in ("moments", "inputs_only") if own[k]}
 
 
-def parse(spelled: Spelled) -> Request:
-    """The inverse of :func:`spell`."""
-    values: dict[str, Any] = dict(key.split("=") for key in spelled if "=" in key)
+def decode(encoded: EncodedSpec) -> StatisticsSpec:
+    """The inverse of :func:`encode`."""
+    values: dict[str, Any] = dict(key.split("=") for key in encoded if "=" in key)
     if "group_size" in values:
         values["group_size"] = int(values["group_size"])
     if "centred" in values:
         values["centred"] = values["centred"] == "True"
     stride, split = values.pop("stride", "1"), values.pop("split", "pi")
     stride = None if stride == "None" else int(stride)
-    flags = ("moments" in spelled, "inputs_only" in spelled)
-    return Request(Approximation(**values), *flags, stride, split)
+    flags = ("moments" in encoded, "inputs_only" in encoded)
+    return StatisticsSpec(Approximation(**values), *flags, stride, split)
 
 
 def stride_of(fraction: Any, period: Any) -> int | None:
@@ -76,7 +77,7 @@ def usual_stride(examples: int) -> int:
     return 2 if examples >= 2 * ENOUGH else 1
 
 
-def requests(opt_state: Any) -> list[tuple[Request, Any]]:
-    """The requests in an optimizer state, each with the state that makes it."""
+def specs(opt_state: Any) -> list[tuple[StatisticsSpec, Any]]:
+    """The specifications in an optimizer state, each with the state that has it."""
     found = states(plain(opt_state))
-    return [(parse(s.request), s) for s in found if hasattr(s, "request")]
+    return [(decode(s.request), s) for s in found if hasattr(s, "request")]

@@ -1,86 +1,81 @@
 """Slots: how a layer's statistics leave the backward pass.
 
 A tagged layer's output passes through an identity with a zero-valued extra input, its slot. The
-identity's backward rule returns the layer's sums as the slot's cotangent, so that scan, remat,
-vmap, jit, sharding and accumulation treat statistics as they treat gradients.
+identity's backward rule returns the layer's statistics as the slot's cotangent, so that scan,
+remat, vmap, jit, sharding and accumulation treat statistics as they treat gradients. What a reader
+reads is its own affair: tagging knows nothing of statistics.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.kinds.regrouped import regrouped
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.statistics.layer_statistics import Readings, Wanted, read
 
 # The name under which a layer's slot lies beside its kernel.
 SLOT = "natgrad_slot"
 
 
+class Reader(Protocol):
+    """What a slot's layer is asked for; static."""
+
+    @property
+    def layer(self) -> Layer: ...
+
+    def read(self, call: Any, x: jax.Array, g: jax.Array, bases: Any) -> Any:
+        """What one call with input ``x`` and output cotangent ``g`` adds: a pytree like a slot's
+        ``values``."""
+
+    def own_bases(self, bases: Any) -> Any:
+        """``bases`` as ``read`` takes them."""
+
+
 @jax.tree_util.register_pytree_node_class
 class Slot:
-    """The zero readings of one layer and the bases they are taken in; what is wanted is static."""
+    """A layer's zero-valued input. ``values``: zeros in the form of what ``reader`` reads (static),
+    in ``bases``; None where ``reader.note(call, s)`` is to see the calls and no more."""
 
-    def __init__(self, readings: Readings, bases: Any, wanted: Any):
-        self.readings, self.bases, self.wanted = readings, bases, wanted
+    def __init__(self, values: Any, bases: Any, reader: Any):
+        self.values, self.bases, self.reader = values, bases, reader
 
     @property
     def layer(self) -> Layer:
-        return self.wanted.layer
+        return self.reader.layer
 
-    def tree_flatten(self) -> tuple[tuple[Readings, Any], Any]:
-        return (self.readings, self.bases), self.wanted
+    def tree_flatten(self) -> tuple[tuple[Any, Any], Any]:
+        return (self.values, self.bases), self.reader
 
     @classmethod
-    def tree_unflatten(cls, wanted: Any, children: tuple[Readings, Any]) -> "Slot":
-        return cls(*children, wanted)
-
-
-class Census:
-    """In place of what is wanted: notes how many examples each call of a layer has."""
-
-    def __init__(self, layer: Layer):
-        self.layer, self.examples = layer, set[int]()
+    def tree_unflatten(cls, reader: Any, children: tuple[Any, Any]) -> "Slot":
+        return cls(*children, reader)
 
 
 def tap(slot: Slot, call: Any, x: jax.Array, s: jax.Array) -> jax.Array:
-    """``s``, with the readings of this call of the layer as the cotangent of ``slot``.
+    """``s``, with what is read off this call of the layer as the cotangent of ``slot``.
 
     ``x`` is the layer's input; the residual is cast to the dtype that the layer computes in, so
     that it is the array which the kernel's gradient keeps anyway.
     """
-    wanted = slot.wanted
-    if isinstance(wanted, Census):
-        call = regrouped(call, wanted.layer.example_axis, s)
-        wanted.examples.add(jax.eval_shape(call.outputs, s).shape[0])
+    if slot.values is None:
+        slot.reader.note(call, s)
         return s
-    shapes = jax.tree.map(jnp.shape, slot.readings)
+    reader: Reader = slot.reader
+    shapes = jax.tree.map(jnp.shape, slot.values)
 
     @jax.custom_vjp
-    def identity(s: jax.Array, x: jax.Array, readings: Readings, bases: Any) -> jax.Array:
+    def identity(s: jax.Array, x: jax.Array, values: Any, bases: Any) -> jax.Array:
         return s
 
-    def forward(s: jax.Array, x: jax.Array, readings: Readings, bases: Any) -> Any:
+    def forward(s: jax.Array, x: jax.Array, values: Any, bases: Any) -> Any:
         return s, (x, bases)
 
-    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, Readings, None]:
+    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, Any, None]:
         x, bases = residuals
-        found = read(wanted, call, x, g, _without_room(bases, wanted))
+        found = reader.read(call, x, g, reader.own_bases(bases))
         return g, None, jax.tree.map(lambda r, shape: r.reshape(shape), found, shapes), None
 
     identity.defvjp(forward, backward)
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(s.dtype)
-    return identity(s, jax.lax.stop_gradient(x), slot.readings, slot.bases)
-
-
-def _without_room(bases: Any, wanted: Wanted) -> Any:
-    """Bases in their own shapes: a slot's arrays may have unit axes in front."""
-    if bases is None or wanted.moments is None:
-        return bases
-    outputs = wanted.moments.output_factor_shape
-    assert outputs is not None
-    shapes = (wanted.moments.input_factor_shape, outputs)
-    own = (x.reshape(*s[:-1], x.shape[-1]) for x, s in zip(bases, shapes, strict=True))
-    return type(bases)(*own)
+    return identity(s, jax.lax.stop_gradient(x), slot.values, slot.bases)

@@ -9,7 +9,7 @@ from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverse_methods import LowRank
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.statistics.spec import Request, stride_of
+from natgrad_jax.statistics.spec import StatisticsSpec, stride_of
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
 from natgrad_jax.transforms.common.eigenbasis_diagonal import in_eigenbases
 from natgrad_jax.transforms.common.options import (
@@ -109,7 +109,7 @@ def scale_by_ekfac(
     how = eigenbasis_method(basis)
     rules = Rules(
         "scale_by_ekfac",
-        Request(
+        StatisticsSpec(
             approximation_of(approximation),
             moments=moments == "intra_batch",
             stride=stride_of(statistics_fraction, statistics_period),

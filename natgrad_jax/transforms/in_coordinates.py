@@ -16,9 +16,9 @@ from natgrad_jax.reparametrization import change_of_basis, coordinates as charts
 from natgrad_jax.reparametrization.coordinates import CHOICES
 from natgrad_jax.reparametrization.parameters import unwhiten, whiten
 from natgrad_jax.state.clock import due
+from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
-from natgrad_jax.statistics.grad import Statistics
-from natgrad_jax.statistics.spec import Request
+from natgrad_jax.statistics.spec import StatisticsSpec
 from natgrad_jax.transforms.common import coordinate_state, estimators
 from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
 from natgrad_jax.transforms.common.options import approximation_of, renamed_keywords
@@ -125,7 +125,7 @@ def in_coordinates(
     rules = coordinate_state.Rules(
         choice, epsilon, decay, statistics_period, schedule, samples, on_refresh
     )
-    request = Request(form, inputs_only=not choice.outputs)
+    request = StatisticsSpec(form, inputs_only=not choice.outputs)
     approximated = layers.approximate(form)
     has_some = [
         path for path, x in approximated.items() if charts.applies(x) and choice.find is not None

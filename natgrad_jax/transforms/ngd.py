@@ -11,7 +11,7 @@ from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverse_methods import Eigh, Inverse, Woodbury
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.statistics.spec import Request, stride_of
+from natgrad_jax.statistics.spec import StatisticsSpec, stride_of
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
 from natgrad_jax.transforms.common.kronecker import kronecker
 from natgrad_jax.transforms.common.options import (
@@ -80,7 +80,7 @@ def ngd(
     count = max(sum(layer.block == "kronecker" for layer in layers.values()), 1)
     rules = Rules(
         "ngd",
-        Request(
+        StatisticsSpec(
             approximation_of(approximation),
             stride=stride_of(statistics_fraction, statistics_period),
             split="equal",

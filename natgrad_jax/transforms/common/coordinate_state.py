@@ -17,8 +17,8 @@ from natgrad_jax.reparametrization import coordinates as charts
 from natgrad_jax.reparametrization.coordinates import Choice, Coordinates
 from natgrad_jax.reparametrization.parameters import whiten
 from natgrad_jax.state.clock import Clock, due, start, tick
-from natgrad_jax.statistics.grad import Statistics
-from natgrad_jax.statistics.spec import Request, Spelled, spell
+from natgrad_jax.statistics.batch_statistics import Statistics
+from natgrad_jax.statistics.spec import EncodedSpec, StatisticsSpec, encode
 from natgrad_jax.transforms.common import estimators
 from natgrad_jax.transforms.common.schedule import RefreshSchedule
 from natgrad_jax.transforms.common.transport import carry
@@ -51,7 +51,7 @@ class InCoordinatesState(NamedTuple):
     examples: jax.Array
     rejected: jax.Array
     inner: Any
-    request: Spelled
+    request: EncodedSpec
 
 
 class Rules(NamedTuple):
@@ -67,7 +67,7 @@ class Rules(NamedTuple):
 
 
 def initial_state(
-    layers: Layers, choice: Choice, request: Request, rank: int | None
+    layers: Layers, choice: Choice, request: StatisticsSpec, rank: int | None
 ) -> InCoordinatesState:
     zero = jnp.zeros((), float)
     return InCoordinatesState(
@@ -79,7 +79,7 @@ def initial_state(
         examples=zero,
         rejected=jnp.zeros((), jnp.int32),
         inner=None,
-        request=spell(request),
+        request=encode(request),
     )
 
 

@@ -11,7 +11,7 @@ from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.state.clock import Clock
-from natgrad_jax.statistics.spec import Spelled
+from natgrad_jax.statistics.spec import EncodedSpec
 from natgrad_jax.transforms.common import second_moments
 from natgrad_jax.transforms.common.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.utils.tree_paths import Path
@@ -46,7 +46,7 @@ class EKFACState(NamedTuple):
     diagonal_weights: dict[Path, jax.Array]
     examples: jax.Array
     rejected: jax.Array
-    request: Spelled
+    request: EncodedSpec
 
 
 def in_eigenbases(

@@ -13,7 +13,7 @@ from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer, Parameter
-from natgrad_jax.statistics.grad import Statistics
+from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.tree_paths import Path, join
 
@@ -117,8 +117,7 @@ def update_factors(
 
 def sums_for(layer: Layer, statistics: Statistics) -> Sums:
     """The sums that this layer's factors are made of."""
-    reduce = layer.approximation.weight_sharing == "reduce"
-    found = statistics.reduced if reduce else statistics.layers
+    found = statistics.sums[layer.approximation.weight_sharing]
     if layer.path not in found:
         raise ValueError(
             f"statistics of layer {join(layer.path)} were measured for another weight_sharing than "

@@ -22,7 +22,7 @@ from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.state.clock import Clock
-from natgrad_jax.statistics.spec import Spelled
+from natgrad_jax.statistics.spec import EncodedSpec
 from natgrad_jax.transforms.common import estimators
 from natgrad_jax.transforms.common.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.transforms.common.schedule import RefreshSchedule, refresh_due
@@ -47,7 +47,7 @@ class KFACState(NamedTuple):
     diagonal: dict[Path, jax.Array]
     diagonal_weights: dict[Path, jax.Array]
     rejected: jax.Array
-    request: Spelled
+    request: EncodedSpec
 
 
 def kronecker(

@@ -10,9 +10,9 @@ import optax
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.state.clock import due, start, tick
+from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
-from natgrad_jax.statistics.grad import Statistics
-from natgrad_jax.statistics.spec import Request, spell
+from natgrad_jax.statistics.spec import StatisticsSpec, encode
 from natgrad_jax.transforms.common import apply, estimators
 from natgrad_jax.transforms.common.schedule import RefreshSchedule
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
@@ -23,7 +23,7 @@ class Rules(NamedTuple):
     """The choices that all have; ``name``: in errors; ``refresh``: when bases are renewed."""
 
     name: str
-    request: Request
+    request: StatisticsSpec
     damping: Scalar
     decay: Scalar
     statistics_period: Scalar
@@ -114,7 +114,7 @@ def _initial_state(layers: Layers, rules: Rules, method: Method) -> Any:
     return method.state(
         clock=start(len(layers.terms)),
         damping=at(rules.damping, jnp.zeros((), jnp.int32)),
-        request=spell(rules.request),
+        request=encode(rules.request),
         **method.start(layers),
         **estimators.start(layers, rules.factor_dtype)._asdict(),
     )

@@ -14,7 +14,7 @@ from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
-from natgrad_jax.statistics.grad import Statistics
+from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.transforms.common import estimators
 from natgrad_jax.transforms.common.schedule import RefreshSchedule, refresh_due
 from natgrad_jax.utils.tree_paths import Path
