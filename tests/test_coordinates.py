@@ -330,16 +330,16 @@ def test_transported_momentum_is_the_sum_of_canonical_gradients(
 def test_transported_squares_take_the_squares_of_the_map(
     name: str, rank: int | None, float64: None
 ) -> None:
-    from natgrad_jax.reparametrization.change_of_basis import carried, carried_squares
+    from natgrad_jax.reparametrization.change_of_basis import transport_gradients, transport_squares
 
     own = problem(jnp.float64)
     layer = own.layers[name,]
     old, new = (refreshed(own, 1, epsilon=e, rank=rank)[name,] for e in (1e-1, 1e-3))
     new = new._replace(mean=new.mean + 0.3)
     rows = layer.inputs + 1
-    P = carried(layer, old, new, jnp.eye(rows))
+    P = transport_gradients(layer, old, new, jnp.eye(rows))
     S = jnp.abs(jnp.sin(jnp.arange(rows * 4.0))).reshape(rows, 4)
-    np.testing.assert_allclose(carried_squares(layer, old, new, S), P**2 @ S, rtol=1e-10)
+    np.testing.assert_allclose(transport_squares(layer, old, new, S), P**2 @ S, rtol=1e-10)
 
 
 def refreshed(own: Problem, times: int, **keywords: Any) -> Any:

@@ -27,7 +27,7 @@ def gradient_from(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     return _joined(main, bias, x)
 
 
-def to(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
+def to_whitened(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     """``K̂ = L_A⁻¹ K̄ L_G⁻ᵀ``: whitened parameters, ``V = U⁻ᵀ K``, ``d = b + cᵀ K``."""
     main, bias = _parts(layer, own, x)
     if own.mean is not None:
@@ -36,7 +36,7 @@ def to(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     return _over_columns(own, _joined(main, bias, x), scale=False)
 
 
-def back(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
+def from_whitened(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     """``K̄ = L_A K̂ L_Gᵀ``: canonical parameters, ``K = Uᵀ V``, ``b = d − cᵀ K``."""
     main, bias = _parts(layer, own, _off_columns(own, x, divide=False))
     main = _out_of(own, main, 1)
@@ -45,12 +45,14 @@ def back(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
     return _joined(main, bias, x)
 
 
-def carried(layer: Layer, old: Coordinates, new: Coordinates, x: jax.Array) -> jax.Array:
+def transport_gradients(
+    layer: Layer, old: Coordinates, new: Coordinates, x: jax.Array
+) -> jax.Array:
     """A gradient in the old coordinates as it is in the new ones."""
     return gradient_to(layer, new, gradient_from(layer, old, x))
 
 
-def carried_squares(layer: Layer, old: Coordinates, new: Coordinates, S: jax.Array) -> jax.Array:
+def transport_squares(layer: Layer, old: Coordinates, new: Coordinates, S: jax.Array) -> jax.Array:
     """Mean squares of gradients in the old coordinates, in the new ones: ``P_A² S (P_G²)ᵀ``.
 
     P takes gradients from one to the other, squares are elementwise: what the squares become if

@@ -84,7 +84,7 @@ def whiten(
     """
     own = _with_coordinates(layers, coordinates)
     return map_layers(
-        params, own, lambda path, x: change_of_basis.to(own[path], coordinates[path], x)
+        params, own, lambda path, x: change_of_basis.to_whitened(own[path], coordinates[path], x)
     )
 
 
@@ -103,7 +103,7 @@ def unwhiten(
     """
     own = _with_coordinates(layers, coordinates)
     return map_layers(
-        params, own, lambda path, x: change_of_basis.back(own[path], coordinates[path], x)
+        params, own, lambda path, x: change_of_basis.from_whitened(own[path], coordinates[path], x)
     )
 
 

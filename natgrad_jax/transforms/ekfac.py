@@ -17,7 +17,7 @@ from natgrad_jax.transforms.common.options import (
     eigenbasis_method,
     renamed_keywords,
 )
-from natgrad_jax.transforms.common.preconditioner import Rules
+from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
 from natgrad_jax.transforms.common.schedule import USUAL, Refresh, refresh_schedule
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
 
@@ -107,7 +107,7 @@ def scale_by_ekfac(
     if moments not in MOMENTS:
         raise ValueError(f"moments must be {' or '.join(map(repr, MOMENTS))}; got {moments!r}.")
     how = eigenbasis_method(basis)
-    rules = Rules(
+    config = PreconditionerConfig(
         "scale_by_ekfac",
         StatisticsSpec(
             approximation_of(approximation),
@@ -122,8 +122,8 @@ def scale_by_ekfac(
         stored_as(factor_dtype),
     )
     if isinstance(how, LowRank):
-        return in_eigenbases(layers, rules, Eigenbasis(), how.rank)
-    return in_eigenbases(layers, rules, how, None)
+        return in_eigenbases(layers, config, Eigenbasis(), how.rank)
+    return in_eigenbases(layers, config, how, None)
 
 
 @renamed_keywords

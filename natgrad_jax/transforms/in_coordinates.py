@@ -89,7 +89,7 @@ def in_coordinates(
       approximation: ``"sua"``, channels alone, ``"kfc"``, whole patches, or an
         :class:`~natgrad_jax.Approximation` without groups.
       refresh: :func:`~natgrad_jax.every`, with the devices that share the work (``over``). All
-        coordinates change in one step, since the inner state is carried over in one.
+        coordinates change in one step, since the inner state is transported over in one.
       rank: k, for the two whitenings of inputs: the k leading directions of a layer, warm-started,
         and the others at their mean variance, ``L = V diag(s) Vᵀ + r (I − V Vᵀ)``, where that is
         cheaper (2 k less than the inputs); None for all directions.
@@ -122,7 +122,7 @@ def in_coordinates(
             "coordinates change in one step and keep correlations between all channels: "
             "refresh=ng.every(100), and an approximation without group_size."
         )
-    rules = coordinate_state.Rules(
+    config = coordinate_state.CoordinateConfig(
         choice, epsilon, decay, statistics_period, schedule, samples, on_refresh
     )
     request = StatisticsSpec(form, inputs_only=not choice.outputs)
@@ -152,10 +152,10 @@ def in_coordinates(
         if own:
             check_statistics(statistics, own, "in_coordinates", choice.outputs)
             assert statistics is not None
-            state = _followed(state, statistics, updates, params, inner, own, rules)
+            state = _followed(state, statistics, updates, params, inner, own, config)
         mapped = _run(inner, _frozen(updates, layers), state, params, own, extra)
         examples = jnp.zeros(()) if statistics is None else statistics.examples
-        return _frozen(mapped[0], layers), coordinate_state.ticked(mapped[1], rules, examples)
+        return _frozen(mapped[0], layers), coordinate_state.advance(mapped[1], config, examples)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -175,18 +175,20 @@ def _followed(
     params: optax.Params | None,
     inner: optax.GradientTransformationExtraArgs,
     layers: Mapping[Path, Layer],
-    rules: coordinate_state.Rules,
+    config: coordinate_state.CoordinateConfig,
 ) -> InCoordinatesState:
     """The coordinates of this step, and the inner state in them."""
     old, before = state.bases, state
-    state = coordinate_state.average(state, statistics, layers, rules)
-    refresh = due(state.clock.step, at(rules.refresh.period, state.clock.step))
+    state = coordinate_state.average(state, statistics, layers, config)
+    refresh = due(state.clock.step, at(config.refresh.period, state.clock.step))
     refresh |= estimators.first_seen(before, state)
-    state = coordinate_state.refresh(state, layers, rules, refresh)
-    state = coordinate_state.carried(state, updates, params, inner, layers, old, rules, refresh)
+    state = coordinate_state.refresh(state, layers, config, refresh)
+    state = coordinate_state.transported(
+        state, updates, params, inner, layers, old, config, refresh
+    )
     return (
-        coordinate_state.rescaled(state, statistics, layers, rules)
-        if rules.choice.rescaled
+        coordinate_state.rescaled(state, statistics, layers, config)
+        if config.choice.rescaled
         else state
     )
 

@@ -17,7 +17,7 @@ from natgrad_jax.transforms.common.options import (
     inverse_method,
     renamed_keywords,
 )
-from natgrad_jax.transforms.common.preconditioner import Rules
+from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
 from natgrad_jax.transforms.common.schedule import USUAL, Refresh, refresh_schedule
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
 
@@ -87,7 +87,7 @@ def scale_by_kfac(
     """
     check_layers(layers)
     check_positive(damping=damping)
-    rules = Rules(
+    config = PreconditionerConfig(
         "scale_by_kfac",
         StatisticsSpec(
             approximation_of(approximation),
@@ -100,7 +100,7 @@ def scale_by_kfac(
         trust_radius,
         stored_as(factor_dtype),
     )
-    return kronecker(layers, rules, inverse_method(inverse), split)
+    return kronecker(layers, config, inverse_method(inverse), split)
 
 
 @renamed_keywords

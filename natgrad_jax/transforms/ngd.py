@@ -19,7 +19,7 @@ from natgrad_jax.transforms.common.options import (
     inverse_method,
     renamed_keywords,
 )
-from natgrad_jax.transforms.common.preconditioner import Rules
+from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
 from natgrad_jax.transforms.common.schedule import Refresh, every, refresh_schedule
 from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative
 
@@ -78,7 +78,7 @@ def ngd(
     if isinstance(method, Woodbury) and isinstance(decay, int | float) and decay == 0:
         raise ValueError("ng.Woodbury updates a running inverse: give a decay, as 0.95.")
     count = max(sum(layer.block == "kronecker" for layer in layers.values()), 1)
-    rules = Rules(
+    config = PreconditionerConfig(
         "ngd",
         StatisticsSpec(
             approximation_of(approximation),
@@ -92,7 +92,7 @@ def ngd(
         per_squared_rate(trust_radius, learning_rate),
         stored_as(factor_dtype),
     )
-    inner = kronecker(layers, rules, method, equal)
+    inner = kronecker(layers, config, method, equal)
     rate = _over(learning_rate, count)
     return descent(inner, layers, rate, trace(momentum, nesterov), weight_decay)
 

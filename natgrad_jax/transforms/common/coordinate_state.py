@@ -21,7 +21,7 @@ from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.spec import EncodedSpec, StatisticsSpec, encode
 from natgrad_jax.transforms.common import estimators
 from natgrad_jax.transforms.common.schedule import RefreshSchedule
-from natgrad_jax.transforms.common.transport import carry
+from natgrad_jax.transforms.common.transport import transport
 from natgrad_jax.utils.hyperparams import Scalar, at
 from natgrad_jax.utils.tree_paths import Path
 
@@ -54,7 +54,7 @@ class InCoordinatesState(NamedTuple):
     request: EncodedSpec
 
 
-class Rules(NamedTuple):
+class CoordinateConfig(NamedTuple):
     """The choices of one :func:`in_coordinates`; static but for schedules and arrays."""
 
     choice: Choice
@@ -84,11 +84,14 @@ def initial_state(
 
 
 def average(
-    state: InCoordinatesState, statistics: Statistics, layers: Mapping[Path, Layer], rules: Rules
+    state: InCoordinatesState,
+    statistics: Statistics,
+    layers: Mapping[Path, Layer],
+    config: CoordinateConfig,
 ) -> InCoordinatesState:
     """The state after this batch's factors, averaged by decay or evenly since the last refresh."""
     step, examples = state.clock.step, jnp.max(statistics.examples)
-    by_decay = partial(factor_averages.rate, decay=at(rules.decay, step))
+    by_decay = partial(factor_averages.rate, decay=at(config.decay, step))
 
     def evenly(weight: jax.Array, informative: jax.Array) -> tuple[jax.Array, jax.Array]:
         share = examples / jnp.where(examples > 0, state.gathered + examples, 1)
@@ -96,22 +99,25 @@ def average(
         return jnp.where(informative, rate, 0), jnp.where(informative, 1, weight)
 
     def measured() -> InCoordinatesState:
-        rate = by_decay if rules.samples is None else evenly
+        rate = by_decay if config.samples is None else evenly
         new = estimators.update_factors(state, statistics, layers, rate)
         gathered = (state.gathered + examples).astype(state.gathered.dtype)
         return new._replace(gathered=gathered, examples=examples.astype(state.examples.dtype))
 
     wanted = examples > 0
-    if rules.samples is not None:
+    if config.samples is not None:
         wanted &= jnp.any(state.clock.statistics_due)
     return jax.lax.cond(wanted, measured, lambda: state)
 
 
 def refresh(
-    state: InCoordinatesState, layers: Mapping[Path, Layer], rules: Rules, is_due: jax.Array
+    state: InCoordinatesState,
+    layers: Mapping[Path, Layer],
+    config: CoordinateConfig,
+    is_due: jax.Array,
 ) -> InCoordinatesState:
     """Coordinates of the current factors, where due; the last ones where that fails."""
-    epsilon, find = at(rules.epsilon, state.clock.step), rules.choice.find
+    epsilon, find = at(config.epsilon, state.clock.step), config.choice.find
     assert find is not None
 
     def refreshed() -> tuple[dict[Path, Coordinates], jax.Array]:
@@ -121,7 +127,7 @@ def refresh(
                 path: find(layer, state.factors[path], epsilon, state.bases[path])
                 for path, layer in layers.items()
             },
-            rules.refresh.over,
+            config.refresh.over,
         )
         for path, layer in layers.items():
             new, old = found[path], state.bases[path]
@@ -135,10 +141,13 @@ def refresh(
 
 
 def rescaled(
-    state: InCoordinatesState, statistics: Statistics, layers: Mapping[Path, Layer], rules: Rules
+    state: InCoordinatesState,
+    statistics: Statistics,
+    layers: Mapping[Path, Layer],
+    config: CoordinateConfig,
 ) -> InCoordinatesState:
     """The variances of this batch in the bases that there are."""
-    epsilon = at(rules.epsilon, state.clock.step)
+    epsilon = at(config.epsilon, state.clock.step)
 
     def measured() -> tuple[dict[Path, Coordinates], jax.Array]:
         bases, rejected = {}, state.rejected
@@ -156,20 +165,20 @@ def rescaled(
     return state._replace(bases=bases, rejected=rejected)
 
 
-def carried(
+def transported(
     state: InCoordinatesState,
     updates: optax.Updates,
     params: optax.Params | None,
     inner: optax.GradientTransformation,
     layers: Mapping[Path, Layer],
     old: dict[Path, Coordinates],
-    rules: Rules,
+    config: CoordinateConfig,
     is_due: jax.Array,
 ) -> InCoordinatesState:
     """The inner state after a refresh, by the rule that was chosen."""
-    if rules.on_refresh == "keep":
+    if config.on_refresh == "keep":
         return state
-    if rules.on_refresh == "reset":
+    if config.on_refresh == "reset":
         if params is None:
             raise ValueError(
                 'on_refresh="reset" starts the inner transformation again from the parameters: '
@@ -177,17 +186,19 @@ def carried(
             )
         anew = lambda: inner.init(whiten(params, layers, state.bases))
     else:
-        anew = lambda: carry(state.inner, updates, layers, old, state.bases)
+        anew = lambda: transport(state.inner, updates, layers, old, state.bases)
     return state._replace(inner=jax.lax.cond(is_due, anew, lambda: state.inner))
 
 
-def ticked(state: InCoordinatesState, rules: Rules, examples: jax.Array) -> InCoordinatesState:
+def advance(
+    state: InCoordinatesState, config: CoordinateConfig, examples: jax.Array
+) -> InCoordinatesState:
     """The state after the step; a refresh has statistics of its own batch at least."""
     step = state.clock.step + 1
-    period = at(rules.refresh.period, step).astype(jnp.int32)
-    if rules.samples is None:
-        wanted = due(step, at(rules.statistics_period, step)) | due(step, period)
+    period = at(config.refresh.period, step).astype(jnp.int32)
+    if config.samples is None:
+        wanted = due(step, at(config.statistics_period, step)) | due(step, period)
     else:  # as many steps before the next refresh as it takes to see enough examples
         left = (-step) % period
-        wanted = left * state.examples < at(rules.samples, step)
+        wanted = left * state.examples < at(config.samples, step)
     return state._replace(clock=tick(state.clock, wanted, examples))

@@ -13,7 +13,12 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.state.clock import Clock
 from natgrad_jax.statistics.spec import EncodedSpec
 from natgrad_jax.transforms.common import second_moments
-from natgrad_jax.transforms.common.preconditioner import Method, Now, Rules, preconditioner
+from natgrad_jax.transforms.common.preconditioner import (
+    Method,
+    Now,
+    PreconditionerConfig,
+    preconditioner,
+)
 from natgrad_jax.utils.tree_paths import Path
 
 
@@ -50,13 +55,13 @@ class EKFACState(NamedTuple):
 
 
 def in_eigenbases(
-    layers: Layers, rules: Rules, how: Eigenbasis, rank: int | None
+    layers: Layers, config: PreconditionerConfig, how: Eigenbasis, rank: int | None
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by the Fisher's diagonal in each layer's Kronecker eigenbasis.
 
     ``rank``: of partial bases, None where all are whole.
     """
-    intra_batch = rules.request.moments
+    intra_batch = config.request.moments
 
     def start(layers: Layers) -> dict[str, Any]:
         starts = {path: initial(layer, rank) for path, layer in layers.items()}
@@ -75,14 +80,14 @@ def in_eigenbases(
     def follow(state: EKFACState, layers: Layers, now: Now) -> EKFACState:
         if intra_batch:
             state = second_moments.measure(state, now.statistics, layers, now.decay)
-        state = second_moments.refresh(state, layers, now.decay, now.first, how, rules.refresh)
+        state = second_moments.refresh(state, layers, now.decay, now.first, how, config.refresh)
         if intra_batch:
             return state
         return second_moments.average_gradient(
             now.updates, state, now.statistics, layers, now.decay
         )
 
-    return preconditioner(layers, rules, Method(EKFACState, start, follow, _apply))
+    return preconditioner(layers, config, Method(EKFACState, start, follow, _apply))
 
 
 def _apply(

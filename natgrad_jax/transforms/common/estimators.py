@@ -152,13 +152,13 @@ def diagonal_of(state: Any, path: Path) -> jax.Array:
     return diagonal.sum(0) if state.diagonal_weights[path].ndim else diagonal
 
 
-def over_diagonal(state: Any, lam: jax.Array) -> Any:
+def over_diagonal(state: Any, damping: jax.Array) -> Any:
     """``(path, gradient) → gradient / (diagonal + λ)``, 0 where that divides by 0; unchanged before
     the first measurement."""
 
     def scale(path: Path, gradient: jax.Array) -> jax.Array:
         known = jnp.any(state.diagonal_weights[path] > 0)
-        curvature = diagonal_of(state, path) + lam.astype(gradient.dtype)
+        curvature = diagonal_of(state, path) + damping.astype(gradient.dtype)
         scaled = jnp.where(curvature > 0, gradient / jnp.where(curvature > 0, curvature, 1), 0)
         return jnp.where(known, scaled, gradient)
 

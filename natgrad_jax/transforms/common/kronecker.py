@@ -24,7 +24,12 @@ from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.state.clock import Clock
 from natgrad_jax.statistics.spec import EncodedSpec
 from natgrad_jax.transforms.common import estimators
-from natgrad_jax.transforms.common.preconditioner import Method, Now, Rules, preconditioner
+from natgrad_jax.transforms.common.preconditioner import (
+    Method,
+    Now,
+    PreconditionerConfig,
+    preconditioner,
+)
 from natgrad_jax.transforms.common.schedule import RefreshSchedule, refresh_due
 from natgrad_jax.utils.tree_paths import Path
 
@@ -51,7 +56,7 @@ class KFACState(NamedTuple):
 
 
 def kronecker(
-    layers: Layers, rules: Rules, method: Inverse, divide: Divide
+    layers: Layers, config: PreconditionerConfig, method: Inverse, divide: Divide
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by damped inverses of Kronecker factors."""
     name = next(name for name, kind in METHODS.items() if isinstance(method, kind))
@@ -63,10 +68,10 @@ def kronecker(
     def follow(state: KFACState, layers: Layers, now: Now) -> KFACState:
         if inversion.method == "woodbury":
             state = _absorb(state, layers, now, inversion)
-        return _refresh(state, layers, now, inversion, divide, rules.refresh)
+        return _refresh(state, layers, now, inversion, divide, config.refresh)
 
     apply = lambda layer, state, path, x, damping: operate(layer, state.bases[path], x)
-    return preconditioner(layers, rules, Method(KFACState, start, follow, apply))
+    return preconditioner(layers, config, Method(KFACState, start, follow, apply))
 
 
 def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) -> KFACState:

@@ -19,7 +19,7 @@ from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_peri
 from natgrad_jax.utils.tree_paths import Path
 
 
-class Rules(NamedTuple):
+class PreconditionerConfig(NamedTuple):
     """The choices that all have; ``name``: in errors; ``refresh``: when bases are renewed."""
 
     name: str
@@ -60,20 +60,20 @@ class Method(NamedTuple):
 
 
 def preconditioner(
-    layers: Layers, rules: Rules, method: Method
+    layers: Layers, config: PreconditionerConfig, method: Method
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation; raises ValueError for numbers out of range."""
-    radius = rules.trust_radius
+    radius = config.trust_radius
     check_positive(trust_radius=1 if radius is None else radius)
-    check_period(statistics_period=rules.statistics_period)
-    check_fraction(decay=rules.decay)
-    all_layers = layers.approximate(rules.request.approximation)
+    check_period(statistics_period=config.statistics_period)
+    check_fraction(decay=config.decay)
+    all_layers = layers.approximate(config.request.approximation)
 
     def init_fn(params: optax.Params) -> Any:
         # of params only which there are: shapes come from the layers
         own = all_layers.of(params)
         # one compiled program: op by op, every shape would compile on its own
-        state = jax.jit(lambda: _initial_state(own, rules, method))()
+        state = jax.jit(lambda: _initial_state(own, config, method))()
         return estimators.for_params(state, params)
 
     def update_fn(
@@ -86,35 +86,35 @@ def preconditioner(
     ) -> tuple[optax.Updates, Any]:
         del params, extra
         layers = all_layers.within(state.factors, state.diagonal)
-        check_statistics(statistics, layers, rules.name)
+        check_statistics(statistics, layers, config.name)
         assert statistics is not None
         step = state.clock.step
-        lam, decay = at(rules.damping, step), at(rules.decay, step)
+        damping, decay = at(config.damping, step), at(config.decay, step)
         before = state
         state = estimators.update(state, statistics, layers, decay)
         # what was measured for the first time is refreshed now, not a period later
         first = estimators.first_seen(before, state)
-        now = Now(updates, statistics, lam, decay, before.weights, first)
+        now = Now(updates, statistics, damping, decay, before.weights, first)
         state = method.follow(state, layers, now)
-        of_layer = lambda path, x: method.apply(layers[path], state, path, x, lam)
-        over_diagonal = estimators.over_diagonal(state, lam)
+        of_layer = lambda path, x: method.apply(layers[path], state, path, x, damping)
+        over_diagonal = estimators.over_diagonal(state, damping)
         # the natural gradient, and Δᵀ∇ = ΔᵀFΔ of the damped F
         updates, quadratic = apply.map_blocks(updates, all_layers, of_layer, over_diagonal)
         if radius is not None:
             updates = apply.trust_region(updates, all_layers, quadratic, at(radius, step))
-        wanted = due(step + 1, at(rules.statistics_period, step + 1))
+        wanted = due(step + 1, at(config.statistics_period, step + 1))
         clock = tick(state.clock, wanted, statistics.examples)
         rejected = state.rejected + jnp.isnan(quadratic)
-        return updates, state._replace(clock=clock, damping=lam, rejected=rejected)
+        return updates, state._replace(clock=clock, damping=damping, rejected=rejected)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _initial_state(layers: Layers, rules: Rules, method: Method) -> Any:
+def _initial_state(layers: Layers, config: PreconditionerConfig, method: Method) -> Any:
     return method.state(
         clock=start(len(layers.terms)),
-        damping=at(rules.damping, jnp.zeros((), jnp.int32)),
-        request=encode(rules.request),
+        damping=at(config.damping, jnp.zeros((), jnp.int32)),
+        request=encode(config.request),
         **method.start(layers),
-        **estimators.start(layers, rules.factor_dtype)._asdict(),
+        **estimators.start(layers, config.factor_dtype)._asdict(),
     )

@@ -15,10 +15,10 @@ from natgrad_jax.utils.tree_paths import Path
 ON_REFRESH = ("transport", "keep", "reset")
 
 # Fields in which optax keeps averages of squared gradients; all others are taken for gradients.
-SQUARES = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x")
+SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x")
 
 
-def carry(
+def transport(
     inner: Any,
     like: Any,
     layers: Mapping[Path, Layer],
@@ -27,8 +27,8 @@ def carry(
 ) -> Any:
     """An optax state with every tree in the form of ``like`` written in the new coordinates.
 
-    Trees of gradients take the map of gradients, those in the fields of ``SQUARES`` the squares of
-    its entries.
+    Trees of gradients take the map of gradients, those in the fields of ``SECOND_MOMENTS`` the
+    squares of its entries.
     """
     given = {path: x.shape for path, x in tree_paths.leaves(like).items()}
 
@@ -45,9 +45,9 @@ def carry(
         if not is_like(x):
             return x
         of = (
-            change_of_basis.carried_squares
-            if _field(key_path) in SQUARES
-            else change_of_basis.carried
+            change_of_basis.transport_squares
+            if _field(key_path) in SECOND_MOMENTS
+            else change_of_basis.transport_gradients
         )
         return map_layers(x, layers, lambda path, m: of(layers[path], old[path], new[path], m))
 
