@@ -100,7 +100,9 @@ def average(
 
     def measured() -> InCoordinatesState:
         rate = by_decay if config.samples is None else evenly
-        new = estimators.update_factors(state, statistics, layers, rate)
+        outputs = config.choice.outputs
+        estimator = estimators.fisher_factors if outputs else estimators.input_factors
+        new = estimators.update_factors(state, statistics, layers, rate, estimator)
         gathered = (state.gathered + examples).astype(state.gathered.dtype)
         return new._replace(gathered=gathered, examples=examples.astype(state.examples.dtype))
 

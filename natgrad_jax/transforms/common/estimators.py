@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.curvature import factor_averages, term_shares
-from natgrad_jax.curvature.factor_averages import Factors
+from natgrad_jax.curvature.factor_averages import Batch, Factors
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer, Parameter
@@ -36,6 +36,9 @@ class Estimates(NamedTuple):
 
 State = TypeVar("State", bound=Any)
 Rate = Callable[..., tuple[jax.Array, jax.Array]]
+
+# What is averaged: one batch's factors of a layer, from its statistics.
+Estimator = Callable[[Layer, Statistics], Batch]
 
 
 def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
@@ -76,12 +79,29 @@ def _terms(parameter: Parameter) -> tuple[int, ...]:
     return (len(parameter.terms),) if len(parameter.terms) > 1 else ()
 
 
-def update(state: State, statistics: Statistics, layers: Layers, decay: jax.Array) -> State:
+def fisher_factors(layer: Layer, statistics: Statistics) -> Batch:
+    """The Fisher's Kronecker factors on one batch: ``E[ā āᵀ]`` and ``E[g gᵀ]``."""
+    return term_shares.batch_factors(layer, sums_for(layer, statistics), statistics.examples)
+
+
+def input_factors(layer: Layer, statistics: Statistics) -> Batch:
+    """The factor of the inputs alone, whatever else was measured for other transformations."""
+    sums = sums_for(layer, statistics)._replace(G=None)
+    return term_shares.batch_factors(layer, sums, statistics.examples)
+
+
+def update(
+    state: State,
+    statistics: Statistics,
+    layers: Layers,
+    decay: jax.Array,
+    estimator: Estimator = fisher_factors,
+) -> State:
     """A state with these fields after this batch; untouched where it brought no information."""
 
     def measured() -> State:
         rate = partial(factor_averages.rate, decay=decay)
-        new = update_factors(state, statistics, layers, rate)
+        new = update_factors(state, statistics, layers, rate, estimator)
         diagonal, diagonal_weights, bad = _diagonals(state, statistics, layers, decay)
         return new._replace(
             diagonal=diagonal, diagonal_weights=diagonal_weights, rejected=new.rejected + bad
@@ -96,7 +116,11 @@ def any_seen(statistics: Statistics) -> jax.Array:
 
 
 def update_factors(
-    state: State, statistics: Statistics, layers: Mapping[Path, Layer], rate: Rate
+    state: State,
+    statistics: Statistics,
+    layers: Mapping[Path, Layer],
+    rate: Rate,
+    estimator: Estimator = fisher_factors,
 ) -> State:
     """A state with factors, weights and rejected after this batch's factors were averaged in.
 
@@ -104,12 +128,9 @@ def update_factors(
     """
     factors, weights, rejected = {}, {}, state.rejected
     for path, layer in layers.items():
-        sums, old = sums_for(layer, statistics), state.factors[path]
-        if layer.block == "kronecker" and old.G is None:
-            sums = sums._replace(G=None)  # measured for another transformation
-        batch = term_shares.batch_factors(layer, sums, statistics.examples)
+        batch = estimator(layer, statistics)
         factors[path], weights[path] = term_shares.moved(
-            layer, old, batch, state.weights[path], rate
+            layer, state.factors[path], batch, state.weights[path], rate
         )
         rejected += jnp.sum(batch.seen & ~batch.good, dtype=jnp.int32)
     return state._replace(factors=factors, weights=weights, rejected=rejected)

@@ -51,12 +51,14 @@ class Method(NamedTuple):
     its own, which ``start(layers)`` gives. ``follow(state, layers, now)`` → the state in which the
     curvature of this step is held, the factors already being those of now. ``apply(layer, state,
     path, gradient, damping)`` → the layer's natural gradient, packed as the gradient.
+    ``estimator``: what the factors are averages of.
     """
 
     state: Callable[..., Any]
     start: Callable[[Layers], dict[str, Any]]
     follow: Callable[[Any, Layers, Now], Any]
     apply: Callable[[Layer, Any, Path, jax.Array, jax.Array], jax.Array]
+    estimator: estimators.Estimator = estimators.fisher_factors
 
 
 def preconditioner(
@@ -91,7 +93,7 @@ def preconditioner(
         step = state.clock.step
         damping, decay = at(config.damping, step), at(config.decay, step)
         before = state
-        state = estimators.update(state, statistics, layers, decay)
+        state = estimators.update(state, statistics, layers, decay, method.estimator)
         # what was measured for the first time is refreshed now, not a period later
         first = estimators.first_seen(before, state)
         now = Now(updates, statistics, damping, decay, before.weights, first)
