@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import resumable
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from test_optax import HIDDEN, setting, training_step
+from leftover import HIDDEN, setting, training_step
 from transformations import TABLE, setting as setting_of_table
 
 import natgrad_jax as ng

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_example_of_the_readme_trains() -> None:

@@ -10,7 +10,7 @@ import optax
 import oracle
 import pytest
 from cases import CASES, LINEN_ONLY, Case
-from test_exact import build, fresh
+from one_layer import build, fresh
 from transformations import Jitted
 
 import natgrad_jax as ng
