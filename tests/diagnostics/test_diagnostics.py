@@ -22,15 +22,9 @@ from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.state.walk import states
 from natgrad_jax.statistics.spec import parse
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
 DAMPING = 0.03
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float64() -> Any:
-    with jax.enable_x64(True):
-        yield
 
 
 class Net(nn.Module):

@@ -13,16 +13,9 @@ from jax.flatten_util import ravel_pytree
 import natgrad_jax as ng
 from natgrad_jax.losses import output_cotangents
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
 N, COVARIANCE = 5, jnp.array([[0.5, 0.1, 0], [0.1, 1.0, 0.2], [0, 0.2, 2.0]])
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 class Net(nn.Module):

@@ -13,16 +13,9 @@ from flax import nnx
 import natgrad_jax as ng
 from natgrad_jax.losses.output_cotangents import sample_targets
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
 N, KEY = 4, jax.random.key(5)
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 def random(seed: int, *shape: int) -> jax.Array:

@@ -21,15 +21,6 @@ from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.losses import output_cotangents
 
 WHOLE = Approximation()
-
-
-@pytest.fixture
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 PARTIAL = [c for c in CASES if c.name in (
     "dense", "dense on positions", "einsum per head", "conv 2-d", "conv 2-d grouped", "embed",
     "conv transpose")]  # fmt: skip

@@ -1,7 +1,5 @@
 """Each algorithm on its own, against NumPy in float64."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +17,7 @@ from natgrad_jax.linalg import (
 )
 from natgrad_jax.linalg.batched_solve import Problem, in_stacks
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("n", [1, 7, 128, 515])

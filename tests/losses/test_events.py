@@ -12,17 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import natgrad_jax as ng
 from natgrad_jax.exact.matvec import gauss_newton_vector_product, quadratic_forms
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
 KEY = jax.random.key(3)
 FISHERS = ("exact", "mc", "empirical")
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 def random(seed: int, *shape: int) -> np.ndarray:

@@ -20,12 +20,6 @@ pytestmark = pytest.mark.once
 KRONECKER = [c for c in CASES + LINEN_ONLY if c.block == "kronecker"]
 
 
-@pytest.fixture
-def float64() -> Any:
-    with jax.enable_x64(True):
-        yield
-
-
 def brute_force(case: Case, setup: Any, layer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the channels under every place of the kernel, block by block."""
     J = oracle.jacobians(setup.output, setup.tree, setup.batch[0], case.arrange)

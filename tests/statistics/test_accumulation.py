@@ -14,13 +14,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgrad_jax as ng
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 PARTS, SIZE, STEPS = 4, 4, 4
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    with jax.enable_x64(True):
-        yield
 
 
 class Net(nn.Module):

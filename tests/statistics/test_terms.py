@@ -17,17 +17,10 @@ from transformations import Jitted
 import natgrad_jax as ng
 from natgrad_jax.statistics import measuring
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
 SIZES = (7, 12, 5)  # of the batches of one task each
 TOKENS, WIDTH = 3, 4
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 class Block(nn.Module):

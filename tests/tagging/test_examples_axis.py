@@ -11,14 +11,9 @@ import pytest
 
 import natgrad_jax as ng
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 B, T, FEATURES, CLASSES = 5, 3, 4, 2
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 class Mix(nn.Module):

@@ -22,13 +22,6 @@ from natgrad_jax.statistics.spec import requests
 pytestmark = pytest.mark.once
 
 
-@pytest.fixture
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

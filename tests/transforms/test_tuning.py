@@ -14,13 +14,7 @@ from transformations import Jitted
 
 import natgrad_jax as ng
 
-pytestmark = pytest.mark.once
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    with jax.enable_x64(True):
-        yield
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
 
 class Linear(nn.Module):

@@ -43,13 +43,6 @@ each_base = pytest.mark.parametrize("name", BASE)
 HALF = (jnp.bfloat16, jnp.float16)
 
 
-@pytest.fixture
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 def test_the_table_has_every_transformation() -> None:
     def makes_one(x: Any) -> bool:
         if not inspect.isfunction(x):

@@ -15,12 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 import natgrad_jax as ng
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
