@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
+from regression import MLP, problem
 
 import natgrad_jax as ng
 
@@ -101,3 +103,50 @@ def test_failed_inverses_are_counted() -> None:
     updates, state = tx.update(grads, tx.init(params), params, statistics=statistics)
     assert state.rejected > 0
     assert all(np.isfinite(v).all() for v in jax.tree.leaves((updates, state.bases)))
+
+
+@pytest.mark.parametrize("how", [{"inverse": "eigh"}, {"inverse": "low_rank", "rank": 6},
+                                 {"inverse": "low_rank", "rank": 2}])  # fmt: skip
+def test_other_inverses_agree_where_they_are_exact(how: Any, float64: None) -> None:
+    own = problem(MLP(), 5, 4)
+    grad_fn = ng.value_and_grad(own.loss_fn, own.layers)
+    _, grads, statistics = grad_fn(own.params, own.batch, rng=jax.random.key(0))
+    found = []
+    for kwargs in ({}, how):
+        tx = ng.scale_by_kfac(own.layers, **kwargs)
+        updates, _ = tx.update(grads, tx.init(own.params), statistics=statistics)
+        found.append(ravel_pytree(updates)[0])
+    if how.get("rank") == 2:  # kept: the leading directions; so it is near, and not the same
+        assert 1e-6 < np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0]) < 1
+    else:
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-7)
+
+
+def test_woodbury_follows_every_batch(float64: None) -> None:
+    """Between refreshes the inverse is that of the factors with the damping of the refresh, which
+    fades by the decay."""
+    own = problem(MLP(), 5, 4, examples=3)
+    grad_fn = ng.value_and_grad(own.loss_fn, own.layers)
+    tx = ng.scale_by_kfac(
+        own.layers, 0.1, inverse="woodbury", rank=3, decay=0.9, refresh_period=100,
+        statistics_period=1,
+    )  # fmt: skip
+    state = tx.init(own.params)
+    path = ("Dense_0",)
+    expected = None
+
+    @jax.jit
+    def step(state: Any, batch: Any, key: Any) -> Any:
+        _, grads, statistics = grad_fn(own.params, batch, rng=key, opt_state=state)
+        return tx.update(grads, state, statistics=statistics)[1], statistics
+
+    for i in range(4):
+        batch = jax.tree.map(lambda x, i=i: x * (1 + i), own.batch)
+        state, statistics = step(state, batch, jax.random.key(i))
+        A = statistics.layers[path].A / 3
+        if expected is None:
+            expected, weight = np.linalg.inv(ng.bases(state)[path].A), 0.1
+            continue
+        weight = 0.9 * weight + 0.1
+        expected = expected + 0.1 / weight * (A - expected)
+        np.testing.assert_allclose(np.linalg.inv(ng.bases(state)[path].A), expected, rtol=1e-6)
