@@ -4,12 +4,11 @@ import json
 import math
 from types import SimpleNamespace
 
-import approximations
-import approximations_report
 import pytest
-import vgg
-from approximations_report import Measured
+from lib import vgg
 from rich.console import Console
+from speed import approximations, approximations_report
+from speed.approximations_report import Measured
 
 pytestmark = pytest.mark.once
 
@@ -32,7 +31,7 @@ def prefix(tmp_path_factory):
 def test_every_method_is_measured(prefix):
     found = json.loads(prefix.with_name("out.json").read_text())
     rows = {row["method"]: row for row in found["summary"]}
-    assert found["command"].startswith("python benchmarks/approximations.py --batch 4")
+    assert found["command"].startswith("python benchmarks/speed/approximations.py --batch 4")
     assert list(rows) == ["sgd", *METHODS]
     kinds = {"step", "statistics_step", "refresh", "layer_refresh"}
     for name in METHODS:

@@ -2,12 +2,11 @@
 
 import json
 
-import batch_scaling
 import jax
 import numpy as np
 import pytest
-import race
-from batch_scaling import Reached
+from races import batch_scaling, race
+from races.batch_scaling import Reached
 
 pytestmark = pytest.mark.once
 

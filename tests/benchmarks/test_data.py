@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data
 import numpy as np
 import pytest
-import race
 from hypothesis import given, settings, strategies as st
+from lib import data
+from races import race
 
 RECORDS = 3  # a tiny CIFAR-10 batch
 

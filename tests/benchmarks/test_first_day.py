@@ -2,9 +2,9 @@
 
 import json
 
-import first_day
 import jax
 import pytest
+from races import first_day
 
 import natgrad_jax as ng
 

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import growth
-import growth_report
 import numpy as np
 import pytest
+from speed import growth, growth_report
 
 pytestmark = pytest.mark.once
 

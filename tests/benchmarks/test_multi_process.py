@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import jax
-import multi_process
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from parallel import multi_process
 
 
 @pytest.mark.parametrize("optimizer", ["kfac", "ekfac"])

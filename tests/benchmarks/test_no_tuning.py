@@ -3,15 +3,13 @@
 import json
 import math
 
-import data
 import jax
-import no_tuning
 import numpy as np
 import optax
 import pytest
-import report
-import tasks
-from no_tuning_report import Found, ahead
+from lib import data, report, tasks
+from races import no_tuning
+from races.no_tuning_report import Found, ahead
 
 import natgrad_jax as ng
 

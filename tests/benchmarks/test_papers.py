@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import deep_linear
-import inverses
-import paper_kfc_cifar as kfc_cifar
-import paper_prong_autoencoder as prong
-import paper_prong_cifar as prong_cifar
-import paper_prong_conditioning as conditioning
 import pytest
-import tuning
-from autoencoder import ENCODERS
+from lib.autoencoder import ENCODERS
+from papers import (
+    deep_linear,
+    kfc_cifar,
+    prong_autoencoder as prong,
+    prong_cifar,
+    prong_conditioning as conditioning,
+)
+from races import tuning
+from speed import inverses
 
 pytestmark = pytest.mark.once
 

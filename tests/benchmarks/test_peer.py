@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import peer
 import pytest
-from autoencoder import ENCODERS
-from peer_optimizers import OURS, Problem, Setting
+from lib.autoencoder import ENCODERS
+from peer import compare as peer
+from peer.optimizers import OURS, Problem, Setting
 
 import natgrad_jax as ng
 

@@ -2,13 +2,12 @@
 
 import json
 
-import data
 import jax
 import numpy as np
 import pytest
-import race
-import report
-from autoencoder import ENCODERS, entropy
+from lib import data, report
+from lib.autoencoder import ENCODERS, entropy
+from races import race
 
 pytestmark = pytest.mark.once
 
@@ -33,7 +32,7 @@ def raced(tmp_path_factory, small_model):
 def test_race_writes_every_number(raced):
     result = json.loads(raced.with_name("digits.json").read_text())
     assert result["steps"] == 6 and result["batch_size"] == 50 and result["seeds"] == [0, 3]
-    assert result["command"].startswith("python benchmarks/race.py --steps 6")
+    assert result["command"].startswith("python benchmarks/races/race.py --steps 6")
     assert result["versions"]["jax"] == jax.__version__ and result["machine"]["device"]
     assert [row["optimizer"] for row in result["summary"]] == ["kfac", "sgd", "adam"]
     assert len(result["runs"]) == 6
@@ -121,7 +120,7 @@ def test_bad_flags_are_told_before_training(flags, capsys):
 
 
 def test_every_data_set_has_its_settings():
-    from optimizers import LEARNING_RATES, OPTIMIZERS
+    from lib.optimizers import LEARNING_RATES, OPTIMIZERS
 
     for name in data.DATASETS:
         assert name in race.SCALES and name in race.ENCODERS

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import soak
+from races import soak
 
 pytestmark = pytest.mark.once
 

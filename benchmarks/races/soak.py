@@ -1,7 +1,7 @@
 """A soak: many steps of one optimizer on a small model, and what should not grow.
 
-    python benchmarks/soak.py                                 # K-FAC, 20,000 steps
-    python benchmarks/soak.py --optimizer ekfac
+    python benchmarks/races/soak.py                                 # K-FAC, 20,000 steps
+    python benchmarks/races/soak.py --optimizer ekfac
 
 The autoencoder 64-32-16-4-16-32-64 on scikit-learn's digits. Every window of steps is one sample:
 seconds of a step, resident memory of the process, arrays alive, programs compiled so far. After a
@@ -22,15 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import jax
 import numpy as np
-import report
-from autoencoder import Autoencoder, Problem
-from optimizers import OPTIMIZERS, natural
 from rich.console import Console
 
 import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import data, report
+from lib.autoencoder import Autoencoder, Problem
+from lib.optimizers import OPTIMIZERS, natural
 
 ENCODER = (64, 32, 16, 4)
 CONTENDERS = {
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                       f"{'ok' if row['ok'] else 'DRIFTS'}", highlight=False)  # fmt: skip
     prefix = args.output or Path(f"soak-{args.optimizer}")
     settings = {
-        "command": shlex.join(["python", "benchmarks/soak.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/races/soak.py", *argv]),
         **{k: v for k, v in vars(args).items() if k != "output"},
         "encoder": ENCODER,
         "machine": report.describe_machine(),

@@ -1,10 +1,10 @@
-"""One interpreter's half of ``peer.py``: builds optimizers, takes steps and tells their seconds.
+"""One interpreter's half of ``compare.py``: builds optimizers, takes steps and tells their seconds.
 
-    PYTHON benchmarks/peer_worker.py PROBLEM.npz MODULE…      # then requests, a line of JSON each
+    PYTHON benchmarks/peer/worker.py PROBLEM.npz MODULE…      # then requests, a line of JSON each
 
 Both halves are this program, so that both run the same loop by the same clock: one with this
 library, one with kfac-jax. MODULE is imported before anything compiles, since imports can change
-what JAX's caches depend on. PROBLEM.npz, written by ``peer.py``, holds ``images`` (N, pixels),
+what JAX's caches depend on. PROBLEM.npz, written by ``compare.py``, holds ``images`` (N, pixels),
 ``evaluated`` (M, pixels), ``order`` (steps, batch), learning rates ``rate_NAME``, the peer's
 ``setting_NAME`` and the first parameters ``kernel_0``, ``bias_0`` and so on.
 """
@@ -21,7 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from peer_optimizers import OURS, THEIRS, Optimizer, Problem, Setting, plain_params
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from peer.optimizers import OURS, THEIRS, Optimizer, Problem, Setting, plain_params
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "kfac-jax")
 

@@ -1,4 +1,4 @@
-"""What ``peer.py`` compares: optimizers of this library and kfac-jax, on arrays that both can read.
+"""Whom ``compare.py`` compares: optimizers of this library and kfac-jax, on arrays both can read.
 
 Each is imported by its own function alone, so that an interpreter needs only one of the two.
 """
@@ -71,9 +71,9 @@ class Optimizer(NamedTuple):
 
 
 def ours(name: str, problem: Problem) -> Optimizer:
-    """An optimizer of ``optimizers.py``, or K-FAC at the peer's setting, on the Flax model."""
-    import autoencoder
-    from optimizers import OPTIMIZERS, natural
+    """An optimizer of ``lib/optimizers.py``, or K-FAC at the peer's setting, on the Flax model."""
+    from lib import autoencoder
+    from lib.optimizers import OPTIMIZERS, natural
 
     import natgrad_jax as ng
 
@@ -112,7 +112,7 @@ def ours(name: str, problem: Problem) -> Optimizer:
 
 
 def logits_of(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """The autoencoder of ``autoencoder.py`` without Flax."""
+    """The autoencoder of ``lib/autoencoder.py`` without Flax."""
     for i, layer in enumerate(params):
         x = x @ layer["kernel"] + layer["bias"]
         if i + 1 not in (len(params) // 2, len(params)):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import report
+from lib import report
+from lib.tasks import Task
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tasks import Task
 
 UNTUNED = ("kfac", "ekfac")
 

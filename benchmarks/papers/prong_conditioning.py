@@ -1,6 +1,6 @@
 """Natural Neural Networks, figure 2: whitening makes the Fisher well conditioned.
 
-    python benchmarks/paper_prong_conditioning.py --data mnist --data-dir DIR
+    python benchmarks/papers/prong_conditioning.py --data mnist --data-dir DIR
 
 A 3-layer tanh network on images of 10 x 10 pixels, its explicit Fisher (float64) before and after
 whitening, and the condition number while it trains with SGD, RMSprop, batch normalization and
@@ -16,16 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 from rich.console import Console
 
 import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import data, report
 
 SIDE, HIDDEN, CLASSES = 10, 20, 10
 EPSILON = 1e-3
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting = Setting(x, y, (x[: args.examples], y[: args.examples]))
         pair = before_and_after(setting)
         curves = {name: curve(name, setting, args.steps, args.points, 128) for name in RATES}
-    command = shlex.join(["python", "benchmarks/paper_prong_conditioning.py", *argv])
+    command = shlex.join(["python", "benchmarks/papers/prong_conditioning.py", *argv])
     finish(pair, curves, args, command)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import report
+from lib import report
 from rich import box
 from rich.console import Console
 from rich.table import Table

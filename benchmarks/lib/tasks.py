@@ -18,12 +18,12 @@ The text of ``characters`` is the language reference that ships with Python for 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import data
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from autoencoder import entropy, make_problem
+from lib import data
+from lib.autoencoder import entropy, make_problem
 
 import natgrad_jax as ng
 

@@ -1,9 +1,9 @@
 """Our K-FAC side by side with kfac-jax: steps at its own setting, and seconds to a training loss.
 
-    python benchmarks/peer.py --data-dir DIR --peer-python .venv-peer/bin/python
-    python benchmarks/peer.py --data digits                     # no peer, no files: ours alone
+    python benchmarks/peer/compare.py --data-dir DIR --peer-python .venv-peer/bin/python
+    python benchmarks/peer/compare.py --data digits                  # no peer, no files: ours alone
 
-The deep autoencoders of ``autoencoder.py``. kfac-jax (google-deepmind/kfac-jax) runs in an
+The deep autoencoders of ``lib/autoencoder.py``. kfac-jax (google-deepmind/kfac-jax) runs in an
 interpreter of its own, since the versions differ: any in which ``import kfac_jax`` works::
 
     python3 -m venv .venv-peer
@@ -20,8 +20,8 @@ ours at the same fixed setting, with full inverses by Cholesky; ``-low-rank`` wi
 ``kfac`` is ours at its defaults.
 ``sgd-there`` is SGD in the peer's interpreter. Peak memory is that of a process of its own.
 
-Race: the target is Adam's loss after --target steps, at the tuned rate of ``optimizers.py``. Writes
-PREFIX.json and PREFIX.png.
+Race: the target is Adam's loss after --target steps, at the tuned rate of ``lib/optimizers.py``.
+Writes PREFIX.json and PREFIX.png.
 """
 
 import argparse
@@ -36,17 +36,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import autoencoder
-import data
 import numpy as np
-import report
-import step_time
-from optimizers import LEARNING_RATES
-from peer_optimizers import ADAPTIVE, OURS, THEIRS, Setting
-from race import SCALES, evaluated_images, minibatches, positive
 from rich.console import Console
 
-WORKER = Path(__file__).with_name("peer_worker.py")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import autoencoder, data, report
+from lib.optimizers import LEARNING_RATES
+from peer.optimizers import ADAPTIVE, OURS, THEIRS, Setting
+from races.race import SCALES, evaluated_images, minibatches, positive
+from speed import step_time
+
+WORKER = Path(__file__).with_name("worker.py")
 PARTS = ("steps", "race")
 RACERS = ("kfac", "adam", "kfac-jax", "kfac-jax-adaptive")
 # Whose mean step, or seconds to the target, are divided by whose
@@ -63,7 +63,7 @@ CLOSE = 1e-3  # relative: losses and gradients of two interpreters, in float32
 
 
 class Worker:
-    """A process that runs ``peer_worker.py`` on a problem; what fails there ends the script."""
+    """A process that runs ``worker.py`` on a problem; what fails there ends the script."""
 
     def __init__(self, python: str, modules: Sequence[str], problem: Path) -> None:
         self.python, self.modules = python, modules
@@ -77,7 +77,7 @@ class Worker:
             fail(f"{python}: expected a Python interpreter, found: {error.strerror}")
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """The answer of ``peer_worker.Trainer``."""
+        """The answer of ``worker.Trainer``."""
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
@@ -148,7 +148,7 @@ def interpreters(args: argparse.Namespace) -> dict[str, tuple[str, list[str], li
 
 
 def write_problem(problem: autoencoder.Problem, args: argparse.Namespace, file: Path) -> Path:
-    """What ``peer_worker.read`` reads."""
+    """What ``worker.read`` reads."""
     params, rates = problem.init(0), LEARNING_RATES[args.data]
     order = minibatches(len(problem.images), args.batch_size, args.target, 0)
     arrays = {f"rate_{name}": rate for name, rate in rates.items()}
@@ -268,7 +268,7 @@ def finish(
         tell(console, "seconds to Adam's loss", found["race_ratios"])
         report.plot(runs, title, floor, "adam", figure)
     settings = {
-        "command": shlex.join(["python", "benchmarks/peer.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/peer/compare.py", *argv]),
         "data": args.data,
         "encoder": autoencoder.ENCODERS[args.data],
         "batch_size": args.batch_size,

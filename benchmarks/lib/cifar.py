@@ -1,4 +1,4 @@
-"""CIFAR-10 by a convolutional network in the manner of VGG: what ``paper_*_cifar.py`` share.
+"""CIFAR-10 by a convolutional network in the manner of VGG: what ``papers/*_cifar.py`` share.
 
 Pairs of 3×3 convolutions, pooling, one dense layer; --width channels at first, doubled at each
 pooling. Random crops, 24×24 of 32×32, and reflections; 5,000 training images are held out for
@@ -16,15 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import race
-import report
+from lib import data, report
+from races import race
 from rich.console import Console
 from rich.table import Table
 
@@ -202,7 +201,7 @@ def search(method: Method, of: Images, args: argparse.Namespace) -> tuple[float,
 
 def compare(methods: dict[str, Method], script: str, doc: str, argv: Sequence[str]) -> None:
     """Search, train, print, write: what a script does with its methods."""
-    args = parse_arguments(argv, doc, Path(script).stem.replace("_", "-"))
+    args = parse_arguments(argv, doc, "paper-" + Path(script).stem.replace("_", "-"))
     of, console = images_of(args.data, args.data_dir), Console()
     searched: dict[str, dict[str, float]] = {}
     curves, rates = {}, {}

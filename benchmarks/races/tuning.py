@@ -1,6 +1,6 @@
 """What tunes itself, on autoencoders: NGD against SGD, adaptive K-FAC against Adam and NAG.
 
-    python benchmarks/tuning.py --data mnist --data-dir DIR
+    python benchmarks/races/tuning.py --data mnist --data-dir DIR
 
 1. D of Bernacchia et al. 2018 (784-400-200-100-50-…, tanh, linear output, squared error): NGD with
    their adaptive damping on batches of 1000, against SGD on batches of 20 at the best rate of a
@@ -22,16 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
-from autoencoder import Autoencoder, Problem, make_problem
 from rich.console import Console
 
 import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import data, report
+from lib.autoencoder import Autoencoder, Problem, make_problem
 
 SQUARED = {"mnist": (784, 400, 200, 100, 50), "digits": (64, 40, 20, 10)}
 GRIDS = {
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure, numbers = (args.output.with_name(args.output.name + s) for s in (".png", ".json"))
     figure.parent.mkdir(parents=True, exist_ok=True)
     plot(found, figure)
-    command = shlex.join(["python", "benchmarks/tuning.py", *argv])
+    command = shlex.join(["python", "benchmarks/races/tuning.py", *argv])
     settings = {"command": command, "data": args.data, "batch_sizes": args.batch_size,
                 "experiments": found}  # fmt: skip
     report.write_json(numbers, settings, [], [])

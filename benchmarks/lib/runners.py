@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from vgg import Problem
+from lib.vgg import Problem
 
 import natgrad_jax as ng
 

@@ -1,6 +1,6 @@
 """What a user meets first: K-FAC as it is, against SGD with momentum at the best of three rates.
 
-    python benchmarks/first_day.py
+    python benchmarks/races/first_day.py
 
 A ResNet with BatchNorm, 64 to 256 channels, on pairs of scikit-learn's digits; causal transformers
 of width 96 and 192 on the characters of ``no_tuning.py``: nothing to download. K-FAC has the
@@ -18,19 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import data
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
-import race
-import report
-from no_tuning import RATE, Searched, in_turn, make_field, search
-from optimizers import OPTIMIZERS
 from rich.console import Console
-from tasks import Supervised, Task, Transformer, characters
 
 import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import data, report
+from lib.optimizers import OPTIMIZERS
+from lib.tasks import Supervised, Task, Transformer, characters
+from races import race
+from races.no_tuning import RATE, Searched, in_turn, make_field, search
 
 STEPS = 30
 PAIRS = 8192  # of digits
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     say = partial(console.print, soft_wrap=True)
     settings: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/first_day.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/races/first_day.py", *argv]),
         "untuned_rate": RATE,
         "tasks": {},
     }

@@ -1,6 +1,6 @@
 """Ways to the inverse of a factor, by size: error and time, and where each wins.
 
-    python benchmarks/inverses.py
+    python benchmarks/speed/inverses.py
 
 A covariance F of n inputs with eigenvalues that fall like 1/i, damped by a hundredth of their mean.
 ``low rank`` keeps k = n/16 directions, warm-started; ``newton-schulz`` starts from the inverse of
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +28,9 @@ from natgrad_jax.linalg.low_rank import initial_subspace, low_rank_inverse, subs
 from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
 from natgrad_jax.linalg.woodbury import sherman_morrison, woodbury
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import report
 
 SIZES = (128, 256, 512, 1024, 2048, 4096)
 BATCH, DECAY, SHARE = 32, 0.95, 16
@@ -122,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table)
     numbers = args.output.with_name(args.output.name + ".json")
     numbers.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/inverses.py", *argv])
+    command = shlex.join(["python", "benchmarks/speed/inverses.py", *argv])
     report.write_json(numbers, {"command": command}, [], rows)
     report.tell_files(console, numbers)
 

@@ -1,7 +1,7 @@
 """Trains a deep autoencoder with several optimizers and shows who is where, and when.
 
-    python benchmarks/race.py                                   # scikit-learn's digits
-    python benchmarks/race.py --data mnist --data-dir DIR
+    python benchmarks/races/race.py                                   # scikit-learn's digits
+    python benchmarks/races/race.py --data mnist --data-dir DIR
 
 All start from the same parameters and see the same minibatches. The loss that is compared is the
 training loss on a fixed part of the training set, evaluated at the same steps for all. Seconds
@@ -18,15 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
-from autoencoder import ENCODERS, Problem, entropy, make_problem
-from optimizers import LEARNING_RATES, OPTIMIZERS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import data, report
+from lib.autoencoder import ENCODERS, Problem, entropy, make_problem
+from lib.optimizers import LEARNING_RATES, OPTIMIZERS
 
 EVALUATIONS = 100  # points on a curve
 EVALUATED_IMAGES = 2000
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     runs = race(problem, args, console)
     floor = entropy(evaluated_images(problem))
-    finish(runs, floor, args, shlex.join(["python", "benchmarks/race.py", *argv]), console)
+    finish(runs, floor, args, shlex.join(["python", "benchmarks/races/race.py", *argv]), console)
 
 
 def race(problem: Problem, args: argparse.Namespace, console: Console) -> list[report.Run]:

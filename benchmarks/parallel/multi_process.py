@@ -1,8 +1,10 @@
 """One training script on many hosts: data parallel under ``jax.distributed``, refreshes divided.
 
-    python benchmarks/multi_process.py --processes 2 --devices 2     # both of them on this machine
-    python benchmarks/multi_process.py --processes 2 --coordinator HOST:1234 --process-id 0  # here
-    python benchmarks/multi_process.py --processes 2 --coordinator HOST:1234 --process-id 1  # there
+    python benchmarks/parallel/multi_process.py --processes 2 --devices 2   # both on this machine
+
+or one on each host, with ``--process-id 0`` here and ``1`` there:
+
+    python benchmarks/parallel/multi_process.py --processes 2 --coordinator HOST:1234 --process-id 0
 
 The digits autoencoder. Every process holds its rows of each batch, and jit does the rest: the step
 is that of one device, and every device factorises its share of the layers (``refresh_over``). The
@@ -23,11 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from autoencoder import ENCODERS, Autoencoder, Problem
-from data import load_or_exit
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib.autoencoder import ENCODERS, Autoencoder, Problem
+from lib.data import load_or_exit
 
 OPTIMIZERS = {"kfac": ng.kfac, "ekfac": ng.ekfac}
 

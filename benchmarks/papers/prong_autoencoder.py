@@ -1,6 +1,6 @@
 """Natural Neural Networks, figure 3 c and d: a deep autoencoder, against updates and seconds.
 
-    python benchmarks/paper_prong_autoencoder.py --data mnist --data-dir DIR
+    python benchmarks/papers/prong_autoencoder.py --data mnist --data-dir DIR
 
 SGD, RMSprop, SGD with batch normalization, PRONG and PRONG+ on the same minibatches, each at the
 best of its learning rates by a short search (training loss, seed 0; near ties in full), without
@@ -19,19 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import race
-import report
-from autoencoder import ENCODERS, Problem, entropy, make_problem
-from optimizers import Contender, first_order
 from rich.console import Console
 
 import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import data, report
+from lib.autoencoder import ENCODERS, Problem, entropy, make_problem
+from lib.optimizers import Contender, first_order
+from races import race
 
 EPSILON = (3.0, 0.03, 100)  # first, last, and after how many updates
 SETTINGS: dict[str, Any] = {"rank": 64, "decay": 0.8, "momentum": None}
@@ -215,7 +216,7 @@ def finish(
     figure.parent.mkdir(parents=True, exist_ok=True)
     report.plot(runs, title, floor, reference, figure)
     settings = {
-        "command": shlex.join(["python", "benchmarks/paper_prong_autoencoder.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/papers/prong_autoencoder.py", *argv]),
         "data": args.data, "encoder": ENCODERS[args.data], "updates": args.updates,
         "batch_size": args.batch_size, "epsilon": EPSILON,
         "settings": SETTINGS | PERIODS, "whitened_by": WHITENED_BY,

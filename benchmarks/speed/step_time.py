@@ -1,7 +1,7 @@
 """Step time, first step and memory of each optimizer, as ratios to SGD with momentum.
 
-    python benchmarks/step_time.py                              # batches of 512 and 2048
-    python benchmarks/step_time.py --batch-sizes 512 --rounds 10
+    python benchmarks/speed/step_time.py                              # batches of 512 and 2048
+    python benchmarks/speed/step_time.py --batch-sizes 512 --rounds 10
 
 The autoencoder 784-1000-500-250-30-…-784 on images of its size (random pixels: what they show
 does not change the time). All optimizers run in one process, in turn, so that a machine whose
@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
-from autoencoder import ENCODERS, Autoencoder, Problem
-from optimizers import LEARNING_RATES, OPTIMIZERS
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import report
+from lib.autoencoder import ENCODERS, Autoencoder, Problem
+from lib.optimizers import LEARNING_RATES, OPTIMIZERS
 
 STEPS_A_ROUND = 20  # a whole refresh period of the defaults
 UNTIMED = 5  # steps before those, of each round
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results[str(size)] = rows(timed, memory)
         console.print(make_table(results[str(size)], size))
     settings = {
-        "command": shlex.join(["python", "benchmarks/step_time.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/speed/step_time.py", *argv]),
         "encoder": ENCODERS[args.data],
         "rounds": args.rounds,
         "steps_a_round": STEPS_A_ROUND,

@@ -1,6 +1,6 @@
 """Exact natural gradient in deep linear networks (Bernacchia et al. 2018, figure 1 A to C).
 
-    python benchmarks/deep_linear.py
+    python benchmarks/papers/deep_linear.py
 
 Networks A (16 layers of 20), B (16 layers, 20 to 100 and back) and C (12 layers, 200 to 2 and back)
 on inputs of condition e⁵ and the targets of a random network of the same class with noise:
@@ -28,10 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 from rich.console import Console
 
 import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import report
 
 NETWORKS = {
     "A": (20,) * 17,
@@ -280,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure, numbers = (args.output.with_name(args.output.name + s) for s in (".png", ".json"))
     figure.parent.mkdir(parents=True, exist_ok=True)
     plot(results, figure)
-    settings = {"command": shlex.join(["python", "benchmarks/deep_linear.py", *argv]),
+    settings = {"command": shlex.join(["python", "benchmarks/papers/deep_linear.py", *argv]),
                 "alpha": ALPHA, "noise": NOISE, "networks": results}  # fmt: skip
     report.write_json(numbers, settings, [], [])
     report.tell_files(console, figure, numbers)

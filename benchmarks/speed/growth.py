@@ -1,7 +1,7 @@
 """How K-FAC grows with a network: step, refresh, memory and compile time, and their exponents.
 
-    python benchmarks/growth.py                        # widths 256 to 4096, depths 4 to 64
-    python benchmarks/growth.py --widths 256 512 --depths 4 8 16 --series width scanned
+    python benchmarks/speed/growth.py                        # widths 256 to 4096, depths 4 to 64
+    python benchmarks/speed/growth.py --widths 256 512 --depths 4 8 16 --series width scanned
 
 An MLP of square layers (tanh, Gaussian loss, random data): over widths at depth 4, and over depths
 at width 256, its layers unrolled or stacked by ``nn.scan``. SGD with momentum, K-FAC at its
@@ -30,18 +30,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import growth_report
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
-from growth_report import Point, Skipped
-from optimizers import OPTIMIZERS, Contender, natural
-from race import positive
 from rich.console import Console
 
 import natgrad_jax as ng
 from natgrad_jax.transforms.common.schedule import PERIOD
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import report
+from lib.optimizers import OPTIMIZERS, Contender, natural
+from races.race import positive
+from speed import growth_report
+from speed.growth_report import Point, Skipped
 
 WIDTHS, DEPTHS = (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64)
 WIDTH, DEPTH = 256, 4  # of the other series
@@ -244,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"an MLP of square layers, batch {args.batch_size}"
     growth_report.plot(points, title, figure)
     settings = {
-        "command": shlex.join(["python", "benchmarks/growth.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/speed/growth.py", *argv]),
         "batch_size": args.batch_size,
         "rounds": args.rounds,
         "limit_seconds": args.limit_seconds,

@@ -1,20 +1,22 @@
 """Natural Neural Networks, figure 4 a and b: CIFAR-10 by a convolutional network, PRONG beside BN.
 
-    python benchmarks/paper_prong_cifar.py --data-dir DIR
-    python benchmarks/paper_prong_cifar.py --data digits --updates 200    # nothing to download
+    python benchmarks/papers/prong_cifar.py --data-dir DIR
+    python benchmarks/papers/prong_cifar.py --data digits --updates 200    # nothing to download
 
 SGD with momentum, the same with batch normalization, and PRONG, on the network and by the rules of
-``cifar.py``. The paper's network and schedule are larger than two cores allow: what is compared is
-the order of the methods. Writes PREFIX.png and PREFIX.json.
+``lib/cifar.py``. The paper's network and schedule are larger than two cores allow: what is compared
+is the order of the methods. Writes PREFIX.png and PREFIX.json.
 """
 
 import sys
 from collections.abc import Sequence
 from functools import partial
-
-from cifar import MOMENTUM, Method, compare, sgd
+from pathlib import Path
 
 import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib.cifar import MOMENTUM, Method, compare, sgd
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 METHODS = {
@@ -26,7 +28,7 @@ METHODS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
-    compare(METHODS, "paper_prong_cifar.py", __doc__, argv)
+    compare(METHODS, "papers/prong_cifar.py", __doc__, argv)
 
 
 if __name__ == "__main__":

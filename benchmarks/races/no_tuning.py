@@ -1,8 +1,8 @@
 """K-FAC and EKFAC at their untuned defaults against first-order methods at the best of a grid.
 
-    python benchmarks/no_tuning.py --data-dir DIR                  # the six tasks of tasks.py
-    python benchmarks/no_tuning.py --tasks digits-ae,characters,tabular  # nothing to download
-    python benchmarks/no_tuning.py --rivals --data-dir DIR         # Muon, SOAP, Shampoo
+    python benchmarks/races/no_tuning.py --data-dir DIR              # the six tasks of lib/tasks.py
+    python benchmarks/races/no_tuning.py --tasks digits-ae,characters,tabular  # nothing to download
+    python benchmarks/races/no_tuning.py --rivals --data-dir DIR     # Muon, SOAP, Shampoo
 
 Each searched optimizer (Adam and SGD with momentum; with ``--rivals`` Adam and those of Muon, SOAP
 and Shampoo that optax has) takes the rate of its grid with the lowest loss after a short search.
@@ -26,12 +26,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import race
-import report
-from no_tuning_report import UNTUNED, Found, finish, table_of
-from optimizers import OPTIMIZERS, first_order
 from rich.console import Console
-from tasks import TASKS, Task
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import report
+from lib.optimizers import OPTIMIZERS, first_order
+from lib.tasks import TASKS, Task
+from races import race
+from races.no_tuning_report import UNTUNED, Found, finish, table_of
 
 RATE = 0.1  # theirs, of the library's README
 EVALUATIONS = 50
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found[name] = compete(make_field(task), args, say)
         console.print(table_of(name, found[name]))
     settings = {
-        "command": shlex.join(["python", "benchmarks/no_tuning.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/races/no_tuning.py", *argv]),
         "untuned_rate": RATE,
         "search": args.search,
         "seeds": args.seeds,

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data import Dataset
+from lib.data import Dataset
 
 import natgrad_jax as ng
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from report import STYLES
+from lib.report import STYLES
 from rich import box
 from rich.table import Table
 

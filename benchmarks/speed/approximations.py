@@ -1,7 +1,7 @@
 """Memory, refresh and step time of the approximations for convolutions, as ratios in one run.
 
-    python benchmarks/approximations.py                         # VGG11, batches of 100
-    python benchmarks/approximations.py --methods kfac-kfc kfac-sua --width 4
+    python benchmarks/speed/approximations.py                         # VGG11, batches of 100
+    python benchmarks/speed/approximations.py --methods kfac-kfc kfac-sua --width 4
 
 VGG11 with batch normalization at the setting of Laurent et al. 2018 (batch 100, momentum 0.9,
 inverses every 50 steps, groups of 32), on random images of CIFAR-10's shape, by K-FAC and EKFAC
@@ -24,13 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import approximations_report
 import jax
-from approximations_report import Measured
-from race import positive
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from runners import (
+
+import natgrad_jax as ng
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib.runners import (
     DAMPING,
     DUE,
     METHODS,
@@ -41,9 +42,10 @@ from runners import (
     first_order,
     second_order,
 )
-from vgg import VGG11, OneConvolution, make_problem, widths
-
-import natgrad_jax as ng
+from lib.vgg import VGG11, OneConvolution, make_problem, widths
+from races.race import positive
+from speed import approximations_report
+from speed.approximations_report import Measured
 
 LAYER_IMAGE = 8  # pixels a side of the one layer's images: more positions than a patch has inputs
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runners = compile_all(args, bar)
         timings = measure(runners, args.rounds, args.seconds, bar)
     settings = {
-        "command": shlex.join(["python", "benchmarks/approximations.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/speed/approximations.py", *argv]),
         "batch": args.batch,
         "image_size": args.image_size,
         "widths": widths(args.width),

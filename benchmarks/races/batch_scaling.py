@@ -1,7 +1,7 @@
 """Steps to a training loss against the batch size, for SGD with momentum and K-FAC.
 
-    python benchmarks/batch_scaling.py --data-dir DIR              # MNIST, batches of 128 to 8192
-    python benchmarks/batch_scaling.py --data digits --batch-sizes 64,256,1024
+    python benchmarks/races/batch_scaling.py --data-dir DIR          # MNIST, batches of 128 to 8192
+    python benchmarks/races/batch_scaling.py --data digits --batch-sizes 64,256,1024
 
 The question of Ba, Grosse & Martens 2017 (Distributed second-order optimization using
 Kronecker-factored approximations): larger batches have less noise, and what then limits SGD is
@@ -23,18 +23,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import race
-import report
-from autoencoder import Autoencoder, Problem, make_problem
-from optimizers import OPTIMIZERS, first_order
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib import data, report
+from lib.autoencoder import Autoencoder, Problem, make_problem
+from lib.optimizers import OPTIMIZERS, first_order
+from races import race
 
 ENCODERS = {"mnist": (784, 250, 100, 30), "digits": (64, 64, 32, 8)}
 TARGETS = {"mnist": 90.0, "digits": 18.0}
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure.parent.mkdir(parents=True, exist_ok=True)
     plot(found, args, figure)
     settings = {
-        "command": shlex.join(["python", "benchmarks/batch_scaling.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/races/batch_scaling.py", *argv]),
         "data": args.data,
         "encoder": ENCODERS[args.data],
         "target": args.target,
