@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from lib import data, report
-from races import race
+from lib import data, report, training
+from lib.arguments import positive
 from rich.console import Console
 from rich.table import Table
 
@@ -172,7 +172,7 @@ def run(method: Method, rate: float, of: Images, args: argparse.Namespace, updat
         batches = zip(*(np.array_split(x, -(-len(x) // 1000)) for x in whole), strict=True)
         return tuple(map(float, np.mean([seen(carry, *b) for b in batches], axis=0)))
 
-    order = race.minibatches(len(images), args.batch_size, updates, seed=0)
+    order = training.minibatches(len(images), args.batch_size, updates, seed=0)
     curve = Curve([], [], [], [], [])
     every, spent = max(1, updates // args.evaluations), 0.0
     for start in range(0, updates, every):
@@ -257,10 +257,10 @@ def parse_arguments(argv: Sequence[str], doc: str, output: str) -> argparse.Name
     add = parser.add_argument
     add("--data", choices=HELD_OUT, default="cifar10")
     add("--data-dir", metavar="DIR", help="where the files of the data set are")
-    add("--updates", type=race.positive, default=2000)
-    add("--search", type=race.positive, default=200, help="updates of each rate in the search")
-    add("--evaluations", type=race.positive, default=20)
-    add("--batch-size", type=race.positive, default=128)
-    add("--width", type=race.positive, default=16, help="channels of the first convolutions")
+    add("--updates", type=positive, default=2000)
+    add("--search", type=positive, default=200, help="updates of each rate in the search")
+    add("--evaluations", type=positive, default=20)
+    add("--batch-size", type=positive, default=128)
+    add("--width", type=positive, default=16, help="channels of the first convolutions")
     add("--output", type=Path, default=Path(output))
     return parser.parse_args(argv)

@@ -29,10 +29,10 @@ from rich.console import Console
 import natgrad_jax as ng
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
-from lib import data, report
+from lib import data, report, training
+from lib.arguments import positive
 from lib.autoencoder import ENCODERS, Problem, entropy, make_problem
 from lib.optimizers import Contender, first_order
-from races import race
 
 EPSILON = (3.0, 0.03, 100)  # first, last, and after how many updates
 SETTINGS: dict[str, Any] = {"rank": 64, "decay": 0.8, "momentum": None}
@@ -135,15 +135,15 @@ def run(name: str, rate: float, problem: Any, updates: int, batch_size: int) -> 
     """One method at one rate: its curve and its times."""
     images = jnp.asarray(problem.images)
     make = METHODS[name].make(images)
-    compiled = race.compile_step(problem, images, make, rate, batch_size)
-    evaluated = jnp.asarray(race.evaluated_images(problem))
+    compiled = training.compile_step(problem, images, make, rate, batch_size)
+    evaluated = jnp.asarray(training.evaluated_images(problem))
     evaluate = partial(jax.jit(lambda p, x: problem.loss_fn(p, x).value), x=evaluated)
-    order = race.minibatches(len(images), batch_size, updates, seed=0)
+    order = training.minibatches(len(images), batch_size, updates, seed=0)
     params = problem.init(0)
     begin = time.perf_counter()
     jax.block_until_ready(compiled.init(params))  # PRONG whitens: its time counts
     start = time.perf_counter() - begin
-    steps, seconds, losses = race.train(
+    steps, seconds, losses = training.train(
         compiled, params, images, order, 0, evaluate, lambda *_: None
     )
     seconds = [0.0, *(start + t for t in seconds[1:])]
@@ -167,7 +167,7 @@ def share(problem: Any, args: argparse.Namespace) -> float:
     From the median times of ordinary steps, of those that measure and of those that refresh too.
     """
     images, T, period = jnp.asarray(problem.images), 100, 10
-    compiled = race.compile_step(problem, images, whitened()(images), 1e-4, args.batch_size)
+    compiled = training.compile_step(problem, images, whitened()(images), 1e-4, args.batch_size)
     params = problem.init(0)
     state, indices = compiled.init(params), jnp.arange(args.batch_size, dtype=jnp.int32)
     seconds: dict[str, list[float]] = {"refresh": [], "measure": [], "ordinary": []}
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                       f"{args.updates} updates, {runs[-1].seconds[-1]:.1f} s")  # fmt: skip
     part = share(problem_of(METHODS["prong"], common), args)
     console.print(f"reparametrization and statistics: {part:.1%} of PRONG's run time")
-    finish(runs, searched, part, entropy(race.evaluated_images(common)), args, argv, console)
+    finish(runs, searched, part, entropy(training.evaluated_images(common)), args, argv, console)
 
 
 def finish(
@@ -236,9 +236,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", choices=data.DATASETS, default="digits")
     add("--data-dir", metavar="DIR", help="where the files of the data set are")
-    add("--updates", type=race.positive, default=1500)
-    add("--search", type=race.positive, default=200, help="updates of each rate in the search")
-    add("--batch-size", type=race.positive, default=256)
+    add("--updates", type=positive, default=1500)
+    add("--search", type=positive, default=200, help="updates of each rate in the search")
+    add("--batch-size", type=positive, default=256)
     add("--output", type=Path, default=Path("paper-prong-autoencoder"))
     return parser.parse_args(argv)
 

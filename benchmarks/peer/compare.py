@@ -41,9 +41,10 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
 from lib import autoencoder, data, report
+from lib.arguments import positive
 from lib.optimizers import LEARNING_RATES
+from lib.training import SCALES, evaluated_images, minibatches
 from peer.optimizers import ADAPTIVE, OURS, THEIRS, Setting
-from races.race import SCALES, evaluated_images, minibatches, positive
 from speed import step_time
 
 WORKER = Path(__file__).with_name("worker.py")

@@ -32,10 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
-from lib import data, report
+from lib import data, report, training
+from lib.arguments import integers, positive
 from lib.autoencoder import Autoencoder, Problem, make_problem
 from lib.optimizers import OPTIMIZERS, first_order
-from races import race
 
 ENCODERS = {"mnist": (784, 250, 100, 30), "digits": (64, 64, 32, 8)}
 TARGETS = {"mnist": 90.0, "digits": 18.0}
@@ -63,7 +63,7 @@ class Reached(NamedTuple):
 def steps_to(
     target: float,
     most: int,
-    compiled: race.Compiled,
+    compiled: training.Compiled,
     problem: Problem,
     images: jax.Array,
     size: int,
@@ -72,7 +72,7 @@ def steps_to(
     """The first evaluated step with the target's loss, None if not after ``most``; seconds."""
     params, key = problem.init(0), jax.random.key(1)
     opt_state = compiled.init(params)
-    order, seconds, done = race.minibatches(len(images), size, most, seed=0), 0.0, 0
+    order, seconds, done = training.minibatches(len(images), size, most, seed=0), 0.0, 0
     while done < most:
         upto = min(max(done + 1, int(CLOSER * done)), most)
         jax.block_until_ready((params, opt_state))
@@ -95,7 +95,7 @@ def reach(
     name: str, size: int, near: float | None, problem: Problem, images: Any, args: Any
 ) -> Reached:
     """The best rate, those near the last batch size's first: the others stop where it was done."""
-    evaluated = jnp.asarray(race.evaluated_images(problem))
+    evaluated = jnp.asarray(training.evaluated_images(problem))
     evaluate = partial(jax.jit(lambda p, x: problem.loss_fn(p, x).value), x=evaluated)
     off = {rate: abs(math.log(rate / (near or rate))) for rate in RATES[name]}
     grid = sorted((rate for rate in off if off[rate] < math.log(NEIGHBOURS)), key=off.__getitem__)
@@ -103,7 +103,7 @@ def reach(
     best, tried = Reached(name, size, None, None, None, {}), {}
     for rate in grid:
         if compiled is None or name != "sgd":
-            compiled = race.compile_step(problem, images, make, rate, size)
+            compiled = training.compile_step(problem, images, make, rate, size)
         start = make(rate, problem.loss_fn, problem.init(0), images[:size]).init
         most = args.most_steps if best.steps is None else best.steps - 1
         steps, seconds = steps_to(
@@ -206,10 +206,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", choices=ENCODERS, default="mnist")
     add("--data-dir", metavar="DIR", help="where the files of MNIST are")
-    add("--batch-sizes", type=race.integers, metavar="B[,B…]")
+    add("--batch-sizes", type=integers, metavar="B[,B…]")
     add("--optimizers", nargs="+", choices=MAKERS, default=list(MAKERS), metavar="NAME")
     add("--target", type=float, metavar="NATS", help="the loss to reach, per image")
-    add("--most-steps", type=race.positive, default=2000, metavar="N", help="of one run")
+    add("--most-steps", type=positive, default=2000, metavar="N", help="of one run")
     add("--output", type=Path, default=Path("batch-scaling"), metavar="PREFIX")
     args = parser.parse_args(argv)
     args.batch_sizes = args.batch_sizes or list(SIZES[args.data])

@@ -28,9 +28,9 @@ import natgrad_jax as ng
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
 from lib import data, report
+from lib.arguments import integers, positive
 from lib.optimizers import OPTIMIZERS
 from lib.tasks import Supervised, Task, Transformer, characters
-from races import race
 from races.no_tuning import RATE, Searched, in_turn, make_field, search
 
 STEPS = 30
@@ -149,8 +149,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--task", dest="tasks", action="append", choices=list(TASKS), help="one; all by default")
-    add("--steps", type=race.positive, default=STEPS, metavar="N")
-    add("--seed", "--seeds", dest="seeds", type=race.integers, default=[0], metavar="S[,S…]")
+    add("--steps", type=positive, default=STEPS, metavar="N")
+    add("--seed", "--seeds", dest="seeds", type=integers, default=[0], metavar="S[,S…]")
     add("--output", type=Path, default=Path("first-day"), metavar="PREFIX")
     args = parser.parse_args(argv)
     args.tasks = args.tasks or list(TASKS)

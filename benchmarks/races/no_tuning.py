@@ -29,10 +29,10 @@ import optax
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
-from lib import report
+from lib import report, training
+from lib.arguments import integers, positive
 from lib.optimizers import OPTIMIZERS, first_order
 from lib.tasks import TASKS, Task
-from races import race
 from races.no_tuning_report import UNTUNED, Found, finish, table_of
 
 RATE = 0.1  # theirs, of the library's README
@@ -91,15 +91,17 @@ class Field(NamedTuple):
     examples: Any
     evaluate: Callable[[Any], jax.Array]
 
-    def compile(self, make: Callable[..., Any], rate: float) -> race.Compiled:
-        return race.compile_step(self.task.problem, self.examples, make, rate, self.task.batch_size)
+    def compile(self, make: Callable[..., Any], rate: float) -> training.Compiled:
+        return training.compile_step(
+            self.task.problem, self.examples, make, rate, self.task.batch_size
+        )
 
     def run(
-        self, compiled: race.Compiled, steps: int, seed: int, evaluations: int
-    ) -> Iterator[race.Curve]:
-        order = race.minibatches(count(self.examples), self.task.batch_size, steps, seed)
+        self, compiled: training.Compiled, steps: int, seed: int, evaluations: int
+    ) -> Iterator[training.Curve]:
+        order = training.minibatches(count(self.examples), self.task.batch_size, steps, seed)
         params = self.task.problem.init(seed)
-        return race.training(
+        return training.curves(
             compiled, params, self.examples, order, seed, self.evaluate, evaluations=evaluations
         )
 
@@ -111,14 +113,14 @@ def count(examples: Any) -> int:
 def make_field(task: Task) -> Field:
     examples = jax.tree.map(jnp.asarray, task.examples)
     every = -(-count(examples) // (EVALUATED_BATCHES * task.batch_size))
-    evaluated = race.rows(examples, slice(None, None, every))
+    evaluated = training.rows(examples, slice(None, None, every))
     loss = jax.jit(lambda params, batch: task.problem.loss_fn(params, batch).value)
     return Field(task, examples, partial(loss, batch=evaluated))
 
 
 def search(
     field: Field, grid: Searched, args: argparse.Namespace
-) -> tuple[float, race.Compiled, dict[str, float]]:
+) -> tuple[float, training.Compiled, dict[str, float]]:
     """The rate of the lowest loss after a short run, its compiled step, and every loss seen."""
     make = first_order(injected(grid.alias))
     once = field.compile(make, grid.rates[0])
@@ -205,10 +207,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     rivals = f"against {', '.join(RIVALS)} and Adam, by default on {', '.join(RIVAL_TASKS)}"
     add("--rivals", action="store_true", help=rivals)
     add("--data-dir", metavar="DIR", help="where the files of MNIST and CIFAR-10 are")
-    add("--steps", type=race.positive, metavar="N", help="instead of each task's own")
+    add("--steps", type=positive, metavar="N", help="instead of each task's own")
     add("--search", type=fraction, default=0.25, metavar="F",
         help="of the steps, for each rate of a grid (default: 0.25)")  # fmt: skip
-    add("--seed", "--seeds", dest="seeds", type=race.integers, default=[0], metavar="S[,S…]")
+    add("--seed", "--seeds", dest="seeds", type=integers, default=[0], metavar="S[,S…]")
     add("--output", type=Path, metavar="PREFIX", help="default: no-tuning, or rivals")
     args = parser.parse_args(argv)
     args.tasks = args.tasks or list(RIVAL_TASKS if args.rivals else TASKS)

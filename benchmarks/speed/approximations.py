@@ -31,6 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 import natgrad_jax as ng
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
+from lib.arguments import positive
 from lib.runners import (
     DAMPING,
     DUE,
@@ -43,7 +44,6 @@ from lib.runners import (
     second_order,
 )
 from lib.vgg import VGG11, OneConvolution, make_problem, widths
-from races.race import positive
 from speed import approximations_report
 from speed.approximations_report import Measured
 

@@ -40,8 +40,8 @@ from natgrad_jax.transforms.common.schedule import PERIOD
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
 from lib import report
+from lib.arguments import positive
 from lib.optimizers import OPTIMIZERS, Contender, natural
-from races.race import positive
 from speed import growth_report
 from speed.growth_report import Point, Skipped
 

@@ -5,7 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from races import batch_scaling, race
+from lib import training
+from races import batch_scaling
 from races.batch_scaling import Reached
 
 pytestmark = pytest.mark.once
@@ -38,7 +39,7 @@ def test_the_first_evaluated_step_at_the_target(target, expected):
         init = staticmethod(lambda seed: np.float32(200))
 
     step = lambda params, *_: (params - 1, None, params)
-    compiled = race.Compiled(lambda params: None, step, 0.0)
+    compiled = training.Compiled(lambda params: None, step, 0.0)
     found, seconds = batch_scaling.steps_to(
         target, 100, compiled, Falling, np.zeros(8), 4, evaluate=lambda params: params
     )
@@ -52,7 +53,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
         calls.append(params)
         return params * np.nan, None, params
 
-    compiled = race.Compiled(lambda params: None, step, 0.0)
+    compiled = training.Compiled(lambda params: None, step, 0.0)
     problem = type("P", (), {"init": staticmethod(lambda seed: np.float32(1))})
     images = jax.numpy.zeros(8)
     assert batch_scaling.steps_to(0, 40, compiled, problem, images, 4, lambda p: p)[0] is None

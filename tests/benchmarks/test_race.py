@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from lib import data, report
+from lib import data, report, training
 from lib.autoencoder import ENCODERS, entropy
 from races import race
 
@@ -69,12 +69,12 @@ def test_a_race_that_diverges_is_told(tmp_path, capsys):
 
 
 def test_minibatches_cover_every_epoch():
-    order = race.minibatches(10, 3, 7, seed=0)
+    order = training.minibatches(10, 3, 7, seed=0)
     assert order.shape == (7, 3) and order.dtype == np.int32
     for epoch in (order[:3], order[3:6]):
         assert len(np.unique(epoch)) == 9
-    np.testing.assert_array_equal(order, race.minibatches(10, 3, 7, seed=0))
-    assert not np.array_equal(order, race.minibatches(10, 3, 7, seed=1))
+    np.testing.assert_array_equal(order, training.minibatches(10, 3, 7, seed=0))
+    assert not np.array_equal(order, training.minibatches(10, 3, 7, seed=1))
 
 
 def test_summary_compares_with_the_reference_of_the_same_seed():
@@ -123,5 +123,5 @@ def test_every_data_set_has_its_settings():
     from lib.optimizers import LEARNING_RATES, OPTIMIZERS
 
     for name in data.DATASETS:
-        assert name in race.SCALES and name in race.ENCODERS
+        assert name in training.SCALES and name in race.ENCODERS
         assert LEARNING_RATES[name].keys() == OPTIMIZERS.keys()
