@@ -2,8 +2,10 @@
 pictures without a display."""
 
 import os
+from collections.abc import Iterator
 
 import jax
+import pytest
 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in notebooks and scripts too
@@ -11,5 +13,12 @@ if jax.__version_info__[:2] == (0, 10):  # half of a compile; later versions hav
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     )
+collect_ignore = ["tables"]  # imported by the tests; as tests they would be imported once more
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
