@@ -21,7 +21,7 @@ from natgrad_jax.curvature.layer_sums import MAX_CHUNK_BYTES
 from natgrad_jax.layers.limits import MAX_FREE, MAX_FULL, MAX_FULL_NORM
 from natgrad_jax.linalg.cholesky import LEAF, WHOLE
 from natgrad_jax.statistics.spec import ENOUGH
-from natgrad_jax.transforms.common.schedule import USUAL
+from natgrad_jax.transforms.common.schedule import PERIOD
 
 Array = jax.Array
 KEY = jax.random.key(0)
@@ -369,8 +369,7 @@ def filling(numbers: int) -> tuple[int, ...]:
 
 BLOCKS = ("full", "unit", "diagonal", "gradient", "frozen")
 EDGES: dict[str, Callable[[], Network]] = {
-    f"{n} layers, which take turns": functools.partial(dense.make, (4,) * n)
-    for n in around(USUAL.period or 0)
+    f"{n} layers, which take turns": functools.partial(dense.make, (4,) * n) for n in around(PERIOD)
 }
 EDGES |= {
     f"{n} examples, all or a half": functools.partial(batch_of, lambda n: nn.Dense(n), n, 8)

@@ -89,7 +89,8 @@ def staggered(period: int | None = None, *, over: Any = None) -> Refresh:
     return Refresh(period, True, over)
 
 
-USUAL = staggered(20)
+PERIOD = 20  # steps, where none is given
+USUAL = staggered(PERIOD)
 
 
 class RefreshSchedule(NamedTuple):
