@@ -25,7 +25,7 @@ from natgrad_jax.utils.tree_paths import Path
 MAX_PARAMETERS = 20_000
 
 # How many seeds, the seed of each index, and of which term.
-_Pass = tuple[int, Callable[[Any], output_cotangents.Seeds], int]
+_Pass = tuple[int, Callable[[Any], output_cotangents.Cotangents], int]
 
 
 def fisher(
@@ -193,7 +193,9 @@ def _outer(J: jax.Array, seed: jax.Array, n: int) -> jax.Array:
     return einsum("np,nq->pq", v, v)
 
 
-def _squares(pullback: Any, total: Any, seed: output_cotangents.Seeds, n: int, term: int) -> Any:
+def _squares(
+    pullback: Any, total: Any, seed: output_cotangents.Cotangents, n: int, term: int
+) -> Any:
     """``total + Σₙ vₙ²`` over n examples of one term, one after another."""
 
     def only(i: int, c: jax.Array, example: jax.Array) -> jax.Array:

@@ -218,7 +218,7 @@ def _measure(
     return _statistics(loss, plan, found, axes)
 
 
-Work = list[tuple[int, Callable[[jax.Array], output_cotangents.Seeds]]]
+Work = list[tuple[int, Callable[[jax.Array], output_cotangents.Cotangents]]]
 
 
 def _seeds(
