@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree, Shaped
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
 
 # "data" or ("data", "model") inside shard_map or pmap, (mesh, "data") under jit.
-Over = AxisName | tuple[Mesh, AxisName]
+DeviceAxes = AxisName | tuple[Mesh, AxisName]
 
 
 class Devices(NamedTuple):
@@ -33,7 +33,7 @@ class Devices(NamedTuple):
         return devices_along(self.axes)
 
 
-def devices(over: Over) -> Devices | None:
+def devices(over: DeviceAxes) -> Devices | None:
     """The devices that the option ``refresh_over`` names; raises ValueError for anything else."""
     if over is None:
         return None

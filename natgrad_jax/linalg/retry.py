@@ -1,6 +1,7 @@
 """Retry failed factorisations with more damping."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,16 @@ RAISED = 10.0  # the factor by which a retry multiplies the damping
 Solver = Callable[[Float[Array, "*batch n n"], Float[Array, "*batch"]], Float[Array, "*batch n m"]]
 
 
+class Retried(NamedTuple):
+    """``solution``: the last result. ``failures``: the number of failures of each matrix."""
+
+    solution: Float[Array, "*batch n m"]
+    failures: Int[Array, "*batch"]
+
+
 def raised(
     factor: Float[Array, "*batch n n"], damping: Float[Array, "*batch"], *, op: Solver
-) -> tuple[Float[Array, "*batch n m"], Int[Array, "*batch"]]:
+) -> Retried:
     """``op(factor, damping)``, with ten times the damping after each result that is not finite.
 
     In float32 a matrix can stay indefinite if its damping is smaller than the rounding errors of
@@ -55,7 +63,7 @@ State = tuple[
 
 def _raised(
     factor: Float[Array, "*batch n n"], damping: Float[Array, "*batch"], op: Solver
-) -> tuple[Float[Array, "*batch n m"], Int[Array, "*batch"]]:
+) -> Retried:
     def attempt(state: State) -> State:
         damping, _, _, failures, attempts = state
         found = op(factor, damping)
@@ -74,4 +82,4 @@ def _raised(
     failures, attempts = none.astype(jnp.int32), none.sum().astype(jnp.int32)
     start = (damping, nothing, none == 0, failures, attempts)
     _, found, _, failures, _ = jax.lax.while_loop(unfinished, attempt, start)
-    return found, failures
+    return Retried(found, failures)

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
 
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses import output_cotangents
-from natgrad_jax.losses.loss import Loss, as_loss, global_count, whole_count
+from natgrad_jax.losses.loss import Loss, LossFn, as_loss, global_count, whole_count
 from natgrad_jax.state.walk import statistics_due
 from natgrad_jax.statistics import measuring
 from natgrad_jax.statistics.measuring import Measured, Plan
@@ -49,15 +51,28 @@ class Statistics(NamedTuple):
     moments: dict[Path, jax.Array] | None
 
 
+class GradFn(Protocol):
+    """What :func:`value_and_grad` returns."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        *args: Any,
+        rng: PRNGKeyArray | None = None,
+        opt_state: PyTree = None,
+    ) -> tuple[Any, optax.Updates, Statistics]:
+        """The loss or ``(loss, aux)``, the gradients, and the statistics of this batch."""
+
+
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     layers: Layers,
     *,
     fisher: str = "mc",
     samples: int = 1,
     has_aux: bool = False,
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+) -> GradFn:
     """Like ``jax.value_and_grad`` of the loss, with the layers' curvature statistics.
 
     One forward pass. Its pullback is called with the loss's cotangent for the gradients, and with
@@ -113,14 +128,14 @@ def value_and_grad(
 
 def of_one_part(
     parts: int,
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     layers: Layers,
     *,
     fisher: str,
     samples: int,
     has_aux: bool,
     axis_name: AxisName,
-) -> Callable[..., Any]:
+) -> GradFn:
     """:func:`value_and_grad` of one of ``parts`` equal micro-batches, which the caller adds up."""
     _check_choices(fisher, samples)
     check_layers(layers)

@@ -1,11 +1,13 @@
 """K-FAC that chooses its damping, step size and momentum itself."""
 
-from collections.abc import Callable
 from typing import Any
 
 import optax
+from jaxtyping import DTypeLike
 
 from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.linalg.distributed import DeviceAxes
+from natgrad_jax.losses.loss import LossFn
 from natgrad_jax.transforms.adaptive_damping import (
     DampingRule,
     adaptive_damping,
@@ -18,7 +20,7 @@ from natgrad_jax.utils.hyperparams import Scalar
 
 def adaptive_kfac(
     layers: Layers,
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     *,
     rule: DampingRule | None = None,
     initial: float = 1.0,
@@ -29,8 +31,8 @@ def adaptive_kfac(
     statistics_fraction: float | None = None,
     refresh_period: Scalar = 5,
     spread: bool | None = None,
-    refresh_over: Any = None,
-    factor_dtype: Any = None,
+    refresh_over: DeviceAxes = None,
+    factor_dtype: DTypeLike | None = None,
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",

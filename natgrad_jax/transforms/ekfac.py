@@ -3,12 +3,14 @@
 from typing import Any
 
 import optax
+from jaxtyping import DTypeLike
 
 from natgrad_jax.curvature.eigenbases import Refresh
 from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverses import checked_rank
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.linalg.distributed import DeviceAxes
 from natgrad_jax.statistics.spec import Request, stride_of
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
 from natgrad_jax.transforms.common.eigenbasis_diagonal import in_eigenbases
@@ -29,8 +31,8 @@ def scale_by_ekfac(
     statistics_fraction: float | None = None,
     refresh_period: Scalar | None = None,
     spread: bool | None = None,
-    refresh_over: Any = None,
-    factor_dtype: Any = None,
+    refresh_over: DeviceAxes = None,
+    factor_dtype: DTypeLike | None = None,
     moments: str = "intra_batch",
     basis: str = "low_rank",
     rank: int | None = None,
@@ -159,8 +161,8 @@ def ekfac(
     statistics_fraction: float | None = None,
     refresh_period: Scalar | None = None,
     spread: bool | None = None,
-    refresh_over: Any = None,
-    factor_dtype: Any = None,
+    refresh_over: DeviceAxes = None,
+    factor_dtype: DTypeLike | None = None,
     moments: str = "intra_batch",
     basis: str = "low_rank",
     rank: int | None = None,

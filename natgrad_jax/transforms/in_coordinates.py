@@ -11,7 +11,7 @@ from natgrad_jax.layers import gradients
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.linalg.distributed import devices
+from natgrad_jax.linalg.distributed import DeviceAxes, devices
 from natgrad_jax.reparametrization import change_of_basis, coordinates as charts
 from natgrad_jax.reparametrization.coordinates import CHOICES
 from natgrad_jax.reparametrization.parameters import unwhiten, whiten
@@ -37,7 +37,7 @@ def in_coordinates(
     decay: Scalar = 0.95,
     statistics_period: Scalar | None = None,
     refresh_period: Scalar = 100,
-    refresh_over: Any = None,
+    refresh_over: DeviceAxes = None,
     samples: Scalar | None = None,
     on_refresh: str = "transport",
     convolution: str = "sua",

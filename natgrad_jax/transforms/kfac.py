@@ -1,14 +1,14 @@
 """K-FAC: natural gradient with one Kronecker product a layer."""
 
-from typing import Any
-
 import optax
+from jaxtyping import DTypeLike
 
 from natgrad_jax.curvature.damping_split import split
 from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverses import inversion
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.linalg.distributed import DeviceAxes
 from natgrad_jax.statistics.spec import Request, stride_of
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
 from natgrad_jax.transforms.common.kronecker import kronecker
@@ -26,8 +26,8 @@ def scale_by_kfac(
     statistics_fraction: float | None = None,
     refresh_period: Scalar | None = None,
     spread: bool | None = None,
-    refresh_over: Any = None,
-    factor_dtype: Any = None,
+    refresh_over: DeviceAxes = None,
+    factor_dtype: DTypeLike | None = None,
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",
@@ -131,8 +131,8 @@ def kfac(
     statistics_fraction: float | None = None,
     refresh_period: Scalar | None = None,
     spread: bool | None = None,
-    refresh_over: Any = None,
-    factor_dtype: Any = None,
+    refresh_over: DeviceAxes = None,
+    factor_dtype: DTypeLike | None = None,
     convolution: str = "kfc",
     group_size: int | None = None,
     weight_sharing: str = "expand",

@@ -10,6 +10,7 @@ from natgrad_jax.curvature.damping_split import equal
 from natgrad_jax.curvature.inverses import inversion
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.linalg.distributed import DeviceAxes
 from natgrad_jax.statistics.spec import Request, stride_of
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
 from natgrad_jax.transforms.common.kronecker import kronecker
@@ -27,7 +28,7 @@ def ngd(
     statistics_period: Scalar = 1,
     statistics_fraction: float | None = None,
     refresh_period: Scalar = 1,
-    refresh_over: Any = None,
+    refresh_over: DeviceAxes = None,
     inverse: str = "cholesky",
     rank: int | None = None,
     cutoff: float | None = None,

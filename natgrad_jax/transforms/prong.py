@@ -1,10 +1,9 @@
 """PRONG: gradient descent in whitened coordinates (Natural Neural Networks)."""
 
-from typing import Any
-
 import optax
 
 from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.linalg.distributed import DeviceAxes
 from natgrad_jax.transforms.common.chain import descent, trace
 from natgrad_jax.transforms.in_coordinates import in_coordinates
 from natgrad_jax.utils.hyperparams import Scalar
@@ -19,7 +18,7 @@ def prong(
     decay: Scalar = 0.95,
     statistics_period: Scalar | None = None,
     refresh_period: Scalar = 100,
-    refresh_over: Any = None,
+    refresh_over: DeviceAxes = None,
     samples: Scalar | None = None,
     convolution: str = "sua",
     weight_sharing: str = "expand",

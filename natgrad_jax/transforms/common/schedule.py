@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.linalg.distributed import Devices, balanced, devices
+from natgrad_jax.linalg.distributed import DeviceAxes, Devices, balanced, devices
 from natgrad_jax.state.clock import due
 from natgrad_jax.utils.hyperparams import Scalar, at, check_period
 from natgrad_jax.utils.tree_paths import Path
@@ -28,7 +28,7 @@ class Turns(NamedTuple):
     over: Devices | None = None
 
 
-def turns(period: Scalar | None, spread: bool | None, over: Any) -> Turns:
+def turns(period: Scalar | None, spread: bool | None, over: DeviceAxes) -> Turns:
     """The checked choice, in turn where no period is given; raises ValueError."""
     spread = period is None if spread is None else spread
     period = PERIOD if period is None else period
