@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
@@ -24,7 +24,7 @@ class Distribution:
         """The network's output, ``(*examples, *event)``."""
         return getattr(self, self.natural_name)
 
-    def with_natural(self, natural: Float[Array, "*outputs"]) -> Self:
+    def with_natural(self, natural: Float[Array, "*outputs"]) -> "Distribution":
         """The same distribution at another output of the network."""
         return replace(self, **{self.natural_name: natural})
 

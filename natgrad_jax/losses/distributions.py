@@ -1,13 +1,14 @@
 """The predictive distributions: Categorical, Bernoulli and Gaussian."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, Real, Shaped
 
+from natgrad_jax.losses.distribution import Distribution
 from natgrad_jax.losses.likelihood import Likelihood
 from natgrad_jax.losses.loss import value_range
 from natgrad_jax.utils.hyperparams import is_concrete
@@ -72,7 +73,7 @@ class _WithEventAxes(Likelihood):
 
     event_ndims: int | None = field(default=None, kw_only=True, metadata={"static": True})
 
-    def with_natural(self, natural: Float[Array, "*outputs"]) -> Self:
+    def with_natural(self, natural: Float[Array, "*outputs"]) -> "Distribution":
         # under vmap over examples the event keeps its number of axes
         return replace(self, **{self.natural_name: natural}, event_ndims=self.event_axes)
 

@@ -1,6 +1,6 @@
 """Read factors, their inverses and the damping out of the state of any optax chain."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, PyTree
 
@@ -8,6 +8,7 @@ from natgrad_jax.state.walk import plain, states
 from natgrad_jax.utils.tree_paths import Path
 
 
+@runtime_checkable
 class HasFactors(Protocol):
     """The factors of one layer, as every state of this library has them."""
 
