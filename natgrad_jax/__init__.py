@@ -1,7 +1,7 @@
 """Natural-gradient training for Flax models, as pure functions behind optax transformations."""
 
 import importlib
-from typing import Any
+import typing
 
 from natgrad_jax import diagnostics
 from natgrad_jax.curvature.eigenbases import Eigenbasis
@@ -119,11 +119,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """``plots`` needs matplotlib, an extra: it is imported when it is asked for."""
-    if name == "plots":
-        return importlib.import_module("natgrad_jax.diagnostics.plots")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if typing.TYPE_CHECKING:
+    from natgrad_jax.diagnostics import plots as plots
+else:  # hidden from type checkers, which would take any name to be defined
+
+    def __getattr__(name):
+        """``plots`` needs matplotlib, an optional dependency: it is imported on first use."""
+        if name == "plots":
+            return importlib.import_module("natgrad_jax.diagnostics.plots")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,5 @@
 """Eigenvalues and condition numbers: of factors in an optimizer state, of the explicit Fisher."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from natgrad_jax.exact import explicit_fisher
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.losses.loss import LossFn
 from natgrad_jax.reparametrization.coordinates import second_and_mean
 from natgrad_jax.transforms.common.second_moments import total_moments
 from natgrad_jax.utils.tree_paths import Path
@@ -80,7 +80,7 @@ def of_layer(found: Found, path: Path) -> Spectra:
 
 
 def fisher_spectra(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     *args: Any,
     layers: Layers | None = None,

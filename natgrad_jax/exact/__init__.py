@@ -1,1 +1,1 @@
-"""The Fisher without approximation: as a matrix, as products with vectors, and solved with."""
+"""The Fisher without approximation: as a matrix, in products with vectors, and inverted."""

@@ -1,44 +1,46 @@
-"""The natural gradient without any approximation: conjugate gradients on the exact Fisher."""
+"""The natural gradient without approximation: conjugate gradients on the exact Fisher."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
+from jaxtyping import Array, Float, PyTree
 
 from natgrad_jax.exact.matvec import fisher_vector_product, gauss_newton_vector_product
+from natgrad_jax.losses.loss import LossFn
 from natgrad_jax.utils.hyperparams import check_not_negative
 
 PRODUCTS = {"fisher": fisher_vector_product, "gauss_newton": gauss_newton_vector_product}
 
 
 def natural_gradient(
-    loss_fn: Callable[..., Any],
-    params: Any,
+    loss_fn: LossFn,
+    params: PyTree,
     *args: Any,
-    gradient: Any,
-    damping: float = 1e-3,
+    gradient: optax.Updates,
+    damping: float | Float[Array, ""] = 1e-3,
     curvature: str = "fisher",
     tolerance: float = 1e-5,
     iterations: int | None = None,
-) -> Any:
-    """``(F + λ I)⁻¹ ∇`` by conjugate gradients, one product with F an iteration.
+) -> optax.Updates:
+    """``(F + λ I)⁻¹ ∇`` by conjugate gradients, with one product with F in each iteration.
 
-    The reference for judging approximations, and Hessian-free optimization's direction; F is never
-    formed.
+    F is never formed. This is the step of Hessian-free optimization, and a reference for
+    approximations.
 
     Args:
       loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
-      gradient: ∇, a tree like the parameters, from the same batch or another.
-      damping: λ ≥ 0.
+      gradient: ∇, a tree like the parameters, from the same batch or another one.
+      damping: λ ≥ 0, in the units of the Fisher (loss per parameter squared).
       curvature: ``"fisher"`` or ``"gauss_newton"``.
-      tolerance: stops at ``‖(F + λ I) Δ − ∇‖ ≤ tolerance · ‖∇‖``.
-      iterations: at most so many; ten times the number of parameters by default.
+      tolerance: the iteration stops at ``‖(F + λ I) Δ − ∇‖ ≤ tolerance · ‖∇‖``.
+      iterations: the most iterations; by default ten times the number of parameters.
 
     Returns:
       A tree like ``gradient``.
 
     Raises:
-      ValueError: an unknown curvature, a negative damping.
+      ValueError: an unknown curvature, or a negative damping.
 
     Source: Martens 2010 (Hessian-free); Martens & Grosse 2015, section 2.
 

@@ -1,64 +1,85 @@
-"""The explicit Fisher of a small model, and its diagonal.
+"""The Fisher of a small model as a matrix, and its diagonal: references for approximations.
 
-Everything starts from ``J``, the Jacobian of the network's natural outputs over the whole batch, so
-that what couples examples (batch statistics) is as in training. References for approximations, and
-the curvature of exact methods.
+All use J, the Jacobian of the network's outputs for the whole batch. Operations that couple
+examples (batch statistics) therefore act as in training.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from natgrad_jax.exact.matvec import Model, model_of
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Parameter
 from natgrad_jax.losses import output_cotangents
-from natgrad_jax.losses.loss import Loss, Term, positive
+from natgrad_jax.losses.loss import Loss, LossFn, Term, positive
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.precision import HIGHEST, at_least_float32
 from natgrad_jax.utils.tree_paths import Path
 
-# Largest explicit matrix: 1.6 GB in float32.
-MAX_PARAMETERS = 20_000
+MAX_PARAMETERS = 20_000  # a matrix of 1.6 GB in float32
 
-# How many seeds, the seed of each index, and of which term.
-_Pass = tuple[int, Callable[[Any], output_cotangents.Seeds], int]
+# Passes for one term of the loss: their number, the cotangents of pass i, and the term's index.
+_Passes = tuple[int, Callable[[Int[Array, ""]], output_cotangents.Cotangents], int]
 
 
+@overload
 def fisher(
-    loss_fn: Callable[..., Any],
-    params: Any,
+    loss_fn: LossFn,
+    params: PyTree,
     *args: Any,
     fisher: str = "exact",
-    rng: Any = None,
+    rng: PRNGKeyArray | None = None,
+    samples: int = 1,
+    layers: None = None,
+) -> Float[Array, "P P"]: ...
+@overload
+def fisher(
+    loss_fn: LossFn,
+    params: PyTree,
+    *args: Any,
+    fisher: str = "exact",
+    rng: PRNGKeyArray | None = None,
+    samples: int = 1,
+    layers: Layers,
+) -> dict[Path, Float[Array, "P P"]]: ...
+def fisher(
+    loss_fn: LossFn,
+    params: PyTree,
+    *args: Any,
+    fisher: str = "exact",
+    rng: PRNGKeyArray | None = None,
     samples: int = 1,
     layers: Layers | None = None,
-) -> Any:
-    """The explicit Fisher information of a small model.
+) -> Float[Array, "P P"] | dict[Path, Float[Array, "P P"]]:
+    """The Fisher information of a small model, as an explicit matrix.
 
-    ``F = (1/N) Σₙ vₙ vₙᵀ`` over examples and labels, ``v = ∇ −log p`` of one example: over all
-    labels (``"exact"``: ``Σ Jₙᵀ Hₙ Jₙ / N``), over labels drawn as
-    :func:`natgrad_jax.value_and_grad` draws them from the same ``rng`` (``"mc"``), or over the true
-    ones (``"empirical"``). Examples of those two lie on the leading axis of the outputs.
+    ``F = (1/N) Σₙ vₙ vₙᵀ`` over examples and their labels, where ``vₙ = ∇ −log p`` is the gradient
+    of one example. The labels are all labels (``"exact"``: ``F = Σₙ Jₙᵀ Hₙ Jₙ / N``), labels
+    sampled from the model (``"mc"``: the same as :func:`natgrad_jax.value_and_grad` samples with
+    this ``rng``), or the true labels (``"empirical"``). The last two expect examples on the leading
+    axis of the network's output.
 
     Args:
       loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
       fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
-      rng: a key, needed by ``"mc"``.
-      samples: labels drawn for each example, for ``"mc"``.
-      layers: for blocks instead of the whole matrix.
+      rng: a key, required for ``"mc"``.
+      samples: the number of labels sampled for each example, for ``"mc"``.
+      layers: compute the blocks of these layers instead of the whole matrix.
 
     Returns:
-      ``(P, P)`` over the parameters in the order of ``jax.flatten_util.ravel_pytree(params)``; with
-      ``layers`` a dict from layer path (and leftover parameter's path) to that block, over the
-      layer's parameters in their order, each raveled.
+      ``(P, P)`` over the P parameters, in the order of ``jax.flatten_util.ravel_pytree(params)``.
+      With ``layers`` a dict from each layer's path, and each leftover parameter's path, to its
+      block, over the parameters of the layer in their order, each raveled.
 
     Raises:
-      ValueError: unknown ``fisher``, a missing ``rng``, fewer than one sample, layers of another
-        model, more parameters than an explicit matrix should have.
+      ValueError: an unknown ``fisher``, a missing ``rng``, fewer than one sample, layers of another
+        model, or too many parameters for an explicit matrix.
 
     Source: Martens & Grosse 2015, section 2; Martens 2020, sections 8 and 9.
 
@@ -79,20 +100,20 @@ def fisher(
 
 
 def fisher_diagonal(
-    loss_fn: Callable[..., Any],
-    params: Any,
+    loss_fn: LossFn,
+    params: PyTree,
     *args: Any,
     fisher: str = "exact",
-    rng: Any = None,
+    rng: PRNGKeyArray | None = None,
     samples: int = 1,
-) -> Any:
-    """The diagonal of the Fisher, one example's gradient at a time.
+) -> optax.Params:
+    """The diagonal of the Fisher, from the gradients of single examples.
 
-    ``diag F = (1/N) Σₙ vₙ²``, as in :func:`fisher`, in memory for one gradient: N backward passes
-    (of the whole batch) a label.
+    ``diag F = (1/N) Σₙ vₙ²`` with vₙ as in :func:`fisher`. It needs memory for one gradient, and
+    for each label N backward passes over the whole batch.
 
     Arguments and errors are those of :func:`fisher`. Returns a tree like the parameters (for an NNX
-    model like ``nnx.state(model, nnx.Param)``), in at least float32.
+    model, like ``nnx.state(model, nnx.Param)``), in at least float32.
 
     Source: Martens 2020 (the diagonal of the Fisher).
 
@@ -103,19 +124,22 @@ def fisher_diagonal(
     (4, 3)
     """
     model = model_of(loss_fn, params, args)
-    _, pullback = jax.vjp(model.naturals, model.tree)
+    _, pullback = jax.vjp(model.outputs, model.tree)
     zeros = lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype))
     total = jax.tree.map(zeros, model.tree)
-    for count, seed, i in _passes(model.loss, fisher, rng, samples):
+    for count, cotangents, i in _passes(model.loss, fisher, rng, samples):
         n = _length(model.loss.terms[i])
-        add = lambda k, sums, seed=seed, i=i, n=n: _squares(pullback, sums, seed(k), n, i)
+        add = lambda k, sums, of=cotangents, i=i, n=n: _squares(pullback, sums, of(k), n, i)
         sums = jax.lax.fori_loop(0, count, add, jax.tree.map(jnp.zeros_like, total))
         examples = positive(model.loss.terms[i].count)
         total = jax.tree.map(lambda t, s, n=examples: (t + s / n).astype(t.dtype), total, sums)
     return total
 
 
-def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Array]:
+def _choose(
+    tree: optax.Params, parameters: tuple[Parameter, ...]
+) -> dict[Path, Float[Array, "..."]]:
+    """The arrays of these parameters by path; raises ValueError if their shapes differ."""
     by_path = tree_paths.leaves(tree)
     for path, shape, *_ in parameters:
         came = getattr(by_path.get(path), "shape", "no such parameter")
@@ -127,17 +151,20 @@ def _choose(tree: Any, parameters: tuple[Parameter, ...]) -> dict[Path, jax.Arra
     return {p.path: by_path[p.path] for p in parameters}
 
 
-def _passes(loss: Loss, fisher: str, rng: Any, samples: int) -> list[_Pass]:
+def _passes(loss: Loss, fisher: str, rng: PRNGKeyArray | None, samples: int) -> list[_Passes]:
+    """The backward passes that measure each term of the loss."""
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
     output_cotangents.check_key(rng)
     signs, leading = jax.random.key(0), [0] * len(loss.terms)
     if fisher == "exact":
         columns = enumerate(output_cotangents.exact_columns(loss, (), signs, leading))
-        return [(count, seed, i) for i, (count, seed) in columns]
-    if fisher == "mc" and rng is None:
-        raise ValueError('fisher="mc" samples labels from the model and needs a key: pass rng=key.')
+        return [(count, cotangents, i) for i, (count, cotangents) in columns]
     if fisher == "mc":
+        if rng is None:
+            raise ValueError(
+                'fisher="mc" samples labels from the model and needs a key: pass rng=key.'
+            )
         keys = rng[None] if samples == 1 else jax.random.split(rng, samples)
         draw = lambda i: (
             lambda k: output_cotangents.sampled(loss, (), keys[k], samples, leading, (i,))
@@ -150,17 +177,21 @@ def _passes(loss: Loss, fisher: str, rng: Any, samples: int) -> list[_Pass]:
 
 
 def _length(term: Term) -> int:
-    """Of the leading axis; without any example axis the output is one example, not D of them."""
+    """The length of the leading axis of examples; 1 if the whole output is one example."""
     return (*term.distribution.examples, 1)[0]
 
 
 def _block(
-    model: Model, own: dict[Path, jax.Array], fisher: str, rng: Any, samples: int
-) -> jax.Array:
-    """The Fisher over some of the parameters, in the order of ``own``."""
+    model: Model,
+    own: dict[Path, Float[Array, "..."]],
+    fisher: str,
+    rng: PRNGKeyArray | None,
+    samples: int,
+) -> Float[Array, "P P"]:
+    """The Fisher's block of the parameters ``own``, in their order."""
     size = sum(x.size for x in own.values())
     check_size(size)
-    outputs = lambda own: model.naturals(tree_paths.replace(model.tree, own))
+    outputs = lambda own: model.outputs(tree_paths.replace(model.tree, own))
     dtype = jnp.result_type(jnp.float32, *own.values())
     flat = lambda j, shape: [j[p].reshape(*shape, -1).astype(dtype) for p in own]
     J = [
@@ -168,15 +199,15 @@ def _block(
         for j, t in zip(jax.jacrev(outputs)(own), model.loss.terms, strict=True)
     ]
     F = jnp.zeros((size, size), dtype)
-    for count, seed, i in _passes(model.loss, fisher, rng, samples):
+    for count, cotangents, i in _passes(model.loss, fisher, rng, samples):
         n, examples = _length(model.loss.terms[i]), positive(model.loss.terms[i].count)
-        add = lambda k, F, seed=seed, i=i, n=n: F + _outer(J[i], seed(k)[i], n)
+        add = lambda k, F, of=cotangents, i=i, n=n: F + _outer(J[i], of(k)[i], n)
         F = F + jax.lax.fori_loop(0, count, add, jnp.zeros_like(F)) / examples.astype(dtype)
     return F
 
 
 def check_size(size: int) -> None:
-    """Raise for more parameters than an explicit matrix should have."""
+    """Raise ValueError if an explicit matrix over ``size`` parameters would be too large."""
     if size > MAX_PARAMETERS:
         raise ValueError(
             f"an explicit Fisher over {size:,} parameters would take {size**2 * 4 / 1e9:.0f} GB; "
@@ -185,25 +216,35 @@ def check_size(size: int) -> None:
         )
 
 
-def _outer(J: jax.Array, seed: jax.Array, n: int) -> jax.Array:
-    """``Σₙ vₙ vₙᵀ`` over n examples of one term."""
+def _outer(
+    J: Float[Array, "*outputs P"], cotangent: Float[Array, "*outputs"], n: int
+) -> Float[Array, "P P"]:
+    """``Σₙ vₙ vₙᵀ`` over the n examples of one term."""
     einsum = partial(jnp.einsum, precision=HIGHEST)
     rows = lambda x, *last: x.astype(J.dtype).reshape(n, -1, *last)
-    v = einsum("nd,ndp->np", rows(seed), rows(J, J.shape[-1]))
+    v = einsum("nd,ndp->np", rows(cotangent), rows(J, J.shape[-1]))
     return einsum("np,nq->pq", v, v)
 
 
-def _squares(pullback: Any, total: Any, seed: output_cotangents.Seeds, n: int, term: int) -> Any:
-    """``total + Σₙ vₙ²`` over n examples of one term, one after another."""
+def _squares(
+    pullback: Callable[[output_cotangents.Cotangents], tuple[optax.Params]],
+    total: optax.Params,
+    cotangents: output_cotangents.Cotangents,
+    n: int,
+    term: int,
+) -> optax.Params:
+    """``total + Σₙ vₙ²`` over the n examples of one term, one after another."""
 
-    def only(i: int, c: jax.Array, example: jax.Array) -> jax.Array:
+    def only(
+        i: int, c: Float[Array, "*outputs"], example: Int[Array, ""]
+    ) -> Float[Array, "*outputs"]:
         if i != term:
             return jnp.zeros_like(c)
         here = jnp.arange(n)[:, None] == example
         return jnp.where(here, c.reshape(n, -1), 0).reshape(c.shape)
 
-    def add(example: jax.Array, total: Any) -> Any:
-        (v,) = pullback(tuple(only(i, c, example) for i, c in enumerate(seed)))
+    def add(example: Int[Array, ""], total: optax.Params) -> optax.Params:
+        (v,) = pullback(tuple(only(i, c, example) for i, c in enumerate(cotangents)))
         return jax.tree.map(lambda t, v: t + v.astype(t.dtype) ** 2, total, v)
 
     return jax.lax.fori_loop(0, n, add, total)

@@ -1,7 +1,7 @@
-"""Products with the exact Fisher of any model, and quadratic forms, without any matrix.
+"""Products with the exact Fisher of any model, and quadratic forms, without a matrix.
 
-Everything starts from ``J``, the Jacobian of the network's natural outputs over the whole batch, so
-that what couples examples (batch statistics) is as in training.
+All use J, the Jacobian of the network's outputs for the whole batch. Operations that couple
+examples (batch statistics) therefore act as in training.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,34 +9,41 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
 
-from natgrad_jax.losses.loss import Loss, Term, as_loss, positive
+from natgrad_jax.losses.loss import Loss, LossFn, Term, as_loss, positive
 from natgrad_jax.tagging import frontend_of
 from natgrad_jax.utils.precision import at_least_float32
 
 
 class Model(NamedTuple):
-    """A loss at its parameters, as functions of the parameter tree."""
+    """A loss at given parameters.
 
-    tree: Any
-    naturals: Callable[[Any], tuple[jax.Array, ...]]
+    ``tree``: the parameters. ``outputs``: from such a tree to the network's output for each term of
+    the loss. ``loss``: the loss at ``tree``.
+    """
+
+    tree: optax.Params
+    outputs: Callable[[optax.Params], tuple[Float[Array, "..."], ...]]
     loss: Loss
 
 
 def fisher_vector_product(
-    loss_fn: Callable[..., Any], params: Any, *args: Any, damping: Any = 0.0
-) -> Callable[[Any], Any]:
-    """The function ``v ↦ F v + λ v``, F the exact Fisher, without any matrix.
+    loss_fn: LossFn, params: PyTree, *args: Any, damping: float | Float[Array, ""] = 0.0
+) -> Callable[[optax.Params], optax.Params]:
+    """The function ``v ↦ F v + λ v`` of the exact Fisher F, without forming F.
 
-    ``F v = Σ Jₙᵀ Hₙ (J v)ₙ / N``, H the Fisher of the predictive distribution in its natural
-    output: one forward and one backward pass a product; the network is linearized once.
+    ``F v = Σₙ Jₙᵀ Hₙ (J v)ₙ / N``, where Hₙ is the Fisher of the predictive distribution with
+    respect to the network's output. The network is linearized once; each product then takes one
+    forward and one backward pass.
 
     Args:
       loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
-      damping: λ.
+      damping: λ, in the units of the Fisher (loss per parameter squared).
 
     Returns:
-      A linear function of trees like the parameters (for an NNX model like
+      A linear function from trees like the parameters to such trees (for an NNX model, trees like
       ``nnx.state(model, nnx.Param)``).
 
     Source: Schraudolph 2002, section 3; Martens & Grosse 2015, appendix C.
@@ -51,13 +58,13 @@ def fisher_vector_product(
 
 
 def gauss_newton_vector_product(
-    loss_fn: Callable[..., Any], params: Any, *args: Any, damping: Any = 0.0
-) -> Callable[[Any], Any]:
-    """The function ``v ↦ G v + λ v``, G the generalized Gauss-Newton matrix of the loss.
+    loss_fn: LossFn, params: PyTree, *args: Any, damping: float | Float[Array, ""] = 0.0
+) -> Callable[[optax.Params], optax.Params]:
+    """The function ``v ↦ G v + λ v`` of the generalized Gauss-Newton matrix G of the loss.
 
-    ``G v = Σ Jₙᵀ ∇²(−log p)ₙ (J v)ₙ / N`` with the true labels. For the distributions here, whose
-    outputs are natural parameters, it equals the Fisher. Scalars added to the loss have no part,
-    nor have negative multiples of a likelihood.
+    ``G v = Σₙ Jₙᵀ ∇²(−log p)ₙ (J v)ₙ / N`` with the true labels. G equals the Fisher for the
+    distributions of this library, whose outputs are natural parameters. Scalars added to the loss
+    and negative multiples of a likelihood do not contribute.
 
     Arguments and result are those of :func:`fisher_vector_product`.
 
@@ -73,13 +80,13 @@ def gauss_newton_vector_product(
 
 
 def quadratic_forms(
-    loss_fn: Callable[..., Any],
-    params: Any,
+    loss_fn: LossFn,
+    params: PyTree,
     *args: Any,
-    vectors: Sequence[Any],
+    vectors: Sequence[optax.Params],
     curvature: str = "fisher",
-) -> jax.Array:
-    """``vᵢᵀ F vⱼ`` for every pair of vectors, ``(k, k)``: one forward pass a vector, none back.
+) -> Float[Array, "k k"]:
+    """``vᵢᵀ F vⱼ`` for every pair of k vectors, with one forward pass for each and none backward.
 
     Args:
       loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
@@ -103,13 +110,15 @@ def quadratic_forms(
     return forms(model_of(loss_fn, params, args), vectors, curvature)
 
 
-def forms(model: Model, vectors: Sequence[Any], curvature: str = "fisher") -> jax.Array:
-    """:func:`quadratic_forms` of a model that is read already."""
+def forms(
+    model: Model, vectors: Sequence[optax.Params], curvature: str = "fisher"
+) -> Float[Array, "k k"]:
+    """:func:`quadratic_forms` of a :class:`Model`."""
     if curvature not in OF_OUTPUT:
         known = " or ".join(map(repr, OF_OUTPUT))
         raise ValueError(f"curvature must be {known}; got {curvature!r}.")
     of_output = OF_OUTPUT[curvature]
-    outputs = [jax.jvp(model.naturals, (model.tree,), (v,))[1] for v in vectors]
+    outputs = [jax.jvp(model.outputs, (model.tree,), (v,))[1] for v in vectors]
     curved = [
         [_weigh(term, of_output(term, u)) for term, u in zip(model.loss.terms, out, strict=True)]
         for out in outputs
@@ -120,28 +129,38 @@ def forms(model: Model, vectors: Sequence[Any], curvature: str = "fisher") -> ja
     return jnp.array([[inner(a, b) for b in curved] for a in outputs])
 
 
-def model_of(loss_fn: Any, params: Any, args: Any) -> Model:
-    """The loss of ``loss_fn(params, *args)`` at these parameters."""
+def model_of(loss_fn: LossFn, params: PyTree, args: tuple[Any, ...]) -> Model:
+    """The :class:`Model` of ``loss_fn(params, *args)``."""
     frontend = frontend_of(params)
     tree, rest = frontend.split(params)
     return model_at(tree, lambda tree: frontend.instrument(loss_fn, tree, rest, {}, args)[0])
 
 
-def model_at(tree: Any, loss_of: Callable[[Any], Any]) -> Model:
-    """The loss of ``loss_of(tree)`` at this tree of parameters."""
+def model_at(
+    tree: optax.Params, loss_of: Callable[[optax.Params], Loss | tuple[Loss, Any]]
+) -> Model:
+    """The :class:`Model` of ``loss_of(tree)``."""
     loss = lambda tree: as_loss(loss_of(tree))
-    naturals = lambda tree: tuple(t.distribution.natural for t in loss(tree).terms)
-    return Model(tree, naturals, loss(tree))
+    outputs = lambda tree: tuple(t.distribution.natural for t in loss(tree).terms)
+    return Model(tree, outputs, loss(tree))
+
+
+# From a term of the loss and the change of its output to the curvature's product with that change.
+_OfOutput = Callable[[Term, Float[Array, "*outputs"]], Float[Array, "*outputs"]]
 
 
 def _product(
-    loss_fn: Any, params: Any, args: Any, damping: Any, of_output: Callable[[Term, Any], Any]
-) -> Callable[[Any], Any]:
+    loss_fn: LossFn,
+    params: PyTree,
+    args: tuple[Any, ...],
+    damping: float | Float[Array, ""],
+    of_output: _OfOutput,
+) -> Callable[[optax.Params], optax.Params]:
     model = model_of(loss_fn, params, args)
-    _, forward = jax.linearize(model.naturals, model.tree)
+    _, forward = jax.linearize(model.outputs, model.tree)
     backward = jax.linear_transpose(forward, model.tree)
 
-    def product(v: Any) -> Any:
+    def product(v: optax.Params) -> optax.Params:
         pairs = zip(model.loss.terms, forward(v), strict=True)
         (Fv,) = backward(tuple(_weigh(term, of_output(term, u)) for term, u in pairs))
         return jax.tree.map(lambda f, x: f + jnp.asarray(damping, x.dtype) * x, Fv, v)
@@ -149,8 +168,8 @@ def _product(
     return product
 
 
-def _weigh(term: Term, u: jax.Array) -> jax.Array:
-    """As the seeds are weighed: nothing of masked examples, nor of negative multiples."""
+def _weigh(term: Term, u: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+    """``u`` times ``scale · w / Σ w``; zero for masked examples and for negative scales."""
     weight = jnp.ones(())
     if term.weight is not None:
         weight = term.distribution.beside_event(term.weight)
@@ -158,22 +177,25 @@ def _weigh(term: Term, u: jax.Array) -> jax.Array:
     return jnp.where(weight > 0, u * factor, 0).astype(term.distribution.natural.dtype)
 
 
-def _fisher_of_output(term: Term, u: jax.Array) -> jax.Array:
-    """``H u``, from the columns of a root of H."""
+def _fisher_of_output(term: Term, u: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+    """``H u = Σ r rᵀ u`` over the columns r of the square root of H."""
     u = u.astype(at_least_float32(u.dtype))
 
-    def add(column: jax.Array, total: jax.Array) -> jax.Array:
+    def add(column: Int[Array, ""], total: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
         r = term.distribution.root_column(column)
         return total + r * term.distribution.over_event(r * u, keepdims=True)
 
     return jax.lax.fori_loop(0, term.distribution.columns, add, jnp.zeros_like(u))
 
 
-def _hessian_of_output(term: Term, u: jax.Array) -> jax.Array:
+def _hessian_of_output(term: Term, u: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
     """``∇²(−log p) u`` at the true labels."""
     distribution = term.distribution
     total = lambda z: distribution.with_natural(z).nll_per_example(term.targets).sum()
     return jax.jvp(jax.grad(total), (distribution.natural,), (u,))[1]
 
 
-OF_OUTPUT = {"fisher": _fisher_of_output, "gauss_newton": _hessian_of_output}
+OF_OUTPUT: dict[str, _OfOutput] = {
+    "fisher": _fisher_of_output,
+    "gauss_newton": _hessian_of_output,
+}

@@ -1,1 +1,1 @@
-"""Linear algebra on factors, one algorithm a file."""
+"""Batched linear algebra on Kronecker factors, one algorithm in each file."""

@@ -1,78 +1,81 @@
-"""Many small problems of linear algebra as few batched ones.
+"""Solve many small problems of linear algebra in few batched calls.
 
-A computation that needs factorisations is a generator: it yields its list of :class:`Problem`, is
-sent their solutions, and returns its result. :func:`solve` runs many of them, and evaluates
-problems of equal shape as one batch: one program to compile, and one call on accelerators.
+A computation that needs factorisations is a generator: it yields a list of :class:`Problem`,
+receives their solutions, and returns its result. :func:`solve` runs many such generators together
+and evaluates problems of equal shape as one batch, which is one program to compile and, on
+accelerators, one call.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree, Shaped
 
-from natgrad_jax.linalg.distributed import Devices, divided
+from natgrad_jax.linalg.distributed import Batch, Devices, divided
 
 K = TypeVar("K")
 R = TypeVar("R")
 
 
 class Problem(NamedTuple):
-    """``op(*arguments, **options)`` for symmetric matrices, the first argument ``(*lead, n, n)``.
+    """``op(*arguments, **options)`` for symmetric matrices, the first argument ``(*batch, n, n)``.
 
-    All arguments and results have the axes ``lead`` in front; ``op`` takes any number of them.
-    ``fills``: whether axes of size n may be filled up with zeros, and results cut to n again: then
-    problems of nearly equal size share one program.
+    Arguments and results have the same batch axes in front, and ``op`` accepts any number of them.
+    ``fills``: axes of length n may be padded with zeros, and results cut back to n. Problems of
+    nearly equal size then share one program.
     """
 
-    op: Callable[..., Any]
-    arguments: tuple[jax.Array, ...]
-    options: tuple[tuple[str, Any], ...] = ()
+    op: Callable[..., PyTree[Array]]
+    arguments: tuple[Shaped[Array, "..."], ...]
+    options: tuple[tuple[str, Hashable], ...] = ()
     fills: bool = False
 
     @property
     def lead(self) -> tuple[int, ...]:
+        """The batch axes."""
         return self.arguments[0].shape[:-2]
 
     @property
-    def form(self) -> Any:
-        """What problems of one batch have in common."""
+    def form(self) -> Hashable:
+        """Problems of equal form are solved as one batch."""
         axes = len(self.lead)
         kinds = tuple((x.shape[axes:], x.dtype) for x in self.arguments)
         return self.op, self.options, kinds
 
     @property
     def size(self) -> int:
-        """Rows of one matrix."""
+        """n, the number of rows of one matrix."""
         return self.arguments[0].shape[-1]
 
     @property
     def cost(self) -> float:
-        """Of one matrix: its size cubed."""
+        """The cost of one matrix, n³."""
         return float(self.size) ** 3
 
     def filled(self) -> "Problem":
-        """The problem with axes of the next size that many share."""
+        """The problem with its matrices padded to the next common size."""
         if not self.fills:
             return self
         axes, size = len(self.lead), rounded_up(self.size)
 
-        def fill(x: jax.Array) -> jax.Array:
+        def fill(x: Array) -> Array:
             more = [size - n if i >= axes and n == self.size else 0 for i, n in enumerate(x.shape)]
             return jnp.pad(x, [(0, n) for n in more]) if any(more) else x
 
         return self._replace(arguments=tuple(map(fill, self.arguments)))
 
-    def cut(self, found: Any) -> Any:
-        """The result of this problem, in that of its filled form."""
+    def cut(self, found: PyTree[Array]) -> PyTree[Array]:
+        """The solution of this problem, from that of the padded one."""
         if not self.fills:
             return found
         axes, size = len(self.lead), rounded_up(self.size)
 
-        def cut(x: jax.Array) -> jax.Array:
+        def cut(x: Array) -> Array:
             own = (slice(self.size if n == size else None) for n in x.shape[axes:])
             return x[(slice(None),) * axes + tuple(own)]
 
@@ -80,7 +83,9 @@ class Problem(NamedTuple):
 
 
 def rounded_up(size: int) -> int:
-    """The next of sixteen sizes an octave, all multiples of eight: 1/16 larger at most, from 128.
+    """``size`` rounded up to a multiple of 8, and to one of sixteen sizes an octave from 128.
+
+    So a padded matrix has at most 1/16 more rows, from 128 rows.
 
     >>> [rounded_up(n) for n in (6, 100, 784, 785, 1001)]
     [8, 104, 800, 800, 1024]
@@ -89,13 +94,14 @@ def rounded_up(size: int) -> int:
     return -(-size // unit) * unit
 
 
-Solving = Generator[list[Problem], list[Any], R]
+# A generator that yields problems, receives their solutions, and returns R.
+Solving = Generator[list[Problem], list[PyTree[Array]], R]
 
 
 def solve(computations: Mapping[K, Solving[R]], over: Devices | None = None) -> dict[K, R]:
-    """The result of every computation; each may ask for problems once, or not at all.
+    """The result of every computation; each may yield one list of problems, or none.
 
-    ``over``: devices among which the work is divided; None where every device does all of it.
+    ``over``: the devices that share the work; with None every device does all of it.
 
     >>> import jax.numpy as jnp
     >>> def trace_of(x):
@@ -119,53 +125,57 @@ def solve(computations: Mapping[K, Solving[R]], over: Devices | None = None) -> 
         except StopIteration as done:
             results[key] = done.value
         else:
-            raise AssertionError("a computation asks for problems once")
+            raise AssertionError("a computation may yield problems only once")
     return {key: results[key] for key in computations}
 
 
 def alone(computation: Solving[R]) -> R:
-    """The result of one computation."""
+    """The result of a single computation."""
     return solve({(): computation})[()]
 
 
-def in_stacks(problems: Sequence[Problem], over: Devices | None = None) -> list[Any]:
-    """The solution of each problem, those of one form solved together."""
+def in_stacks(problems: Sequence[Problem], over: Devices | None = None) -> list[PyTree[Array]]:
+    """The solution of each problem; problems of equal form are solved as one batch."""
     given, problems = problems, [problem.filled() for problem in problems]
-    forms: dict[Any, list[int]] = {}
+    forms: dict[Hashable, list[int]] = {}
     for i, problem in enumerate(problems):
         forms.setdefault(problem.form, []).append(i)
     stacks = [[problems[i] for i in members] for members in forms.values()]
     if over is None:
         found = [_together(stack) for stack in stacks]
     else:
-        batches = [(partial(s[0].op, **dict(s[0].options)), _joined(s), s[0].cost) for s in stacks]
-        solved = divided(batches, over)
+        solved = divided([Batch(_op(s), _joined(s), s[0].cost) for s in stacks], over)
         found = [_parted(stack, x) for stack, x in zip(stacks, solved, strict=True)]
-    solutions: list[Any] = [None] * len(problems)
+    solutions: list[PyTree[Array]] = [None] * len(problems)
     for members, parts in zip(forms.values(), found, strict=True):
         for i, part in zip(members, parts, strict=True):
             solutions[i] = given[i].cut(part)
     return solutions
 
 
-def _together(stack: list[Problem]) -> list[Any]:
-    op = partial(stack[0].op, **dict(stack[0].options))
+def _op(stack: list[Problem]) -> Callable[..., PyTree[Array]]:
+    """What solves each of these problems of equal form."""
+    return partial(stack[0].op, **dict(stack[0].options))
+
+
+def _together(stack: list[Problem]) -> list[PyTree[Array]]:
+    """The solutions of problems of equal form."""
     if len(stack) == 1:
-        return [op(*stack[0].arguments)]
-    return _parted(stack, op(*_joined(stack)))
+        return [_op(stack)(*stack[0].arguments)]
+    return _parted(stack, _op(stack)(*_joined(stack)))
 
 
-def _joined(stack: list[Problem]) -> list[jax.Array]:
-    """The arguments of all problems, ``(b, …)`` each."""
+def _joined(stack: list[Problem]) -> list[Shaped[Array, "total ..."]]:
+    """The arguments of all problems, concatenated over one flat batch axis."""
     flat = [[x.reshape(-1, *x.shape[len(p.lead) :]) for x in p.arguments] for p in stack]
     return [jnp.concatenate(same) for same in zip(*flat, strict=True)]
 
 
-def _parted(stack: list[Problem], found: Any) -> list[Any]:
-    """The inverse of :func:`_joined`, for results."""
+def _parted(stack: list[Problem], found: PyTree[Array]) -> list[PyTree[Array]]:
+    """The results of each problem: the inverse of :func:`_joined`."""
     ends = list(itertools.accumulate((math.prod(p.lead) for p in stack), initial=0))
 
-    def part(i: int, lead: tuple[int, ...]) -> Any:
+    def part(i: int, lead: tuple[int, ...]) -> PyTree[Array]:
         own = lambda x: x[ends[i] : ends[i + 1]].reshape(*lead, *x.shape[1:])
         return jax.tree.map(own, found)
 

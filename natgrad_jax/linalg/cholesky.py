@@ -2,24 +2,26 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.batching import over_batch
 from natgrad_jax.utils.precision import HIGHEST
 
-# Up to this size LAPACK is as fast as anything, and up to the larger one a whole product is.
-LEAF = 128
-WHOLE = 512
+LEAF = 128  # up to this size LAPACK's Cholesky factorisation is fastest
+WHOLE = 512  # up to this size one matrix product is faster than a product by halves
 
 
-def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
+def damped_inverse(
+    factor: Float[Array, "*batch n n"], damping: Float[Array, "*batch"]
+) -> Float[Array, "*batch n n"]:
     """``(F + d I)⁻¹`` for symmetric positive semidefinite F.
 
     Args:
       factor: ``(*batch, n, n)``, symmetric.
-      damping: ``(*batch,)``, in the units of the factor.
+      damping: d, ``(*batch,)``, in the units of the factor.
 
     Returns:
-      ``(*batch, n, n)``, symmetric; NaN where F + d I is not positive definite in its precision.
+      ``(*batch, n, n)``, symmetric; NaN if F + d I is not positive definite to working precision.
 
     >>> import jax.numpy as jnp
     >>> damped_inverse(jnp.diag(jnp.array([1.0, 3.0])), jnp.array(1.0)).round(3)
@@ -29,17 +31,20 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     return over_batch(_damped_inverse, factor, damping)
 
 
-def _damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
+def _damped_inverse(
+    factor: Float[Array, "*batch n n"], damping: Float[Array, "*batch"]
+) -> Float[Array, "*batch n n"]:
     eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
     return squared(inverse_root(factor + damping[..., None, None] * eye))
 
 
-def inverse_root(M: jax.Array) -> jax.Array:
-    """``C⁻¹`` of the Cholesky factor of ``M = C Cᵀ``, ``(*batch, n, n)``, by halves.
+def inverse_root(M: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """``C⁻¹``, the inverse of the Cholesky factor of ``M = C Cᵀ``, recursively by halves.
 
-    ``M = [[A, B], [Bᵀ, D]]`` has ``C⁻¹ = [[P, 0], [−R Yᵀ P, R]]`` with ``P = C_A⁻¹``, ``Y = P B``
-    and R that of ``D − YᵀY``. All but the smallest blocks is matrix products, which run on every
-    core where LAPACK's factorisation runs on one; errors are at most twice LAPACK's.
+    ``M = [[A, B], [Bᵀ, D]]`` has ``C⁻¹ = [[P, 0], [−R Yᵀ P, R]]``, where ``P`` is the inverse
+    Cholesky factor of A, ``Y = P B``, and R is the inverse Cholesky factor of ``D − YᵀY``. Only the
+    smallest blocks are factorised by LAPACK, on one core; all other work is matrix products, which
+    use every core. Errors are at most twice LAPACK's.
     """
     n = M.shape[-1]
     if n <= LEAF:
@@ -53,8 +58,8 @@ def inverse_root(M: jax.Array) -> jax.Array:
     return _blocks(P, jnp.zeros((*M.shape[:-2], m, n - m), M.dtype), Q, R)
 
 
-def squared(half: jax.Array) -> jax.Array:
-    """``HᵀH`` of a lower triangular H, ``(*batch, n, n)``, by halves: half of a product's work.
+def squared(half: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """``HᵀH`` of a lower triangular H, recursively by halves: half the work of a full product.
 
     ``H = [[P, 0], [Q, R]]`` has ``HᵀH = [[PᵀP + QᵀQ, QᵀR], [RᵀQ, RᵀR]]``.
     """
@@ -67,10 +72,18 @@ def squared(half: jax.Array) -> jax.Array:
     return _blocks(squared(P) + _matmul(Q.mT, Q), corner, corner.mT, squared(R))
 
 
-def _blocks(A: jax.Array, B: jax.Array, C: jax.Array, D: jax.Array) -> jax.Array:
+def _blocks(
+    A: Float[Array, "*batch n m"],
+    B: Float[Array, "*batch n l"],
+    C: Float[Array, "*batch k m"],
+    D: Float[Array, "*batch k l"],
+) -> Float[Array, "*batch n+k m+l"]:
+    """``[[A, B], [C, D]]``."""
     top, bottom = jnp.concatenate([A, B], axis=-1), jnp.concatenate([C, D], axis=-1)
     return jnp.concatenate([top, bottom], axis=-2)
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def _matmul(
+    a: Float[Array, "*batch n m"], b: Float[Array, "*batch m k"]
+) -> Float[Array, "*batch n k"]:
     return jnp.matmul(a, b, precision=HIGHEST)

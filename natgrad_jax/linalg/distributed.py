@@ -1,23 +1,27 @@
-"""Work that every device would repeat, divided among them: each solves its share, and all get all.
+"""Divide work among devices that would otherwise all repeat it.
 
-Shares are balanced by cost. A device runs its own branch of a switch, fills its part of the
-results and leaves zeros elsewhere; the sum over devices is everybody's result.
+Shares are balanced by cost. Each device runs its own branch of a switch, which writes its share of
+the results and leaves zeros elsewhere; a sum over devices gives every device all results.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, PyTree, Shaped
 
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
 
+# "data" or ("data", "model") inside shard_map or pmap, (mesh, "data") under jit.
+DeviceAxes = AxisName | tuple[Mesh, AxisName]
+
 
 class Devices(NamedTuple):
-    """Named axes: of ``mesh``, under jit; of the surrounding shard_map or pmap without one."""
+    """The devices along named axes: of ``mesh`` under jit, else of the surrounding shard_map."""
 
     axes: tuple[str, ...]
     mesh: Mesh | None = None
@@ -29,8 +33,8 @@ class Devices(NamedTuple):
         return devices_along(self.axes)
 
 
-def devices(over: AxisName | tuple[Mesh, AxisName]) -> Devices | None:
-    """``"data"``, ``("data", "model")``, or ``(mesh, "data")``; raises where it is none of them."""
+def devices(over: DeviceAxes) -> Devices | None:
+    """The devices that the option ``refresh_over`` names; raises ValueError for anything else."""
     if over is None:
         return None
     mesh, axis = over if isinstance(over, tuple) and isinstance(over[0], Mesh) else (None, over)
@@ -47,8 +51,9 @@ def devices(over: AxisName | tuple[Mesh, AxisName]) -> Devices | None:
 
 
 def balanced(costs: Sequence[float], shares: int) -> list[int]:
-    """The share of each cost, so that their sums are about equal: the largest first, each to the
-    share that has least.
+    """The share that each item goes to, such that the shares cost about the same.
+
+    Greedy: from the most expensive item down, each goes to the share with the least cost so far.
 
     >>> balanced([3.0, 1.0, 2.0], 2)
     [0, 1, 1]
@@ -63,7 +68,9 @@ def balanced(costs: Sequence[float], shares: int) -> list[int]:
 def shares(
     sizes: Sequence[int], costs: Sequence[float], devices: int
 ) -> list[list[tuple[int, int]]]:
-    """For each device, from where to where it solves each batch.
+    """For each device and batch the range (start, end) of elements that the device solves.
+
+    ``sizes``: the number of elements in each batch; ``costs``: the cost of one of its elements.
 
     >>> shares([4, 1], [1.0, 2.0], 2)
     [[(0, 1), (0, 1)], [(1, 4), (1, 1)]]
@@ -78,31 +85,32 @@ def shares(
     return [[(e[device], e[device + 1]) for e in ends] for device in range(devices)]
 
 
-def divided(
-    batches: Sequence[tuple[Callable[..., Any], Sequence[jax.Array], float]], over: Devices
-) -> list[Any]:
-    """``op(*arguments)`` of every batch, by all devices together.
+class Batch(NamedTuple):
+    """``op(*arguments)`` over independent elements; ``cost``: the cost of one of them."""
 
-    Each batch is ``(op, arguments, cost)``: arrays ``(b, …)`` of b independent elements, and what
-    one of them costs.
-    """
+    op: Callable[..., PyTree[Shaped[Array, "elements ..."]]]
+    arguments: Sequence[Shaped[Array, "elements ..."]]
+    cost: float
 
-    def run(arguments: list[list[jax.Array]]) -> list[Any]:
+
+def divided(batches: Sequence[Batch], over: Devices) -> list[PyTree[Shaped[Array, "elements ..."]]]:
+    """The results of every batch, on all devices; each device computes its share."""
+
+    def run(arguments: list[list[Array]]) -> list[PyTree[Array]]:
         sizes = [len(arrays[0]) for arrays in arguments]
-        ranges = shares(sizes, [cost for _, _, cost in batches], over.number)
+        ranges = shares(sizes, [batch.cost for batch in batches], over.number)
         arguments = vary(arguments, over.axes)
 
-        def branch(device: int) -> list[Any]:
+        def branch(device: int) -> list[PyTree[Array]]:
             found = []
-            for (op, _, _), arrays, (start, end) in zip(
-                batches, arguments, ranges[device], strict=True
-            ):
-                forms = jax.eval_shape(op, *arrays)
+            for batch, arrays, (start, end) in zip(batches, arguments, ranges[device], strict=True):
+                forms = jax.eval_shape(batch.op, *arrays)
                 whole = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), forms)
                 whole = vary(whole, over.axes)
                 if end > start:
                     place = lambda x, part, start=start, end=end: x.at[start:end].set(part)
-                    whole = jax.tree.map(place, whole, op(*(x[start:end] for x in arrays)))
+                    part = batch.op(*(x[start:end] for x in arrays))
+                    whole = jax.tree.map(place, whole, part)
                 found.append(whole)
             return found
 
@@ -110,7 +118,7 @@ def divided(
         branches = [lambda device=device: branch(device) for device in range(over.number)]
         return psum(jax.lax.switch(index, branches), over.axes)
 
-    arguments = [list(arrays) for _, arrays, _ in batches]
+    arguments = [list(batch.arguments) for batch in batches]
     if over.mesh is None:
         return run(arguments)
     everywhere = PartitionSpec()

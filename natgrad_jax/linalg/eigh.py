@@ -1,19 +1,21 @@
-"""Orthonormal eigenvectors of a symmetric matrix, by LAPACK's (or the backend's) ``eigh``."""
+"""Eigendecompositions of symmetric matrices, by the backend's ``eigh`` (LAPACK on CPU)."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.batching import over_batch
 
 
-def eigenbasis(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``F = Q diag(d) Qᵀ``: Q and d, eigenvalues ascending and not below zero.
+def eigenbasis(
+    factor: Float[Array, "*batch n n"],
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch n"]]:
+    """Q and d of ``F = Q diag(d) Qᵀ``; eigenvalues ascend, and negative ones are set to zero.
 
     Args:
       factor: ``(*batch, n, n)``, symmetric positive semidefinite.
 
     Returns:
-      ``Q (*batch, n, n)``, its columns the eigenvectors, and ``d (*batch, n)``; NaN where the
+      Q ``(*batch, n, n)``, with the eigenvectors in its columns, and d ``(*batch, n)``; NaN if the
       factorisation failed.
 
     >>> import jax.numpy as jnp

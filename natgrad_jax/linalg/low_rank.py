@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.batching import over_batch, trace_of
 from natgrad_jax.utils.precision import HIGHEST
@@ -19,9 +20,9 @@ class LowRank(NamedTuple):
     ``(*batch,)``.
     """
 
-    V: jax.Array
-    gains: jax.Array
-    shift: jax.Array
+    V: Float[Array, "*batch n k"]
+    gains: Float[Array, "*batch k"]
+    shift: Float[Array, "*batch"]
 
     def dense(self) -> jax.Array:
         """The matrix itself, ``(*batch, n, n)``."""
@@ -29,13 +30,13 @@ class LowRank(NamedTuple):
         inner = jnp.matmul(self.V * self.gains[..., None, :], self.V.mT, precision=HIGHEST)
         return inner + self.shift[..., None, None] * eye
 
-    def apply(self, x: jax.Array) -> jax.Array:
+    def apply(self, x: Float[Array, "*batch n m"]) -> Float[Array, "*batch n m"]:
         """Its product with ``x (*batch, n, m)``: ``4 n k m`` operations instead of ``2 n² m``."""
         inside = self.gains[..., None] * jnp.matmul(self.V.mT, x, precision=HIGHEST)
         outside = jnp.matmul(self.V, inside, precision=HIGHEST)
         return outside + self.shift[..., None, None] * x
 
-    def apply_right(self, x: jax.Array) -> jax.Array:
+    def apply_right(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
         """``x (*batch, m, n)`` times it."""
         inside = jnp.matmul(x, self.V, precision=HIGHEST) * self.gains[..., None, :]
         outside = jnp.matmul(inside, self.V.mT, precision=HIGHEST)
@@ -58,7 +59,9 @@ def between(left: LowRank, x: jax.Array, right: LowRank) -> jax.Array:
     return wide(left.shift * right.shift) * x + times(columns, rows)
 
 
-def subspace(factor: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+def subspace(
+    factor: Float[Array, "*batch n n"], start: Float[Array, "*batch n k"]
+) -> tuple[Float[Array, "*batch n k"], Float[Array, "*batch k"]]:
     """Approximate leading eigenpairs of F: one step of subspace iteration and Rayleigh–Ritz.
 
     ``Y = F S``, ``Q = qr(Y)``, ``QᵀFQ = W diag(d) Wᵀ``, ``V = Q W``: ``4 n² k`` operations. From a

@@ -1,29 +1,39 @@
-"""Damped inverses by matrix products alone, for backends where factorisations are slow."""
-
-from typing import Any
+"""Damped inverses from matrix products only, for backends where factorisations are slow."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from natgrad_jax.utils.precision import HIGHEST
 
 ITERATIONS = 60
-NEAR = 0.5  # residual from which the last inverse is a start; the iteration squares it
+NEAR = 0.5  # with a smaller residual an inverse is a good start: each iteration squares it
+
+# X, the residual I − M X, whether it still converges, and the number of iterations.
+State = tuple[
+    Float[Array, "*batch n n"], Float[Array, "*batch n n"], Bool[Array, "*batch"], Int[Array, ""]
+]
 
 
-def newton_schulz_inverse(factor: jax.Array, damping: jax.Array, last: jax.Array) -> jax.Array:
-    """``(F + d I)⁻¹`` by ``X ← X (2 I − M X)``, ``M = F + d I``, which squares ``I − M X``.
+def newton_schulz_inverse(
+    factor: Float[Array, "*batch n n"],
+    damping: Float[Array, "*batch"],
+    last: Float[Array, "*batch n n"],
+) -> Float[Array, "*batch n n"]:
+    """``(F + d I)⁻¹`` by Newton–Schulz iteration.
 
-    From the last inverse where ``‖I − M X‖ < 1/2``: then three to five rounds; else from
-    ``I / ‖M‖∞``: about ``log₂ κ(M) + 5`` rounds, of ``4 n³`` operations each. It ends when the
-    residual hardly falls any more, at what the precision allows, about ε κ(M).
+    ``X ← X (2 I − M X)`` with ``M = F + d I``, which squares the residual ``I − M X``. It starts
+    from the last inverse if ``‖I − M X‖ < 1/2`` there, and takes three to five iterations; else
+    from ``I / ‖M‖∞``, and takes about ``log₂ κ(M) + 5``, where κ is the condition number. An
+    iteration costs ``4 n³`` operations. It stops when the residual stagnates, at about ε κ(M).
 
     Args:
-      factor: ``(*batch, n, n)``, symmetric positive semidefinite; damping: ``(*batch,)``, positive.
-      last: ``(*batch, n, n)``, a guess.
+      factor: F, ``(*batch, n, n)``, symmetric positive semidefinite.
+      damping: d > 0, ``(*batch,)``.
+      last: an initial guess, ``(*batch, n, n)``, for example the inverse at the last refresh.
 
     Returns:
-      ``(*batch, n, n)``, symmetric; NaN where it did not converge.
+      ``(*batch, n, n)``, symmetric; NaN if it did not converge.
 
     Source: Schulz 1933; Pan & Reif 1985 for the start.
 
@@ -43,19 +53,20 @@ def newton_schulz_inverse(factor: jax.Array, damping: jax.Array, last: jax.Array
     X = jnp.where(wide(norm(guess) < NEAR), last, cold)
     R = jnp.where(wide(norm(guess) < NEAR), guess, residual(cold))
 
-    def improve(carry: Any) -> Any:
-        X, R, active, rounds = carry
+    def improve(state: State) -> State:
+        X, R, active, rounds = state
         newer = X + jnp.matmul(X, R, precision=HIGHEST)
         newer = (newer + newer.mT) / 2
         after = residual(newer)
-        # far from the solution the norm of R hardly falls: what counts is that it is below one
+        # far from the solution the norm decreases slowly, which is no reason to stop
         better = (norm(after) < 0.9 * norm(R)) | (norm(after) >= NEAR)
         keep = active & (norm(after) < norm(R))
         X, R = jnp.where(wide(keep), newer, X), jnp.where(wide(keep), after, R)
         return X, R, keep & better, rounds + 1
 
-    def unfinished(carry: Any) -> jax.Array:
-        return jnp.any(carry[2]) & (carry[3] < ITERATIONS)
+    def unfinished(state: State) -> Bool[Array, ""]:
+        _, _, active, rounds = state
+        return jnp.any(active) & (rounds < ITERATIONS)
 
     active = norm(R) >= 0
     rounds = (damping.sum() * 0).astype(jnp.int32)

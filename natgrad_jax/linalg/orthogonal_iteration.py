@@ -1,24 +1,26 @@
 """One step of orthogonal iteration: from the last eigenbasis towards the current one."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.batching import over_batch
 from natgrad_jax.utils.precision import HIGHEST
 
 
-def refine(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``Q ← qr(F Q)``, and what F is along its columns, ``diag(Qᵀ F Q)``.
+def refine(
+    factor: Float[Array, "*batch n n"], basis: Float[Array, "*batch n n"]
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch n"]]:
+    """``Q ← qr(F Q)``, and the Rayleigh quotients of the new columns, ``diag(Qᵀ F Q)``.
 
-    Columns are ordered by their current Rayleigh quotients first, largest first, without which the
-    iteration would not converge. Exact if ``basis`` is an eigenbasis of F already.
+    Before the QR step, columns are sorted by their Rayleigh quotients in decreasing order, which
+    the iteration needs to converge. Exact if ``basis`` is already an eigenbasis of F.
 
     Args:
       factor: ``(*batch, n, n)``, symmetric positive semidefinite.
-      basis: the same shape, orthogonal.
+      basis: Q, the same shape, orthogonal.
 
     Returns:
-      ``Q (*batch, n, n)`` and ``(*batch, n)``, not below zero.
+      The new Q ``(*batch, n, n)``, and its Rayleigh quotients ``(*batch, n)``, clipped at zero.
 
     Source: Golub & Van Loan, section 7.3.2; Vyas et al. 2024 (SOAP) for its use here.
 
@@ -34,8 +36,10 @@ def refine(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     return new, jnp.maximum(values, 0)
 
 
-def off_diagonal(factor: jax.Array, basis: jax.Array) -> jax.Array:
-    """``‖B − diag B‖ / ‖B‖`` with ``B = Qᵀ F Q``, ``(*batch,)``: 0 for an eigenbasis of F."""
+def off_diagonal(
+    factor: Float[Array, "*batch n n"], basis: Float[Array, "*batch n n"]
+) -> Float[Array, "*batch"]:
+    """``‖B − diag B‖ / ‖B‖`` for ``B = Qᵀ F Q``; 0 for an eigenbasis Q of F."""
     product = jnp.matmul(factor, basis, precision=HIGHEST)
     along = jnp.sum(jnp.square(jnp.sum(basis * product, axis=-2)), axis=-1)
     total = jnp.sum(jnp.square(product), axis=(-2, -1))  # ‖F Q‖ = ‖Qᵀ F Q‖

@@ -1,23 +1,25 @@
-"""Moore–Penrose inverses of symmetric matrices, by their eigendecomposition."""
+"""Moore–Penrose inverses of symmetric matrices, by eigendecomposition."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.utils.precision import HIGHEST
 
 
-def pseudo_inverse(factor: jax.Array, damping: jax.Array, cutoff: float | None = None) -> jax.Array:
-    """``(F + d I)⁺ = Q diag(1 / (f + d)) Qᵀ`` over the eigenvalues that are not zero.
+def pseudo_inverse(
+    factor: Float[Array, "*batch n n"], damping: Float[Array, "*batch"], cutoff: float | None = None
+) -> Float[Array, "*batch n n"]:
+    """``(F + d I)⁺ = Q diag(1 / (f + d)) Qᵀ``, summed over the nonzero eigenvalues ``f + d``.
 
     Args:
       factor: ``(*batch, n, n)``, symmetric positive semidefinite.
-      damping: ``(*batch,)``, not negative; 0 for the Moore–Penrose inverse of F itself.
-      cutoff: eigenvalues of ``F + d I`` at or below ``cutoff`` times the largest count as zero; the
-        default is n times the precision's ε.
+      damping: d ≥ 0, ``(*batch,)``; 0 gives the Moore–Penrose inverse of F itself.
+      cutoff: eigenvalues of ``F + d I`` up to ``cutoff`` times the largest one count as zero. The
+        default is n times the machine epsilon.
 
     Returns:
-      ``(*batch, n, n)``, symmetric; NaN where the factorisation failed.
+      ``(*batch, n, n)``, symmetric; NaN if the factorisation failed.
 
     >>> import jax.numpy as jnp
     >>> pseudo_inverse(jnp.diag(jnp.array([2.0, 0.0])), jnp.array(0.0))

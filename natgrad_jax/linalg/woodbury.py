@@ -1,19 +1,24 @@
-"""Updates of a running inverse, of rank one and of rank B, without inverting anew."""
+"""Update an inverse after a change of rank one or of rank B, without a new inversion."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.batching import over_batch, trace_of
 from natgrad_jax.utils.precision import HIGHEST
 
 
-def sherman_morrison(inverse: jax.Array, u: jax.Array, decay: jax.Array) -> jax.Array:
-    """``(decay · M + (1 − decay) u uᵀ)⁻¹`` from ``M⁻¹``: ``4 n²`` operations.
+def sherman_morrison(
+    inverse: Float[Array, "*batch n n"], u: Float[Array, "*batch n"], decay: Float[Array, ""]
+) -> Float[Array, "*batch n n"]:
+    """``(δ M + (1 − δ) u uᵀ)⁻¹`` from ``P = M⁻¹``, in ``4 n²`` operations.
 
-    ``P/δ − (1−δ) (Pu)(Pu)ᵀ / (δ (δ + (1−δ) uᵀPu))`` with ``P = M⁻¹``, δ the decay.
+    ``P/δ − (1−δ) (Pu)(Pu)ᵀ / (δ (δ + (1−δ) uᵀPu))``.
 
     Args:
-      inverse: ``(*batch, n, n)``, symmetric; u: ``(*batch, n)``; decay: δ, a scalar in (0, 1].
+      inverse: P, ``(*batch, n, n)``, symmetric.
+      u: ``(*batch, n)``.
+      decay: δ, a scalar in (0, 1].
 
     Source: Sherman & Morrison 1950; Amari, Park & Fukumizu 2000 for natural gradients.
 
@@ -25,14 +30,19 @@ def sherman_morrison(inverse: jax.Array, u: jax.Array, decay: jax.Array) -> jax.
     return woodbury(inverse, u[..., None], decay)
 
 
-def woodbury(inverse: jax.Array, U: jax.Array, decay: jax.Array) -> jax.Array:
-    """``(decay · M + (1 − decay) U Uᵀ)⁻¹`` from ``M⁻¹``: ``4 n² B + B³`` operations.
+def woodbury(
+    inverse: Float[Array, "*batch n n"],
+    U: Float[Array, "*batch n B"],
+    decay: Float[Array, ""] | Float[Array, "*batch 1 1"],
+) -> Float[Array, "*batch n n"]:
+    """``(δ M + (1 − δ) U Uᵀ)⁻¹`` from ``P = M⁻¹``, in ``4 n² B + B³`` operations.
 
     ``P/δ − (1−δ)/δ² · PU (I + (1−δ)/δ · UᵀPU)⁻¹ UᵀP``.
 
     Args:
-      inverse: ``(*batch, n, n)``, symmetric; U: ``(*batch, n, B)``; decay: δ in (0, 1], a scalar
-        or ``(*batch, 1, 1)``.
+      inverse: P, ``(*batch, n, n)``, symmetric.
+      U: ``(*batch, n, B)``.
+      decay: δ in (0, 1], a scalar or ``(*batch, 1, 1)``.
 
     Source: Woodbury 1950.
 
@@ -50,16 +60,18 @@ def woodbury(inverse: jax.Array, U: jax.Array, decay: jax.Array) -> jax.Array:
     return inverse / decay - ratio / decay * jnp.matmul(half.mT, half, precision=HIGHEST)
 
 
-def _half(inner: jax.Array, right: jax.Array) -> jax.Array:
-    """``L⁻¹ R`` with ``L Lᵀ = inner``."""
+def _half(
+    inner: Float[Array, "*batch B B"], right: Float[Array, "*batch B n"]
+) -> Float[Array, "*batch B n"]:
+    """``L⁻¹ R``, where ``L Lᵀ = inner`` and R is ``right``."""
     return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(inner), right, lower=True)
 
 
-def root(factor: jax.Array, rank: int) -> jax.Array:
-    """``U (*batch, n, rank)`` with ``U Uᵀ ≈ F``, exact where F has no larger rank.
+def root(factor: Float[Array, "*batch n n"], rank: int) -> Float[Array, "*batch n rank"]:
+    """U with ``U Uᵀ ≈ F``, exact if the rank of F is at most ``rank``.
 
-    Nyström's approximation from a random subspace: ``Y = F Ω``, ``U = Y chol(ΩᵀY)⁻ᵀ``, shifted by
-    rounding's size as Tropp et al. do: ``4 n² k`` operations.
+    The Nyström approximation from a random subspace Ω: ``Y = F Ω``, ``U = Y chol(ΩᵀY)⁻ᵀ``, in
+    ``4 n² rank`` operations. As in Tropp et al., F is shifted by about its rounding error first.
 
     Source: Tropp, Yurtsever, Udell & Cevher 2017, algorithm 3.
 

@@ -1,1 +1,1 @@
-"""Losses, their predictive distributions, and the cotangents of outputs that measure curvature."""
+"""Losses, the distributions behind them, and the output cotangents that measure curvature."""

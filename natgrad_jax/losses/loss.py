@@ -1,53 +1,61 @@
-"""Losses that remember the distributions they came from, and how examples are weighed."""
+"""Losses that keep the distributions they were made of."""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, Num, Shaped
 
+from natgrad_jax.losses.distribution import Distribution
 from natgrad_jax.utils.hyperparams import is_concrete
 from natgrad_jax.utils.sharding import devices_along, psum, vary
 
+# What a loss can be multiplied by; arrays of shape ().
+Number = float | np.integer | np.floating | np.ndarray | Array
+
 
 class Part(NamedTuple):
-    """Which part of a batch a micro-batch is: its ``number``, from 0; ``examples``: how many there
-    are in all of them, weighted."""
+    """The place of a micro-batch in its batch.
 
-    number: jax.Array
-    examples: jax.Array
+    ``number``: its index, from 0. ``examples``: the weighted number of examples in the whole batch.
+    """
+
+    number: Int[Array, ""]
+    examples: Float[Array, ""]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Term:
-    """One negative log-likelihood inside a loss: ``scale · Σ w (−log p) / Σ w``; of a micro-batch
-    (``part``), its share of that: the lower sum is over the whole batch.
+    """One negative log-likelihood inside a loss: ``scale · Σ w (−log p) / Σ w``.
 
-    ``scale`` is a Python number where it is known, also while ``loss_fn`` is traced."""
+    In a micro-batch (``part``) the denominator sums over the whole batch: micro-batches then add.
+    ``scale`` is a Python number if its value is known, also while ``loss_fn`` is traced.
+    """
 
-    distribution: Any
-    targets: jax.Array
-    weight: jax.Array | None
-    scale: jax.Array | float = 1.0
+    distribution: Distribution
+    targets: Shaped[Array, "..."]
+    weight: Float[Array, "*examples"] | None
+    scale: Float[Array, ""] | float = 1.0
     part: Part | None = None
 
     @property
-    def count(self) -> jax.Array:
-        """The number of examples, weighted."""
+    def count(self) -> Float[Array, ""]:
+        """The weighted number of examples."""
         if self.weight is None:
             return jnp.asarray(math.prod(self.distribution.examples), float)
         return self.weight.sum()
 
     @property
-    def total(self) -> jax.Array:
+    def total(self) -> Float[Array, ""]:
         """``scale · Σ w (−log p)``."""
         losses = self.distribution.nll_per_example(self.targets)
-        if self.weight is not None:  # NaN where it was negative: that must show
+        if self.weight is not None:  # NaN weights (negative under jit) must reach the loss
             losses = jnp.where(self.weight == 0, 0, losses * self.weight.astype(losses.dtype))
         return jnp.asarray(self.scale, losses.dtype) * losses.sum()
 
@@ -55,10 +63,11 @@ class Term:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Loss:
-    """A scalar loss that remembers the distributions it came from; a pytree.
+    """A scalar loss that keeps the distributions it was made of; a pytree.
 
-    Losses add to one another and to scalars, and scale by scalars. The scalar itself is
-    ``loss.value``. Added scalars (weight decay, …) take part in the gradient, not in the Fisher.
+    Losses can be added to each other and to scalars, and multiplied by scalars. ``loss.value`` is
+    the loss as an array. Added scalars, for example weight decay, contribute to the gradient and
+    not to the Fisher.
 
     Raises:
       TypeError: from arithmetic with anything else, and from ``float(loss)``.
@@ -72,15 +81,15 @@ class Loss:
     """
 
     terms: tuple[Term, ...]
-    scalar: jax.Array | None = None
+    scalar: Num[Array, ""] | None = None
 
     @property
-    def value(self) -> jax.Array:
-        """The loss as a scalar array."""
+    def value(self) -> Float[Array, ""]:
+        """The loss as an array of shape ``()``."""
         return self.contribution(())
 
-    def contribution(self, axes: Sequence[str]) -> jax.Array:
-        """What this device adds to the global loss: the sum over ``axes`` is the global value."""
+    def contribution(self, axes: Sequence[str]) -> Float[Array, ""]:
+        """This device's summand of the global loss, which is the sum over the named ``axes``."""
         parts = []
         for term in self.terms:
             total = term.total
@@ -89,16 +98,20 @@ class Loss:
             parts.append(self.scalar / devices_along(axes))
         return functools.reduce(jnp.add, parts)
 
-    def as_part(self, number: jax.Array, of: int, examples: Sequence[jax.Array]) -> "Loss":
-        """What micro-batch ``number``, one ``of`` so many, adds to the loss of the whole batch,
-        whose terms have so many ``examples``."""
+    def as_part(
+        self, number: Int[Array, ""], of: int, examples: Sequence[Float[Array, ""]]
+    ) -> "Loss":
+        """This loss as micro-batch ``number`` out of ``of``: its summand of the batch's loss.
+
+        ``examples``: for each term the weighted number of examples in the whole batch.
+        """
         terms = tuple(
             replace(term, part=Part(number, total))
             for term, total in zip(self.terms, examples, strict=True)
         )
         return Loss(terms, None if self.scalar is None else self.scalar / of)
 
-    def __add__(self, other: Any) -> "Loss":
+    def __add__(self, other: "Loss | Number") -> "Loss":
         if not isinstance(other, Loss):
             other = Loss((), _scalar(other, "add to a Loss"))
         scalars = [s for s in (self.scalar, other.scalar) if s is not None]
@@ -108,9 +121,9 @@ class Loss:
 
     __radd__ = __add__
 
-    def __mul__(self, other: Any) -> "Loss":
+    def __mul__(self, other: Number) -> "Loss":
         factor = _scalar(other, "multiply a Loss by")
-        # not as an array: within a trace it would no longer be known
+        # a Python number: under a trace an array's value would be unknown
         known = float(other) if is_concrete(other) else factor
         terms = tuple(replace(t, scale=t.scale * known) for t in self.terms)
         return Loss(terms, None if self.scalar is None else self.scalar * factor)
@@ -120,24 +133,24 @@ class Loss:
     def __neg__(self) -> "Loss":
         return self * -1
 
-    def __sub__(self, other: Any) -> "Loss":
+    def __sub__(self, other: "Loss | Number") -> "Loss":
         return self + (-other)
 
-    def __truediv__(self, other: Any) -> "Loss":
+    def __truediv__(self, other: Number) -> "Loss":
         _scalar(other, "divide a Loss by")
         return self * (1 / other)
 
     def __float__(self) -> float:
         raise TypeError(
-            "a Loss is no number: write float(loss.value). What ng.value_and_grad(loss_fn, layers) "
-            "returns first is the number itself."
+            "a Loss is not a number: write float(loss.value). The first result of the function "
+            "that ng.value_and_grad(loss_fn, layers) returns is the number itself."
         )
 
     def __format__(self, spec: str) -> str:
         return format(float(self), spec) if spec else str(self)
 
     def __repr__(self) -> str:
-        # whatever the leaves are: errors of JAX print a Loss of tracers, shapes or objects
+        # works for any leaves: JAX's errors print losses of tracers, shapes or plain objects
         names = [f"{type(x).__name__} nll of {x.natural_name} {getattr(x.natural, 'shape', '?')}"
                  for x in (t.distribution for t in self.terms)]  # fmt: skip
         parts = " + ".join(names + ["scalar"] * (self.scalar is not None))
@@ -147,64 +160,23 @@ class Loss:
         return f"Loss({parts}): {how}"
 
 
-def example_weights(distribution: Any, where: Any, weights: Any) -> jax.Array | None:
-    """The mask and the weights of ``nll`` as one array of the examples' shape, or None."""
-    examples = distribution.examples
-    if where is None and weights is None:
-        return None
-    weight = jnp.ones((), float)
-    for name, value in (("where", where), ("weights", weights)):
-        if value is None:
-            continue
-        value = jnp.asarray(value)
-        lined_up = zip(reversed(value.shape), reversed(examples), strict=False)
-        if value.ndim > len(examples) or any(n not in (1, m) for n, m in lined_up):
-            whole = value.shape == distribution.natural.shape
-            raise ValueError(
-                f"nll: {name} must broadcast to the examples' shape {examples}; got {value.shape}."
-                + _for_each_output(name, distribution) * whole
-            )
-        weight = weight * (value if value.dtype == bool else _not_negative(name, value))
-    return jax.lax.stop_gradient(jnp.broadcast_to(weight, examples))
+# ``loss_fn(params, *args)`` returns a Loss, or ``(Loss, aux)``.
+LossFn = Callable[..., Loss | tuple[Loss, Any]]
 
 
-def _for_each_output(name: str, distribution: Any) -> str:
-    """What to write instead of a mask of single outputs."""
-    reduced = f"{name}.any(-1)" if name == "where" else f"{name}.mean(-1)"
-    told = f" It is one number for each example, such as {reduced}."
-    if not hasattr(distribution, "event_ndims"):
-        return told
-    kind, natural = type(distribution).__name__, distribution.natural_name
-    return told + (
-        f" For each output apart, let every number be an example: ng.{kind}({natural}, "
-        f"event_ndims=0).nll(targets, {name}={name}); its mean is over numbers."
-    )
-
-
-def _not_negative(name: str, value: jax.Array) -> jax.Array:
-    """``value``, checked; under ``jit``, where nothing can raise, NaN where it is negative."""
-    if not is_concrete(value):
-        return jnp.where(value < 0, jnp.nan, value)
-    low, high = value_range(value) if value.size else (0, 0)
-    if not low >= 0:
-        raise ValueError(
-            f"nll: {name} must not be negative (nor NaN); got values from {low:g} to {high:g}. "
-            "They say how often an example counts: 0, or where=mask, leaves one out. With signed "
-            "weights (advantages, policy gradients) the sum is no likelihood of anything, and has "
-            "no Fisher."
-        )
-    return value
-
-
-def _scalar(value: Any, doing: str) -> jax.Array:
+def _scalar(value: Loss | Number, doing: str) -> Num[Array, ""]:
+    """``value`` as an array of shape ``()``; ``doing``: the operation, for the error."""
     if isinstance(value, Loss) or jnp.shape(value) != ():
         what = "a Loss" if isinstance(value, Loss) else f"an array of shape {jnp.shape(value)}"
-        raise TypeError(f"Losses add, and scale by scalars: cannot {doing} {what}.")
+        raise TypeError(
+            "Losses can be added to each other and to scalars, and multiplied by scalars: cannot "
+            f"{doing} {what}."
+        )
     return jnp.asarray(value)
 
 
 def as_loss(out: Any, has_aux: bool | None = None) -> Loss:
-    """The Loss in what ``loss_fn`` returned, or an error that says what to return."""
+    """The Loss in the result of ``loss_fn``; raises TypeError that says what to return."""
     loss = out
     if has_aux is not False and isinstance(out, tuple) and len(out) == 2:
         loss = out[0]
@@ -219,37 +191,40 @@ def as_loss(out: Any, has_aux: bool | None = None) -> Loss:
         came = f"an array of shape {jnp.shape(loss)}" if hasattr(loss, "shape") else name
         raise TypeError(
             f"loss_fn must return a natgrad_jax.Loss; got {came}. The Fisher needs the predictive "
-            "distribution, not only the number: return for example "
+            "distribution, not only the value: return for example "
             f"ng.Categorical(logits).nll(labels).{hint}"
         )
     if not loss.terms:
-        raise TypeError("loss_fn returned a Loss without any distribution; add an nll to it.")
+        raise TypeError("loss_fn returned a Loss without a distribution; add an nll to it.")
     if any(jnp.shape(term.scale) for term in loss.terms):
         raise TypeError(
-            "loss_fn returned a batch of losses, out of vmap or scan. Map the model alone, and "
-            "call nll once on the stacked outputs: it takes the mean over all leading axes."
+            "loss_fn returned a batch of losses, from vmap or scan. Map only the model, and call "
+            "nll once on the stacked outputs: it takes the mean over all leading axes."
         )
     return loss
 
 
-def global_count(term: Term, axes: Sequence[str]) -> jax.Array:
-    """The term's example count over all devices of the named axes."""
+def global_count(term: Term, axes: Sequence[str]) -> Float[Array, ""]:
+    """The term's weighted number of examples, over all devices of the named axes."""
     return psum(vary(term.count, axes), axes)
 
 
-def whole_count(term: Term, axes: Sequence[str]) -> jax.Array:
-    """The same over the whole batch that the term is a micro-batch of."""
+def whole_count(term: Term, axes: Sequence[str]) -> Float[Array, ""]:
+    """:func:`global_count` over all micro-batches of the batch."""
     if term.part is None:
         return global_count(term, axes)
     return psum(vary(term.part.examples, axes), axes)
 
 
-def positive(count: jax.Array) -> jax.Array:
-    """``count`` made safe to divide by: nothing divided by no examples is nothing."""
-    return jnp.where(count == 0, 1, count)  # NaN, of negative weights, stays
+def positive(count: Float[Array, ""]) -> Float[Array, ""]:
+    """``count``, or 1 if it is zero: a safe denominator. NaN, from negative weights, stays."""
+    return jnp.where(count == 0, 1, count)
 
 
-def value_range(x: Any) -> tuple[Any, Any]:
-    """Least and greatest value of a concrete array; NumPy's, since jit stages JAX's."""
+def value_range(x: ArrayLike) -> tuple[float, float]:
+    """The least and the greatest value of a concrete array.
+
+    By NumPy: under ``jit`` JAX's own functions would return tracers.
+    """
     values = np.asarray(x)
-    return values.min(), values.max()
+    return values.min().item(), values.max().item()

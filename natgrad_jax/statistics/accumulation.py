@@ -1,28 +1,27 @@
 """Micro-batches: a large batch's loss, gradients and statistics in the memory of a small one."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.collection import Layers
-from natgrad_jax.losses.loss import as_loss
-from natgrad_jax.statistics.grad import of_one_part, value_and_grad
+from natgrad_jax.losses.loss import LossFn, as_loss
+from natgrad_jax.statistics.grad import GradFn, of_one_part, value_and_grad
 from natgrad_jax.tagging import frontend_of
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.sharding import AxisName
 
 
 def accumulate(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     layers: Layers,
     *,
     fisher: str = "mc",
     samples: int = 1,
     has_aux: bool = False,
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+) -> GradFn:
     """:func:`value_and_grad` of a large batch, one micro-batch after another.
 
     With k micro-batches, and term t of the loss over ``N_ti`` examples of micro-batch i (weighted:
@@ -80,7 +79,7 @@ def accumulate(
 
         def one(rest: Any, index: jax.Array, args: Any) -> Any:
             def part(params: Any, *args: Any) -> Any:
-                out = loss_fn(params, *args)
+                out: Any = loss_fn(params, *args)
                 loss = as_loss(out, has_aux).as_part(index, number, examples)
                 return (loss, out[1]) if has_aux else loss
 

@@ -42,7 +42,7 @@ def measure(
     return _statistics(loss, plan, found, axes)
 
 
-Work = list[tuple[int, Callable[[jax.Array], output_cotangents.Seeds]]]
+Work = list[tuple[int, Callable[[jax.Array], output_cotangents.Cotangents]]]
 
 
 def _seeds(

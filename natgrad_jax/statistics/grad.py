@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
 
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses import output_cotangents
-from natgrad_jax.losses.loss import Loss, as_loss, whole_count
+from natgrad_jax.losses.loss import Loss, LossFn, as_loss, whole_count
 from natgrad_jax.state.walk import statistics_due
 from natgrad_jax.statistics import measured as measurement, plan as planning
+from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_axes, check_params, check_terms
 from natgrad_jax.statistics.fisher_pass import (
     measure,
@@ -25,15 +28,28 @@ from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum
 FISHERS = ("mc", "exact", "empirical", "none")
 
 
+class GradFn(Protocol):
+    """What :func:`value_and_grad` returns."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        *args: Any,
+        rng: PRNGKeyArray | None = None,
+        opt_state: PyTree = None,
+    ) -> tuple[Any, optax.Updates, Statistics]:
+        """The loss or ``(loss, aux)``, the gradients, and the statistics of this batch."""
+
+
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     layers: Layers,
     *,
     fisher: str = "mc",
     samples: int = 1,
     has_aux: bool = False,
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+) -> GradFn:
     """Like ``jax.value_and_grad`` of the loss, with the layers' curvature statistics.
 
     One forward pass. Its pullback is called with the loss's cotangent for the gradients, and with
@@ -89,14 +105,14 @@ def value_and_grad(
 
 def of_one_part(
     parts: int,
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     layers: Layers,
     *,
     fisher: str,
     samples: int,
     has_aux: bool,
     axis_name: AxisName,
-) -> Callable[..., Any]:
+) -> GradFn:
     """:func:`value_and_grad` of one of ``parts`` equal micro-batches, which the caller adds up."""
     _check_choices(fisher, samples)
     check_layers(layers)
@@ -153,7 +169,7 @@ def _check_choices(fisher: str, samples: int) -> None:
 
 def _forward(
     frontend: Any,
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     has_aux: bool,
     axes: tuple[str, ...],
     rest: Any,

@@ -1,18 +1,19 @@
 """Find the layers of a model: which of its parameters are which kind of layer."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen
+from jaxtyping import PyTree
 
 from natgrad_jax.layers.collection import Layers, Leftover
 from natgrad_jax.layers.layer import Layer, Parameter, free_layer
 from natgrad_jax.layers.limits import MAX_FREE
-from natgrad_jax.losses.loss import as_loss
+from natgrad_jax.losses.loss import LossFn, as_loss
 from natgrad_jax.tagging.frontend import frontend_of
 from natgrad_jax.tagging.modules import KINDS
 from natgrad_jax.tagging.nnx import NORMALIZERS
@@ -44,8 +45,8 @@ class UncoveredWarning(UserWarning):
 
 
 def find_layers(
-    loss_fn: Callable[..., Any],
-    params: Any,
+    loss_fn: LossFn,
+    params: PyTree,
     *args: Any,
     blocks: Mapping[Any, str] | None = None,
 ) -> Layers:

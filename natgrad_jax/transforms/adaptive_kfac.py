@@ -1,13 +1,14 @@
 """K-FAC that chooses its damping, step size and momentum itself."""
 
-from collections.abc import Callable
 from typing import Any
 
 import optax
+from jaxtyping import DTypeLike
 
 from natgrad_jax.curvature.inverse_methods import Inverse
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.losses.loss import LossFn
 from natgrad_jax.transforms.adaptive_damping import (
     DampingRule,
     adaptive_damping,
@@ -22,12 +23,12 @@ from natgrad_jax.utils.hyperparams import Scalar
 
 @renamed_keywords
 def adaptive_kfac(
-    layers: Layers, loss_fn: Callable[..., Any], *, rule: DampingRule | None = None,
+    layers: Layers, loss_fn: LossFn, *, rule: DampingRule | None = None,
     initial: float = 1.0, bounds: tuple[float, float] = (1e-8, 1e8), l2: Scalar = 0.0,
     decay: Scalar = 0.95, statistics_period: Scalar = 1, refresh_period: Scalar | None = None,
     trust_radius: Scalar | None = None, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
-    statistics_fraction: float | None = None, factor_dtype: Any = None,
+    statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """K-FAC without a learning rate: the whole method of Martens & Grosse.
 

@@ -1,8 +1,7 @@
 """EKFAC: the diagonal of the Fisher in each layer's Kronecker-factored eigenbasis."""
 
-from typing import Any
-
 import optax
+from jaxtyping import DTypeLike
 
 from natgrad_jax.curvature.eigenbases import Eigenbasis
 from natgrad_jax.curvature.factor_averages import stored_as
@@ -31,7 +30,7 @@ def scale_by_ekfac(
     trust_radius: Scalar | None = None, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
-    factor_dtype: Any = None,
+    factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Precondition gradients by the Fisher's diagonal in each layer's Kronecker eigenbasis.
 
@@ -134,7 +133,7 @@ def ekfac(
     trust_radius: Scalar | None = 2e-3, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
-    factor_dtype: Any = None,
+    factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """EKFAC with momentum, decoupled weight decay and a trust region.
 

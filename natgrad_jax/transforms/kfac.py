@@ -1,8 +1,7 @@
 """K-FAC: natural gradient with one Kronecker product a layer."""
 
-from typing import Any
-
 import optax
+from jaxtyping import DTypeLike
 
 from natgrad_jax.curvature.damping_split import split
 from natgrad_jax.curvature.factor_averages import stored_as
@@ -28,7 +27,7 @@ def scale_by_kfac(
     statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
     trust_radius: Scalar | None = None, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
-    statistics_fraction: float | None = None, factor_dtype: Any = None,
+    statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Precondition gradients by the Kronecker-factored Fisher of each layer.
 
@@ -110,7 +109,7 @@ def kfac(
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
     trust_radius: Scalar | None = 2e-3, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
-    statistics_fraction: float | None = None, factor_dtype: Any = None,
+    statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """K-FAC with momentum, decoupled weight decay and a trust region.
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import DTypeLike
 
 from natgrad_jax.curvature.damping_split import equal
 from natgrad_jax.curvature.factor_averages import stored_as
@@ -31,7 +32,7 @@ def ngd(
     momentum: Scalar | None = None, nesterov: bool = False, weight_decay: Scalar = 0.0,
     trust_radius: Scalar | None = None, inverse: Inverse | str = "cholesky",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
-    statistics_fraction: float | None = None, factor_dtype: Any = None,
+    statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Natural gradient descent by the inverse covariances of each layer.
 

@@ -1,6 +1,5 @@
 """Step size and momentum from the exact quadratic model of the loss."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.exact.matvec import forms, model_at
+from natgrad_jax.losses.loss import LossFn
 from natgrad_jax.transforms.common.extra_args import needed, on_parameters
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative
@@ -35,7 +35,7 @@ class QuadraticModelState(NamedTuple):
 
 
 def scale_by_quadratic_model(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     *,
     damping: Scalar = 1e-3,
     l2: Scalar = 0.0,

@@ -1,6 +1,5 @@
 """The trust region as a transformation of its own: KL clipping of any update."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,13 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.exact.matvec import forms, model_at
+from natgrad_jax.losses.loss import LossFn
 from natgrad_jax.transforms.common.extra_args import needed, on_parameters
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_positive
 
 
 def clip_by_trust_radius(
-    trust_radius: Scalar, loss_fn: Callable[..., Any]
+    trust_radius: Scalar, loss_fn: LossFn
 ) -> optax.GradientTransformationExtraArgs:
     """Scale an update Δ by ``min(1, √(κ / ΔᵀFΔ))``, F the exact Fisher of the batch.
 

@@ -1,1 +1,1 @@
-"""What knows nothing of curvature: trees by path, hyperparameters, devices, precision, versions."""
+"""What every package uses: parameter paths, hyperparameters, precision, devices."""

@@ -1,17 +1,16 @@
-"""The precision of curvature: float32 at least, and products of matrices without rounding inputs.
+"""The precision of curvature: at least float32, and matrix products of unrounded inputs.
 
-On TPU and recent GPUs a default product rounds its float32 inputs to 8 or 11 bits, after which a
-factor is no longer a sum of squares.
+TPUs and recent GPUs round the float32 inputs of matrix products to 8 or 11 bits by default. A
+factor computed so is no longer positive semidefinite.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def at_least_float32(dtype: Any) -> Any:
-    """``dtype``, or float32 where it is narrower."""
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """``dtype``, or float32 if it is narrower."""
     return jnp.promote_types(dtype, jnp.float32)

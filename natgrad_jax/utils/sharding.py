@@ -1,15 +1,16 @@
-"""Named axes and shardings: the few places where one device and many differ."""
+"""Named mesh axes and shardings: what differs between one device and many."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, ArrayLike, Shaped
 
 from natgrad_jax.utils import compat
 
-T = TypeVar("T")
+T = TypeVar("T")  # a pytree of arrays
 AxisName = str | Sequence[str] | None
 
 
@@ -21,36 +22,36 @@ def axis_names(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def devices_along(axes: Sequence[str]) -> int:
-    """How many devices there are along named axes, known when traced."""
+    """The number of devices along the named axes, a Python number also while traced."""
     return math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 
 def vary(tree: T, axes: Sequence[str]) -> T:
-    """``tree`` with every leaf varying over ``axes``, so that its cotangents stay per device.
+    """``tree`` with every leaf marked as varying over ``axes``: cotangents stay on their device.
 
-    Under ``shard_map(check_vma=True)`` the cotangent of a replicated value arrives summed over
-    the axis; everywhere else this is the identity.
+    Under ``shard_map(check_vma=True)`` the cotangent of a replicated value is summed over the axis.
+    Everywhere else this is the identity.
     """
 
-    def leaf(x: Any) -> Any:
+    def leaf(x: ArrayLike) -> ArrayLike:
         missing = tuple(a for a in axes if a not in compat.varying_axes(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(leaf, tree) if axes else tree
 
 
-def varying_like(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """``x`` varying over the axes that ``reference`` varies over: what a scan carry needs."""
+def varying_like(x: Shaped[Array, "*shape"], reference: Array) -> Shaped[Array, "*shape"]:
+    """``x`` marked as varying over the same axes as ``reference``, as a scan's carry must be."""
     return vary(x, tuple(compat.varying_axes(reference)))
 
 
 def psum(tree: T, axes: Sequence[str]) -> T:
-    """The sum over named axes; the identity without any."""
+    """The sum over the named axes; the identity if there are none."""
     return jax.lax.psum(tree, tuple(axes)) if axes else tree
 
 
-def sharded_like(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """A vector over the leading axis of ``reference``, laid out as that axis is (Explicit axes)."""
+def sharded_like(x: Shaped[Array, " n"], reference: Shaped[Array, "n ..."]) -> Shaped[Array, " n"]:
+    """``x``, sharded like the leading axis of ``reference`` if that is on Explicit axes."""
     mesh = compat.explicit_mesh(reference)
     if mesh is None:
         return x
@@ -58,10 +59,10 @@ def sharded_like(x: jax.Array, reference: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
-def replicated(x: jax.Array, ndim: int) -> NamedSharding | None:
-    """The replicated sharding for a result of ``ndim`` axes where ``x`` is on Explicit axes.
+def replicated(x: Array, ndim: int) -> NamedSharding | None:
+    """The replicated sharding of an array of ``ndim`` axes, if ``x`` is on Explicit axes.
 
-    Contractions over a sharded axis must say there how their result lies; None elsewhere.
+    With Explicit axes a contraction over a sharded axis needs the sharding of its result.
     """
     mesh = compat.explicit_mesh(x)
     return None if mesh is None else NamedSharding(mesh, PartitionSpec(*[None] * ndim))

@@ -1,7 +1,7 @@
-"""Parameter trees by path: the one place that knows how a tree spells a parameter's name.
+"""Paths of parameters: the same for every kind of parameter tree.
 
-A path is a tuple of str. Flax Linen dicts, ``FrozenDict``, NNX ``State`` (whose leaves are
-variables: ``….value``) and NNX modules spell the same parameter differently; here they agree.
+A path is a tuple of str. Linen dicts, ``FrozenDict``, NNX ``State`` (whose leaves are variables,
+with their array under ``.value``) and NNX modules have different key paths for the same parameter.
 """
 
 import dataclasses
@@ -9,43 +9,44 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 Path = tuple[str, ...]
 
-# The attribute under which NNX variables hold their array in a key path.
+# The attribute that holds the array of an NNX variable.
 _VARIABLE_VALUE = "value"
 
 
-def normalize(key_path: tuple[Any, ...]) -> Path:
-    """The path of a leaf from the key path that ``jax.tree_util`` gives it."""
+def normalize(key_path: jax.tree_util.KeyPath) -> Path:
+    """The path of a leaf, from its key path in ``jax.tree_util``."""
     keys = list(key_path)
     if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == _VARIABLE_VALUE:
         keys.pop()
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
-def leaves(tree: Any) -> dict[Path, Any]:
-    """Every leaf of ``tree`` by path, in the tree's own order."""
+def leaves(tree: PyTree) -> dict[Path, Any]:
+    """The leaves of ``tree`` by path, in the order of the tree."""
     return {normalize(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def replace(tree: Any, values: Mapping[Path, Any]) -> Any:
-    """``tree`` with the leaves at the paths of ``values`` replaced."""
+def replace(tree: PyTree, values: Mapping[Path, Any]) -> PyTree:
+    """``tree`` with the leaves at these paths replaced."""
     return jax.tree_util.tree_map_with_path(lambda p, x: values.get(normalize(p), x), tree)
 
 
 def join(path: Path) -> str:
-    """The path as people write it: ``encoder/Dense_0/kernel``."""
+    """The path as text: ``encoder/Dense_0/kernel``."""
     return "/".join(path) or "."
 
 
 def insert(
-    tree: Any, key: str, value_of: Callable[[Path, Mapping[str, Any]], Any], path: Path = ()
-) -> Any:
-    """``tree`` with ``value_of(path, mapping)`` under ``key`` of each mapping; not where None.
+    tree: PyTree, key: str, value_of: Callable[[Path, Mapping[str, Any]], Any], path: Path = ()
+) -> PyTree:
+    """``tree`` with ``value_of(path, mapping)`` added under ``key`` to every mapping in it.
 
-    Walks mappings, dataclasses, lists and tuples; mappings come back as plain dicts, also a
-    ``FrozenDict``.
+    Nothing is added if the value is None. Mappings, also ``FrozenDict``, become plain dicts;
+    mappings inside of dataclasses, lists and tuples are included.
     """
     if isinstance(tree, Mapping):
         out = {k: insert(v, key, value_of, (*path, str(k))) for k, v in tree.items()}

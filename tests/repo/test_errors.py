@@ -133,7 +133,7 @@ LAYERS = [
     Bad("bare scalar, searching", lambda: find(bare_scalar, model().params, X, Y), TypeError,
         r"must return a natgrad_jax\.Loss; got .*ng\.Categorical\(logits\)\.nll"),
     Bad("no distribution", lambda: find(constant_loss, model().params, X, Y), TypeError,
-        "without any distribution"),
+        "without a distribution"),
     Bad("integer params", lambda: find(lambda p, x: None, {"n": jnp.arange(3)}, X), TypeError,
         "parameter n has dtype int32.*another argument"),
     Bad("key in params", lambda: find(lambda p, x: None, {"k": KEY}, X), TypeError,
@@ -173,11 +173,11 @@ DISTRIBUTIONS = [
     Bad("Gaussian variance", lambda: ng.Gaussian(LOGITS, jnp.ones(2)).nll(LOGITS).value, ValueError,
         r"a scalar, \(3,\) or a covariance \(3, 3\); got shape \(2,\)"),
     Bad("Gaussian of one axis", lambda: ng.Gaussian(LOGITS[:, 0]).nll(LOGITS[:, 0]), ValueError,
-        r"Gaussian\(mean, event_ndims=0\) is 8 examples of one number each, and "
-        r"Gaussian\(mean, event_ndims=1\) one example of 8 numbers, as inside vmap"),
+        r"Gaussian\(mean, event_ndims=0\) for 8 examples of one number each, or "
+        r"Gaussian\(mean, event_ndims=1\) for one example of 8 numbers, as inside vmap"),
     Bad("Bernoulli of one axis", lambda: jax.eval_shape(
         lambda z: ng.Bernoulli(z).nll(z).value, LOGITS[:, 0]), ValueError,
-        r"Bernoulli\(logits, event_ndims=0\) is 8 examples"),
+        r"Bernoulli\(logits, event_ndims=0\) for 8 examples"),
     Bad("column and one axis", lambda: ng.Gaussian(LOGITS[:, :1]).nll(LOGITS[:, 0]),
         ValueError, r"the shape of mean, \(8, 1\); got \(8,\)\. Write targets\[\.\.\., None\]"),
     Bad("more event axes than axes", lambda: ng.Gaussian(LOGITS, event_ndims=3).nll(LOGITS),
@@ -218,7 +218,7 @@ DISTRIBUTIONS = [
         TypeError, r"Output was Loss\(Categorical nll of logits \(8, 3\) \+ scalar\): "
         r"differentiate it with ng\.value_and_grad\(loss_fn, layers\), or loss\.value"),
     Bad("sum with a vector", lambda: ng.Gaussian(LOGITS).nll(LOGITS) + jnp.ones(3), TypeError,
-        r"scale by scalars.*shape \(3,\)"),
+        r"multiplied by scalars.*shape \(3,\)"),
 ]  # fmt: skip
 
 STATISTICS = [

@@ -3,14 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.linalg.distributed import Devices, balanced, devices
+from natgrad_jax.linalg.distributed import DeviceAxes, Devices, balanced, devices
 from natgrad_jax.state.clock import due
 from natgrad_jax.utils.hyperparams import Scalar, at, check_period
 from natgrad_jax.utils.tree_paths import Path
@@ -30,7 +30,7 @@ class Refresh:
 
     period: int | None = None
     staggered: bool | None = None
-    over: Any = None
+    over: DeviceAxes = None
 
     def __post_init__(self) -> None:
         known = isinstance(self.period, int | float) and not isinstance(self.period, bool)
@@ -49,7 +49,7 @@ class Refresh:
         return f"{name}({', '.join(given + ([f'over={self.over!r}'] if self.over else []))})"
 
 
-def every(period: int | None = None, *, over: Any = None) -> Refresh:
+def every(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
     """Refresh all layers in the same step, once in each period.
 
     Args:
@@ -70,7 +70,7 @@ def every(period: int | None = None, *, over: Any = None) -> Refresh:
     return Refresh(period, False, over)
 
 
-def staggered(period: int | None = None, *, over: Any = None) -> Refresh:
+def staggered(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
     """Refresh the layers in turn, each once in a period, so that steps take equally long.
 
     Args:
