@@ -67,10 +67,11 @@ model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
 """
 
 RIGHT = """
-ng.kfac(optax.cosine_decay_schedule(0.1, 100), layers, damping=lambda step: 1e-3, rank=32)
-ng.kfac(jnp.asarray(0.1), layers, factor_dtype=jnp.bfloat16, refresh_over="data")
-ng.kfac(1, layers, refresh_over=(mesh, "data"), factor_dtype="bfloat16", trust_radius=None)
-ng.ekfac(0.1, layers, basis="eigh", moments="running_average", refresh_over=("data", "model"))
+ng.kfac(optax.cosine_decay_schedule(0.1, 100), layers, damping=lambda step: 1e-3)
+ng.kfac(jnp.asarray(0.1), layers, factor_dtype=jnp.bfloat16, refresh=ng.every(over="data"))
+ng.kfac(1, layers, refresh=ng.staggered(20, over=(mesh, "data")), trust_radius=None)
+ng.kfac(1, layers, inverse=ng.LowRank(32), approximation=ng.Approximation("sua", group_size=32))
+ng.ekfac(0.1, layers, basis="eigh", refresh=ng.every(over=("data", "model")))
 ng.ngd(0.1, layers, inverse="eigh", damping=0.0)
 ng.prong(0.1, layers, rank=64)
 ng.in_coordinates(optax.adam(1e-3), layers, "whitening", samples=1000)
@@ -115,9 +116,12 @@ WRONG = {
     'ng.kfac(lambda step: "0.1", layers)': "Callable[[Any], str]",
     "ng.kfac(0.1, layers, momentun=0.9)": 'did you mean "momentum"',
     "ng.kfac(0.1, layers, inverse=3)": '"inverse" to "kfac"',
-    "ng.kfac(0.1, layers, rank=0.5)": '"rank" to "kfac"',
-    "ng.kfac(0.1, layers, refresh_over=3)": '"refresh_over" to "kfac"',
-    'ng.kfac(0.1, layers, refresh_over=("data", mesh))': '"refresh_over" to "kfac"',
+    "ng.LowRank(rank=0.5)": '"rank" to "LowRank"',
+    "ng.kfac(0.1, layers, refresh=20)": '"refresh" to "kfac"',
+    "ng.every(over=3)": '"over" to "every"',
+    'ng.staggered(over=("data", mesh))': '"over" to "staggered"',
+    'ng.Approximation("suaa")': '"Approximation"',
+    "ng.kfac(0.1, layers, rank=32)": 'Unexpected keyword argument "rank"',
     "ng.kfac(0.1, layers, factor_dtype=3)": '"factor_dtype" to "kfac"',
     "ng.kfca(0.1, layers)": 'no attribute "kfca"',
     "ng.scale_by_kfac(0.1, layers)": 'expected "Layers"',
