@@ -1,12 +1,42 @@
 """How the damped inverse of a factor is computed: one small record a method."""
 
 import dataclasses
+from typing import Any
+
+import jax
+
+from natgrad_jax.layers.factor_structure import FactorStructure
+from natgrad_jax.layers.layer import Layer
+from natgrad_jax.linalg.batched_solve import Problem
+from natgrad_jax.linalg.cholesky import damped_inverse
+from natgrad_jax.linalg.low_rank import is_cheaper
+from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
+from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
+from natgrad_jax.linalg.retry import raised
 
 RANK = 64  # eigenpairs, where no number is given
 
 
 @dataclasses.dataclass(frozen=True)
-class Cholesky:
+class InverseMethod:
+    """What K-FAC asks of a method; what is not overridden is Cholesky's."""
+
+    def exact(self, factor: jax.Array, damping: jax.Array, old: Any) -> Problem:
+        """The whole inverse of ``factor + damping · I``; ``old`` is the last one."""
+        return Problem(raised, (factor, damping), (("op", damped_inverse),), fills=True)
+
+    def low_rank(self, layer: Layer, side: FactorStructure) -> int:
+        """The rank of a side's inverse, 0 where it is exact."""
+        return 0
+
+    @property
+    def update_rank(self) -> int:
+        """The rank of the updates between refreshes, 0 where there are none."""
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cholesky(InverseMethod):
     """Exact inverses by Cholesky factorisation.
 
     >>> import natgrad_jax as ng
@@ -15,7 +45,7 @@ class Cholesky:
 
 
 @dataclasses.dataclass(frozen=True)
-class Eigh:
+class Eigh(InverseMethod):
     """Moore–Penrose inverses by eigendecomposition.
 
     Args:
@@ -28,9 +58,12 @@ class Eigh:
 
     cutoff: float | None = None
 
+    def exact(self, factor: jax.Array, damping: jax.Array, old: Any) -> Problem:
+        return Problem(pseudo_inverse, (factor, damping), (("cutoff", self.cutoff),))
+
 
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(InverseMethod):
     """The leading eigenpairs of each factor, warm-started, and all others at their mean.
 
     Factors of at most twice the rank, and blocks with one matrix, are treated exactly.
@@ -50,18 +83,26 @@ class LowRank:
     def __post_init__(self) -> None:
         _check_rank(self.rank)
 
+    def low_rank(self, layer: Layer, side: FactorStructure) -> int:
+        # a block with one matrix is inverted exactly, of whatever size
+        may_be = layer.output_side is not None and side.supports_low_rank
+        return self.rank if may_be and is_cheaper(self.rank, side.width) else 0
+
 
 @dataclasses.dataclass(frozen=True)
-class NewtonSchulz:
+class NewtonSchulz(InverseMethod):
     """Inverses by matrix products alone, iterated from the last inverse.
 
     >>> import natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}), inverse=ng.NewtonSchulz())
     """
 
+    def exact(self, factor: jax.Array, damping: jax.Array, old: Any) -> Problem:
+        return Problem(newton_schulz_inverse, (factor, damping, old), fills=True)
+
 
 @dataclasses.dataclass(frozen=True)
-class Woodbury:
+class Woodbury(InverseMethod):
     """Cholesky at a refresh, and an update of low rank for each measured batch in between.
 
     Between refreshes the damping of the last one fades with the factors' decay.
@@ -80,6 +121,10 @@ class Woodbury:
 
     def __post_init__(self) -> None:
         _check_rank(self.rank)
+
+    @property
+    def update_rank(self) -> int:
+        return self.rank
 
 
 Inverse = Cholesky | Eigh | LowRank | NewtonSchulz | Woodbury

@@ -33,3 +33,8 @@ def pseudo_inverse(
     small = values <= cutoff * values.max(-1, keepdims=True)
     gains = jnp.where(small, 0, 1 / jnp.where(small, 1, values))
     return jnp.matmul(basis * gains[..., None, :], basis.mT, precision=HIGHEST)
+
+
+def reciprocal(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``x⁺`` of numbers that are not negative: 0 of 0."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

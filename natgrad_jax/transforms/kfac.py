@@ -3,7 +3,6 @@
 import optax
 from jaxtyping import DTypeLike
 
-from natgrad_jax.curvature.damping_split import split
 from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverse_methods import Inverse
 from natgrad_jax.layers.approximation import Approximation
@@ -99,7 +98,7 @@ def scale_by_kfac(
         trust_radius,
         stored_as(factor_dtype),
     )
-    return kronecker(layers, config, inverse_method(inverse), split)
+    return kronecker(layers, config, inverse_method(inverse))
 
 
 @renamed_keywords

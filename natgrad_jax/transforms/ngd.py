@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import DTypeLike
 
-from natgrad_jax.curvature.damping_split import equal
 from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverse_methods import Eigh, Inverse, Woodbury
 from natgrad_jax.layers.approximation import Approximation
@@ -93,7 +92,7 @@ def ngd(
         per_squared_rate(trust_radius, learning_rate),
         stored_as(factor_dtype),
     )
-    inner = kronecker(layers, config, method, equal)
+    inner = kronecker(layers, config, method)
     rate = _over(learning_rate, count)
     return descent(inner, layers, rate, trace(momentum, nesterov), weight_decay)
 

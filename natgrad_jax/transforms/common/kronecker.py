@@ -1,6 +1,6 @@
 """What K-FAC and exact natural gradient share: damped inverses of one Kronecker product a layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +9,13 @@ import optax
 
 from natgrad_jax.curvature import factor_averages, term_shares
 from natgrad_jax.curvature.factor_averages import Factors
-from natgrad_jax.curvature.inverse_methods import METHODS, Inverse
+from natgrad_jax.curvature.inverse_methods import InverseMethod
 from natgrad_jax.curvature.inverses import (
-    Inversion,
-    followed,
     identities,
     inverses,
     keep_finite,
     operate,
+    updated,
 )
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
@@ -30,10 +29,8 @@ from natgrad_jax.transforms.common.preconditioner import (
     PreconditionerConfig,
     preconditioner,
 )
-from natgrad_jax.transforms.common.schedule import RefreshSchedule, refresh_due
+from natgrad_jax.transforms.common.schedule import refresh_due
 from natgrad_jax.utils.tree_paths import Path
-
-Divide = Callable[..., tuple[jax.Array, jax.Array]]  # of λ between the factors
 
 
 class KFACState(NamedTuple):
@@ -56,31 +53,28 @@ class KFACState(NamedTuple):
 
 
 def kronecker(
-    layers: Layers, config: PreconditionerConfig, method: Inverse, divide: Divide
+    layers: Layers, config: PreconditionerConfig, method: InverseMethod
 ) -> optax.GradientTransformationExtraArgs:
-    """Precondition by damped inverses of Kronecker factors."""
-    name = next(name for name, kind in METHODS.items() if isinstance(method, kind))
-    inversion = Inversion(name, getattr(method, "rank", None), getattr(method, "cutoff", None))
+    """Precondition by damped inverses of Kronecker factors; ``config`` names how λ is split."""
 
     def start(layers: Layers) -> dict[str, Any]:
-        return {"bases": {path: identities(layer, inversion) for path, layer in layers.items()}}
+        return {"bases": {path: identities(layer, method) for path, layer in layers.items()}}
 
     def follow(state: KFACState, layers: Layers, now: Now) -> KFACState:
-        if inversion.method == "woodbury":
-            state = _absorb(state, layers, now, inversion)
-        return _refresh(state, layers, now, inversion, divide, config.refresh)
+        if method.update_rank:
+            state = _absorb(state, layers, now, method.update_rank)
+        return _refresh(state, layers, now, method, config)
 
     apply = lambda layer, state, path, x, damping: operate(layer, state.bases[path], x)
     return preconditioner(layers, config, Method(KFACState, start, follow, apply))
 
 
-def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) -> KFACState:
+def _absorb(state: KFACState, layers: Layers, now: Now, rank: int) -> KFACState:
     """Inverses that have seen this batch too, by updates of low rank.
 
     The G of a layer that several terms depend on waits for the next refresh.
     """
-    rank, statistics = inversion.rank, now.statistics
-    assert rank is not None
+    statistics = now.statistics
 
     def seen() -> dict[Path, Factors]:
         bases = {}
@@ -96,7 +90,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) ->
                 own = None if layer.mixed else factors.A
                 factors, good = factors._replace(A=own, G=None), good.any(0)
             rate, _ = factor_averages.rate(before, now.decay, good & (before > 0))
-            new = followed(layer, old, factors, rate, rank)
+            new = updated(layer, old, factors, rate, rank)
             bases[path], _ = keep_finite(layer, new, old, state.weights[path])
         return bases
 
@@ -108,9 +102,8 @@ def _refresh(
     state: KFACState,
     layers: Layers,
     now: Now,
-    inversion: Inversion,
-    divide: Divide,
-    refresh: RefreshSchedule,
+    method: InverseMethod,
+    config: PreconditionerConfig,
 ) -> KFACState:
     """Inverses of the current factors, where due; the last ones where that fails."""
 
@@ -121,18 +114,18 @@ def _refresh(
             factor_averages.in_full(layer, state.factors[path]),
             now.damping,
             state.bases[path],
-            inversion,
-            divide,
+            method,
+            config.request.split,
         )
-        found = solve({path: of(path, layer) for path, layer in due.items()}, refresh.over)
+        found = solve({path: of(path, layer) for path, layer in due.items()}, config.refresh.over)
         for path, layer in due.items():
             old, weights = state.bases[path], state.weights[path]
             new, failures = found[path]
-            # in the shift of an inverse of low rank every eigenvalue is summed
-            told_by = [getattr(x, "shift", x) for x in new]
-            bases[path], bad = keep_finite(layer, new, old, weights, told_by)
+            bases[path], bad = keep_finite(layer, new, old, weights)
             rejected += bad + jnp.where(jnp.any(weights > 0), failures, 0)
         return bases, rejected
 
-    bases, bad = refresh_due(layers, refresh, state.clock.step, now.first, state.bases, renew)
+    bases, bad = refresh_due(
+        layers, config.refresh, state.clock.step, now.first, state.bases, renew
+    )
     return state._replace(bases=bases, rejected=state.rejected + bad)
