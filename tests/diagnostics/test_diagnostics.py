@@ -18,7 +18,7 @@ from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.diagnostics import errors, layer_measures
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.linalg.low_rank import LowRank
+from natgrad_jax.linalg.low_rank import LowRankInverse
 from natgrad_jax.state.walk import states
 from natgrad_jax.statistics.spec import decode
 
@@ -164,9 +164,9 @@ def test_inverses_against_explicit_matrices(name: str) -> None:
         layer, cut = run.one(path)
         row, factors = run.row(path), cut(run.state.factors[path])
         held = jax.tree.map(
-            lambda x: x.dense() if isinstance(x, LowRank) else x,
+            lambda x: x.as_matrix() if isinstance(x, LowRankInverse) else x,
             cut(run.state.bases[path]),
-            is_leaf=lambda x: isinstance(x, LowRank),
+            is_leaf=lambda x: isinstance(x, LowRankInverse),
         )
         F, M = sides(layer, factors), sides(layer, held)
         means = {k: np.trace(x) / len(x) for k, x in F.items()}

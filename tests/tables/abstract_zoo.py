@@ -16,7 +16,7 @@ from flax import nnx
 from transformations import Setting, find_layers
 
 import natgrad_jax as ng
-from natgrad_jax.curvature.inverses import RANK
+from natgrad_jax.curvature.inverse_methods import RANK
 from natgrad_jax.curvature.layer_sums import MAX_CHUNK_BYTES
 from natgrad_jax.layers.limits import MAX_FREE, MAX_FULL, MAX_FULL_NORM
 from natgrad_jax.linalg.cholesky import LEAF, WHOLE

@@ -17,7 +17,7 @@ from abstract_networks import WHOLE
 from transformations import TABLE, Row, assert_types_stay
 
 import natgrad_jax as ng
-from natgrad_jax.curvature.inverses import RANK
+from natgrad_jax.curvature.inverse_methods import RANK
 
 pytestmark = pytest.mark.no_cover  # that would take half as long again, and other tests cover it
 
