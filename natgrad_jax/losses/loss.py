@@ -175,7 +175,7 @@ def _scalar(value: Loss | Number, doing: str) -> Num[Array, ""]:
     return jnp.asarray(value)
 
 
-def as_loss(out: Any, has_aux: bool | None = None) -> Loss:
+def as_loss(out: object, has_aux: bool | None = None) -> Loss:
     """The Loss in the result of ``loss_fn``; raises TypeError that says what to return."""
     loss = out
     if has_aux is not False and isinstance(out, tuple) and len(out) == 2:

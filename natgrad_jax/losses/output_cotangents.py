@@ -8,7 +8,6 @@ size.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ Cotangents = tuple[Float[Array, "..."], ...]
 Axes = Sequence[int | None]
 
 
-def check_key(rng: Any) -> None:
+def check_key(rng: object) -> None:
     """Raise TypeError unless ``rng`` is one key, new-style or old-style, or None."""
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):

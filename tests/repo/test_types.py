@@ -15,7 +15,7 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(ng.__file__).parents[1]
 
-# What typed users run, but for loss_fn and step of the README: they have no types, as most have.
+# Strict, but for functions without annotations, such as the README's loss_fn and step.
 FLAGS = ("--strict", "--allow-untyped-defs", "--allow-untyped-calls", "--no-check-untyped-defs",
          "--ignore-missing-imports", "--follow-imports=silent", "--config-file=")  # fmt: skip
 
