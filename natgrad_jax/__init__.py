@@ -28,7 +28,7 @@ from natgrad_jax.reparametrization.parameters import (
     whitening_variables,
 )
 from natgrad_jax.state.accessors import bases, damping, factors
-from natgrad_jax.state.checkpoints import check_state
+from natgrad_jax.state.checkpoints import check_state, restore_state
 from natgrad_jax.state.train_state import TrainState
 from natgrad_jax.statistics.accumulation import accumulate
 from natgrad_jax.statistics.batch_statistics import Statistics
@@ -107,6 +107,7 @@ __all__ = [
     "prong",
     "quadratic_forms",
     "rank_for",
+    "restore_state",
     "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_quadratic_model",

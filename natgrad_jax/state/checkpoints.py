@@ -1,12 +1,51 @@
-"""Whether a saved state is one of this transformation, before anything reads it."""
+"""States on disk: whether a saved one is of this transformation, and how it comes back."""
 
+import re
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-from natgrad_jax.utils.tree_paths import Path, join, normalize
+from natgrad_jax.utils.tree_paths import join, normalize
 
 SHOWN = 5  # differences in a message
+
+# States are a file format: whatever a field, or a word of a request, was called in a version before
+# has a line here, oldest first. A regular expression for its path then, such as "/clock/step$" or
+# "/request/stride=", and what that is now.
+RENAMED: tuple[tuple[str, str], ...] = ()
+
+# Fields that some version did not have, which begin as tx.init makes them; fields of then that
+# nothing needs.
+ADDED: frozenset[str] = frozenset()
+REMOVED: frozenset[str] = frozenset()
+
+# Where a loss has several terms, 0.1.0 had no axis of terms in these: it kept the sum over them
+# (True), of which each now takes an equal part, or what holds for each of them.
+OF_TERMS = {
+    "shares": True,
+    "moments": True,
+    "diagonal": True,
+    "weights": False,
+    "moment_weights": False,
+    "diagonal_weights": False,
+    "statistics_due": False,
+    "examples": False,
+}
+# Where it kept what now stands in the factors of such a layer.
+WITHOUT_TERMS = (
+    (r"/factors/([^/]+)/shares/", r"/factors/\1/"),
+    (r"/factors/([^/]+)/weights$", r"/weights/\1"),
+)
+
+# By layer or parameter: of these 0.1.0 also kept what optax.masked takes away.
+BY_LAYER = frozenset(
+    ("factors", "weights", "bases", "moments", "moment_weights", "diagonal", "diagonal_weights")
+)
 
 
 def check_state(saved: Any, state: Any) -> None:
@@ -32,32 +71,210 @@ def check_state(saved: Any, state: Any) -> None:
     Traceback (most recent call last):
     ValueError: the saved state ... clock/step: saved with shape (), now (3,)...
     """
-    before, now = _shapes(saved), _shapes(state)
-    differences = [f"{join(path)}: not in what was saved" for path in now if path not in before]
-    differences += [f"{join(path)}: saved, and not there now" for path in before if path not in now]
+    before, now = ({p: _shape(x) for p, x in _leaves(t).items()} for t in (saved, state))
+    differences = [f"{path}: not in what was saved" for path in now if path not in before]
+    differences += [f"{path}: saved, and not there now" for path in before if path not in now]
     differences += [
-        f"{join(path)}: saved with shape {before[path]}, now {shape}"
+        f"{path}: saved with shape {before[path]}, now {shape}"
         for path, shape in now.items()
         if before.get(path, shape) != shape
     ]
+    _refuse(differences, "A state of an older version comes back by ng.restore_state.")
+
+
+def restore_state(saved: Any, state: Any) -> Any:
+    """The saved state in the structure of ``state``, whichever version of this library saved it.
+
+    For what comes back from disk without its structure: of orbax without a target, of
+    ``flax.serialization.msgpack_restore``. States of every version since 0.1.0 come back, those of
+    now too; then training goes on as it would have. Nothing is guessed: every array of either side
+    has its place on the other, or this raises. (0.1.0 kept one average where there is now one for
+    each of several terms of a loss: each takes an equal part. What it kept of layers that
+    ``optax.masked`` or ``optax.partition`` takes away is left out.)
+
+    Args:
+      saved: nested dicts, lists and tuples of arrays, by field names or their numbers.
+      state: the state (or dict of states, of parameters and states) that it is to replace, fresh
+        from ``tx.init``.
+
+    Returns:
+      What was saved, in the classes of ``state`` and on its devices; no buffer is shared with
+      ``saved``.
+
+    Raises:
+      TypeError: shapes where arrays are to be (metadata of a checkpoint, ``jax.eval_shape``).
+      ValueError: names the first paths that are missing, too many or of another shape or dtype; or
+        where numbers are not finite which are so in ``state``.
+
+    Source: ``flax.serialization.from_state_dict`` restores by the same names, of one version alone.
+
+    >>> import flax.serialization, natgrad_jax as ng
+    >>> tx = ng.kfac(0.1, ng.Layers({}))
+    >>> data = flax.serialization.to_bytes(tx.init({}))
+    >>> state = ng.restore_state(flax.serialization.msgpack_restore(data), tx.init({}))
+    >>> isinstance(state[0], ng.KFACState), int(state[0].clock.step)
+    (True, 0)
+    """
+    now, before = _leaves(state), _leaves(saved)
+    _check_arrays(state=now, saved=before)
+    before = _with_terms(_renamed(before, now), now)
+    differences, infinite, values = [], [], {}
+    for path, leaf in now.items():
+        if path not in before:
+            if ADDED.isdisjoint(path.split("/")):
+                differences.append(f"{path}: not in what was saved, now {_told(leaf)}")
+        elif not _fits(before[path], leaf):
+            differences.append(f"{path}: saved as {_told(before[path])}, now {_told(leaf)}")
+        elif not _finite(before[path]) and _finite(leaf):
+            infinite.append(path)
+        elif not _is_empty(leaf):
+            values[path] = _placed(before[path], leaf)
+    left_out = _left_out(state)
+    extra = [path for path in before if path not in now and not left_out(path)]
+    _refuse(differences + [f"{path}: saved, and not there now" for path in extra])
+    if infinite:
+        raise ValueError(
+            f"the saved state has numbers that are not finite, in {_listed(infinite)}. Restore an "
+            "earlier checkpoint, or start from tx.init."
+        )
+    return jax.tree_util.tree_map_with_path(lambda p, x: values.get(_name(p), x), state)
+
+
+def _renamed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What was saved by the paths of now; what has its place keeps it."""
+    found = {}
+    for path, x in before.items():
+        name = path
+        for then, later in RENAMED:
+            name = re.sub(then, later, name)
+        found[path if path in now or name in before else name] = x
+    return found
+
+
+def _with_terms(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """With what 0.1.0 kept for all terms of a loss told apart, where there are several."""
+    clocks = [path for path in now if path.endswith("/clock/statistics_due") and path in before]
+    without = [path for path in clocks if _shape(before[path]) != _shape(now[path])]
+    states = tuple(path.removesuffix("clock/statistics_due") for path in without)
+    found = dict(before)
+    for path, leaf in now.items():
+        origin, shape = path, _shape(leaf)
+        for now_at, then_at in WITHOUT_TERMS:
+            origin = re.sub(now_at, then_at, origin)
+        fields = [name for name in path.split("/") if name in OF_TERMS]
+        if not (path.startswith(states) and fields and shape and origin in before):
+            continue
+        x = np.asarray(before[origin])
+        # of a Kronecker product A ⊗ G the one side is divided
+        whole = not OF_TERMS[fields[-1]] or (path.endswith("/A") and f"{path[:-1]}G" in now)
+        if shape[1:] == x.shape:
+            found[path] = np.stack([x if whole else x / shape[0]] * shape[0])
+    return found
+
+
+def _left_out(state: Any) -> Callable[[str], bool]:
+    """Whether what was saved at a path is needed no more."""
+    is_masked = lambda x: isinstance(x, optax.MaskedState)
+    flat = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_masked)[0]
+    under = tuple(f"{_name(path)}/" for path, x in flat if is_masked(x))
+
+    def told(path: str) -> bool:
+        fields = path.split("/")
+        masked = path.startswith(under) and not BY_LAYER.isdisjoint(fields)
+        return masked or not REMOVED.isdisjoint(fields)
+
+    return told
+
+
+def _refuse(differences: list[str], more: str = "") -> None:
     if differences:
-        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
         raise ValueError(
             "the saved state is of other Layers, of a transformation with other keywords, or of "
-            f"another version of this library: {'; '.join(differences[:SHOWN])}{more}. Make the "
-            "model and the transformation as the run that saved it did, or start from tx.init."
+            f"another version of this library: {_listed(differences)}. Make the model and the "
+            f"transformation as the run that saved it did, or start from tx.init. {more}".rstrip()
         )
 
 
-def _shapes(tree: Any) -> dict[Path, tuple[int, ...]]:
+def _listed(parts: list[str]) -> str:
+    more = f"; and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    return "; ".join(part.lstrip("/") for part in parts[:SHOWN]) + more
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
     """By path; also of what a state asks for, which is spelled in keys without arrays."""
-    is_mark = lambda x: type(x) is tuple and not x
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_mark)[0]
-    return {normalize(path): _shape(x) for path, x in flat}
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)[0]
+    twice = [p for p, count in Counter(_name(path) for path, _ in flat).items() if count > 1]
+    if twice:
+        raise ValueError(f"two values have one path: {_listed(twice)}. Rename one of each.")
+    named = {_name(path): x for path, x in flat}
+    return {p: x for p, x in named.items() if not _is_empty(x) or "/request/" in p}
+
+
+def _check_arrays(**trees: dict[str, Any]) -> None:
+    for name, leaves in trees.items():
+        for path, x in leaves.items():
+            if hasattr(x, "dtype") and not isinstance(x, jax.Array | np.ndarray | np.generic):
+                raise TypeError(
+                    f"restore_state: {name} holds no array at {path[1:]}, but a "
+                    f"{type(x).__name__}. Give it the arrays that were saved, and a state fresh "
+                    "from tx.init."
+                )
+
+
+def _is_empty(x: Any) -> bool:
+    """A word of a request, or a state without arrays: () is {} in Flax's bytes."""
+    return x is None or (isinstance(x, tuple | list | dict) and not x)
+
+
+def _name(key_path: tuple[Any, ...]) -> str:
+    """``/clock/step``; without what NNX variables, also in dicts, have their array under."""
+    path = normalize(key_path)
+    return "/" + join(path[:-1] if path[-1:] == ("value",) else path)
+
+
+def _raw(x: Any) -> Any:
+    """An array as it is stored: a key by its numbers."""
+    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+        concrete = isinstance(x, jax.Array)
+        return jax.random.key_data(x) if concrete else jax.eval_shape(jax.random.key_data, x)
+    return x
 
 
 def _shape(x: Any) -> tuple[int, ...]:
-    """As arrays are stored: a key by its numbers."""
-    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-        x = jax.eval_shape(jax.random.key_data, x)
-    return tuple(getattr(x, "shape", ()))
+    return tuple(getattr(_raw(x), "shape", ()))
+
+
+def _told(x: Any) -> str:
+    if _is_empty(x):
+        return "asked for"
+    return f"{_raw(x).dtype if hasattr(x, 'dtype') else type(x).__name__} of shape {_shape(x)}"
+
+
+def _fits(x: Any, leaf: Any) -> bool:
+    """Of one shape and dtype; of one kind of number where one is Python's."""
+    if _is_empty(x) or _is_empty(leaf):
+        return _is_empty(x) and _is_empty(leaf)
+    x, leaf = _raw(x), _raw(leaf)
+    if hasattr(x, "dtype") and hasattr(leaf, "dtype"):
+        return _shape(x) == _shape(leaf) and x.dtype == leaf.dtype
+    return _shape(x) == _shape(leaf) and np.asarray(x).dtype.kind == np.asarray(leaf).dtype.kind
+
+
+def _finite(x: Any) -> bool:
+    if _is_empty(x) or not jnp.issubdtype(jnp.result_type(_raw(x)), jnp.inexact):
+        return True
+    return bool(jnp.isfinite(x).all())
+
+
+def _placed(x: Any, leaf: Any) -> Any:
+    """A copy of a saved array, where ``leaf`` is."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf)(x)
+    if not isinstance(leaf, jax.Array):
+        return np.array(x)
+    x = _raw(x)
+    if not leaf.committed:
+        x = jnp.array(np.asarray(x), _raw(leaf).dtype)  # as little bound to a device
+    if _raw(leaf) is not leaf:
+        x = jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(leaf))
+    return jax.device_put(x, leaf.sharding, may_alias=False) if leaf.committed else x
