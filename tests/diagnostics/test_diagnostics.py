@@ -115,8 +115,7 @@ def vars_of(layer: Layer) -> dict[str, Any]:
 
 def sides(layer: Layer, operator: Any) -> dict[str, np.ndarray]:
     """``A ⊗ I`` and ``I ⊗ G`` over the layer's parameters."""
-    eye = lambda side: jnp.ones(side.shape) if side.diagonal else jnp.broadcast_to(
-        jnp.eye(side.shape[-1]), (*layer.factor_blocks, *side.shape))  # fmt: skip
+    eye = lambda side: side.identity(layer.factor_blocks, layer.factor_dtype)
     bias = getattr(operator, "bias", None)
     if operator.G is None:
         return {"A": np.asarray(errors.dense(layer, partial(operate, layer, operator)))}

@@ -15,18 +15,19 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from leftover import setting as setting_of_optax
 from saved_by_0_1_0 import AFTER, SAVED_AT, TABLE, Setting, go_on, setting as make_setting
-from test_checkpoints import assert_same_bits, manager, save, scrambled
-from test_optax import setting as setting_of_optax
+from saving import assert_same_bits, manager, save, scrambled
 from transformations import TABLE as TABLE_OF_NOW, setting as setting_of_table, setting_nnx
 
 import natgrad_jax as ng
 from natgrad_jax.state import checkpoints
 from natgrad_jax.utils import tree_paths
 
-pytestmark = pytest.mark.once
+# what made the states is written as 0.1.0 had it
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:.*old keywords")]
 
-DATA = Path(__file__).parent / "data/state_0_1_0"
+DATA = Path(__file__).parents[1] / "data/state_0_1_0"
 
 setting: Callable[[str], Setting] = functools.cache(make_setting)
 
