@@ -30,6 +30,8 @@ class Eigenbasis:
     Raises:
       ValueError: a method that there is not.
 
+    Source: Golub & Van Loan, section 7.3.2; Vyas et al. 2024 (SOAP) for ``"qr"`` here.
+
     >>> import natgrad_jax as ng
     >>> tx = ng.ekfac(0.1, ng.Layers({}), basis=ng.Eigenbasis("qr", tolerance=0.1))
     """

@@ -74,6 +74,8 @@ class LowRank(InverseMethod):
     Raises:
       ValueError: ``rank`` is no whole number of at least 1.
 
+    Source: Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.3 (the eigenpairs).
+
     >>> import natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}), inverse=ng.LowRank(rank=32))
     """
@@ -92,6 +94,8 @@ class LowRank(InverseMethod):
 @dataclasses.dataclass(frozen=True)
 class NewtonSchulz(InverseMethod):
     """Inverses by matrix products alone, iterated from the last inverse.
+
+    Source: Schulz 1933; Pan & Reif 1985 for the start.
 
     >>> import natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}), inverse=ng.NewtonSchulz())
@@ -112,6 +116,8 @@ class Woodbury(InverseMethod):
 
     Raises:
       ValueError: ``rank`` is no whole number of at least 1.
+
+    Source: Woodbury 1950; Tropp, Yurtsever, Udell & Cevher 2017, algorithm 3 (a factor's root).
 
     >>> import natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}), inverse=ng.Woodbury(rank=32))

@@ -1,6 +1,7 @@
 """States as users of version 0.1.0 saved them, and what that version did next.
 
-``python saved_by_0_1_0.py FOLDER``, with natgrad_jax 0.1.0 installed, made ``tests/data/state_0_1_0``:
+``python saved_by_0_1_0.py FOLDER``, with natgrad_jax 0.1.0 installed, made
+``tests/data/state_0_1_0``:
 ``orbax.zip`` (a folder of StandardCheckpointer, less the files that its store leaves unused) and
 ``states.msgpack.gz`` (Flax's bytes) hold ``{name: {"params": …, "opt_state": …}}`` after
 ``SAVED_AT`` steps, ``updates.npz`` the updates of the steps after that. They are not to be made
