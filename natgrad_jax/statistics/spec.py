@@ -8,6 +8,7 @@ wrapper takes: so it is encoded in the keys of a dict without leaves,
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from natgrad_jax.curvature import damping_split
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.state.walk import plain, states
 
@@ -27,7 +28,7 @@ class StatisticsSpec(NamedTuple):
     moments: bool = False
     inputs_only: bool = False
     stride: int | None = 1
-    split: str = "pi"
+    split: str = damping_split.DEFAULT
 
 
 def encode(spec: StatisticsSpec) -> EncodedSpec:
@@ -49,7 +50,7 @@ def decode(encoded: EncodedSpec) -> StatisticsSpec:
         values["group_size"] = int(values["group_size"])
     if "centred" in values:
         values["centred"] = values["centred"] == "True"
-    stride, split = values.pop("stride", "1"), values.pop("split", "pi")
+    stride, split = values.pop("stride", "1"), values.pop("split", StatisticsSpec().split)
     stride = None if stride == "None" else int(stride)
     flags = ("moments" in encoded, "inputs_only" in encoded)
     return StatisticsSpec(Approximation(**values), *flags, stride, split)

@@ -159,7 +159,7 @@ def _diagonals(
         count = term_shares.counts(statistics.examples, parameter.terms)
         weight = state.diagonal_weights[path]
         measured = count > 0
-        value = factor_averages.over(statistics.leftover[path], jnp.where(measured, count, 1))
+        value = factor_averages.divide(statistics.leftover[path], jnp.where(measured, count, 1))
         good = jnp.isfinite(value.sum(tuple(range(weight.ndim, value.ndim)))) & measured
         rate, later[path] = factor_averages.rate(weight, decay, good)
         new[path] = factor_averages.step(rate, state.diagonal[path], value)
