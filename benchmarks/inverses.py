@@ -64,7 +64,7 @@ def ways(n: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], np.ndar
     start = initial_subspace((n,), max(n // SHARE, 1), jnp.float32)
     for _ in range(10):
         start = subspace(f32(F), start)[0]
-    dense = lambda *args: low_rank_inverse(*args).dense()
+    dense = lambda *args: low_rank_inverse(*args).as_matrix()
     lam, decay = f32(damping), f32(DECAY)
     last = f32(np.linalg.inv(1.02 * F + damping * eye))
     return {
@@ -95,7 +95,7 @@ def measure(n: int, repetitions: int) -> list[Row]:
     rows = []
     for name, (_, _, want) in compiled.items():
         found = results[name]
-        found = np.asarray(found.dense() if hasattr(found, "dense") else found, float)
+        found = np.asarray(found.as_matrix() if hasattr(found, "as_matrix") else found, float)
         error = float(np.linalg.norm(found - want) / np.linalg.norm(want))
         median = float(np.median(seconds[name]))
         rows.append(Row(n, name, median, median / float(np.median(seconds["cholesky"])), error))

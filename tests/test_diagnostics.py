@@ -18,7 +18,7 @@ from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.diagnostics import errors, layer_measures
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.linalg.low_rank import LowRank
+from natgrad_jax.linalg.low_rank import LowRankInverse
 from natgrad_jax.state.walk import states
 from natgrad_jax.statistics.spec import parse
 
@@ -121,8 +121,7 @@ def vars_of(layer: Layer) -> dict[str, Any]:
 
 def sides(layer: Layer, operator: Any) -> dict[str, np.ndarray]:
     """``A ⊗ I`` and ``I ⊗ G`` over the layer's parameters."""
-    eye = lambda side: jnp.ones(side.shape) if side.diagonal else jnp.broadcast_to(
-        jnp.eye(side.shape[-1]), (*layer.factor_blocks, *side.shape))  # fmt: skip
+    eye = lambda side: side.identity(layer.factor_blocks, layer.factor_dtype)
     bias = getattr(operator, "bias", None)
     if operator.G is None:
         return {"A": np.asarray(errors.dense(layer, partial(operate, layer, operator)))}
@@ -168,9 +167,9 @@ def test_inverses_against_explicit_matrices(name: str) -> None:
         layer, cut = run.one(path)
         row, factors = run.row(path), cut(run.state.factors[path])
         held = jax.tree.map(
-            lambda x: x.dense() if isinstance(x, LowRank) else x,
+            lambda x: x.as_matrix() if isinstance(x, LowRankInverse) else x,
             cut(run.state.bases[path]),
-            is_leaf=lambda x: isinstance(x, LowRank),
+            is_leaf=lambda x: isinstance(x, LowRankInverse),
         )
         F, M = sides(layer, factors), sides(layer, held)
         means = {k: np.trace(x) / len(x) for k, x in F.items()}

@@ -129,7 +129,7 @@ def test_low_rank_inverse(batch: tuple[int, ...]) -> None:
         found = low_rank.low_rank_inverse(jnp.asarray(F), jnp.full(batch, 0.5), V)
         V = found.V
     expected = np.linalg.inv(F + 0.5 * np.eye(20))
-    np.testing.assert_allclose(found.dense(), expected, atol=1e-10)
+    np.testing.assert_allclose(found.as_matrix(), expected, atol=1e-10)
     x = np.random.default_rng(1).normal(size=(*batch, 20, 3))
     np.testing.assert_allclose(found.apply(jnp.asarray(x)), expected @ x, atol=1e-10)
 
@@ -190,7 +190,7 @@ def test_low_rank_on_both_sides_at_once(batch: tuple[int, ...]) -> None:
         for n, k in ((12, 3), (9, 2))
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(*batch, 12, 9)))
-    expected = left.dense() @ x @ right.dense()
+    expected = left.as_matrix() @ x @ right.as_matrix()
     np.testing.assert_allclose(low_rank.between(left, x, right), expected, atol=1e-12)
 
 

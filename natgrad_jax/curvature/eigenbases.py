@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from natgrad_jax.curvature import partial_eigenbasis
 from natgrad_jax.curvature.factor_averages import bias_of, pair
 from natgrad_jax.curvature.inverses import identities
-from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving
 from natgrad_jax.linalg.eigh import eigenbasis
@@ -37,7 +37,7 @@ def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
     whole = identities(layer)
     rank = None if layer.output_side is None else rank
 
-    def one(side: Side | None, x: Any) -> Any:
+    def one(side: FactorStructure | None, x: Any) -> Any:
         if not partial_eigenbasis.may_be_partial(side, rank):
             return x
         assert rank is not None
@@ -61,13 +61,10 @@ def eigenbases(
     """
     sides = [layer.input_side] + ([layer.output_side] if layer.output_side is not None else [])
     given = list(zip(sides, factors, old, strict=False))
-    solutions = iter(
-        (yield [_problem(*each, first, how) for each in given if not each[0].diagonal])
-    )
-    found = [
-        (jnp.ones_like(factor), factor) if side.diagonal else next(solutions)
-        for side, factor, _ in given
-    ]
+    known = [side.direct_eigenbasis(factor) for side, factor, _ in given]
+    pairs = zip(given, known, strict=True)
+    solutions = iter((yield [_problem(*x, first, how) for x, direct in pairs if direct is None]))
+    found = [next(solutions) if direct is None else direct for direct in known]
     bias = bias_of(factors)
     on_rows, *on_columns = (
         partial_eigenbasis.eigenvalues(
@@ -82,7 +79,7 @@ def eigenbases(
 
 
 def _problem(
-    side: Side, factor: jax.Array, old: jax.Array, first: jax.Array, how: Refresh
+    side: FactorStructure, factor: jax.Array, old: jax.Array, first: jax.Array, how: Refresh
 ) -> Problem:
     if partial_eigenbasis.is_partial(side, old):
         return Problem(subspace, (factor, old))
@@ -133,19 +130,10 @@ def carried(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array:
     of eigenvectors do not matter, the trace stays, and a basis that hardly moved changes hardly
     anything.
     """
-    S = _turned(layer.input_side, moments, old.A, new.A)
+    S = partial_eigenbasis.transport(layer.input_side, moments, old.A, new.A)
     if layer.output_side is None:
         return S
-    return _turned(layer.output_side, S.mT, old.G, new.G).mT
-
-
-def _turned(side: Side, S: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    if side.diagonal:
-        return S
-    overlap = partial_eigenbasis.overlaps(side, new, old)
-    if partial_eigenbasis.is_partial(side, new):
-        return jnp.matmul(overlap, S, precision=HIGHEST)
-    return side.apply(overlap, None, S)
+    return partial_eigenbasis.transport(layer.output_side, S.mT, old.G, new.G).mT
 
 
 def squares(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature.layer_sums import Sums
-from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
 
 
@@ -49,7 +49,7 @@ def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> 
     return pair(
         zeros(layer.input_factor_shape),
         None if outputs is None else zeros(outputs),
-        zeros(layer.factor_blocks) if layer.input_side.bias else None,
+        zeros(layer.factor_blocks) if layer.input_side.bias_apart else None,
     )
 
 
@@ -95,12 +95,12 @@ def of_one_term(
     rows, count = jnp.where(seen, sums.rows, 1), jnp.where(seen, examples, 1)
     if layer.output_side is None:
         return Batch(Factors(over(sums.A, count)), seen, seen & _finite(layer, Factors(sums.A)))
-    on_outputs = layer.kind.startswith("conv") and not layer.approximation.centred
+    on_outputs = layer.traits.has_receptive_field and not layer.approximation.centred
     over_a, over_g = (count, rows) if on_outputs else (rows, count)
     if on_outputs and saw is not None:
         over_a, over_g = saw, count * rows / saw
     bias = None
-    if layer.input_side.bias:
+    if layer.input_side.bias_apart:
         bias = jnp.ones(layer.stack_sizes + layer.factor_blocks, sums.A.dtype)
         bias = bias * jnp.expand_dims(rows / over_a, tuple(range(rows.ndim, bias.ndim)))
     lead = layer.stack_sizes + layer.factor_blocks
@@ -142,7 +142,7 @@ def partial_traces(
     return over(A, root), over(G, root)
 
 
-def _form(side: Side, factor: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+def _form(side: FactorStructure, factor: jax.Array, lead: tuple[int, ...]) -> jax.Array:
     """A factor in the form of ``side``: measured so, or cut out of the whole one."""
     return factor if factor.shape == lead + side.shape else side.narrow(factor)
 

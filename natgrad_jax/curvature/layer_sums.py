@@ -5,14 +5,16 @@ Every array here is a raw sum; calls, batches and devices add.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature import partial_eigenbasis
-from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.factor_structure import FactorStructure
+from natgrad_jax.layers.kinds.base import LayerCall, OneHotCall
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.linalg.gram import gram, one_axis
 from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.sharding import replicated, varying_like
 
@@ -64,20 +66,20 @@ def rows_shapes(layer: Layer, examples: int) -> Any:
     return of((*lead, a), (*lead, g), uses)
 
 
-def measure(layer: Layer, call: Any, x: Any, g: jax.Array) -> Sums:
+def measure(layer: Layer, call: LayerCall, x: Any, g: jax.Array) -> Sums:
     """The sums of one call of ``layer`` with input ``x`` and output cotangent ``g``."""
     outputs = call.outputs(g)
     rows = _count_rows(outputs, layer)
     if layer.output_side is None:
         return Sums(_gradient_gram(layer, call, x, outputs), None, rows)
-    if getattr(call, "swapped", False):
+    if call.swapped:
         A, G = (_gram(layer, side, y) for side, y in ((layer.input_side, outputs),
                 (layer.output_side, call.examples(x))))  # fmt: skip
         return _in_use(layer, 1, Sums(A, G, rows))
     return _in_use(layer, 0, Sums(_input_gram(layer, call, x), _output_gram(layer, outputs), rows))
 
 
-def measure_rows(layer: Layer, call: Any, x: Any, g: jax.Array) -> Rows:
+def measure_rows(layer: Layer, call: LayerCall, x: Any, g: jax.Array) -> Rows:
     """Rows of the examples of one call, activations and gradients summed over positions."""
     dtype = layer.factor_dtype
     examples, outputs = call.examples(x), call.outputs(g)
@@ -85,7 +87,7 @@ def measure_rows(layer: Layer, call: Any, x: Any, g: jax.Array) -> Rows:
         lambda c: call.inputs(c).sum(1, dtype=dtype), (examples,), call.width(x), add=False
     )
     use, pair = 0, (inputs, outputs.sum(1, dtype=dtype))
-    if getattr(call, "swapped", False):
+    if call.swapped:
         use, pair = 1, pair[::-1]
     return _in_use(layer, use, Rows(*pair, _count_rows(outputs, layer)))
 
@@ -111,7 +113,7 @@ def sums_of_rows(layer: Layer, rows: Rows, lead: int) -> Sums:
     return Sums(A, G, jnp.where(rows.rows > 0, examples, 0).astype(rows.rows.dtype))
 
 
-def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -> jax.Array:
+def measure_moments(layer: Layer, call: LayerCall, x: Any, g: jax.Array, bases: Any) -> jax.Array:
     """``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²``, elementwise, of one call: at the coordinates of the bases.
 
     The gradient of an example is summed over its positions before it is squared. Source: George et
@@ -121,8 +123,9 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
     (left, A), (right, G) = (layer.input_side, bases.A), (layer.output_side, bases.G)
     means = partial_eigenbasis.mean_squares
     examples, outputs = call.examples(x), call.outputs(g)
-    if layer.kind == "embed":
-        along = call.squares(examples, _project(layer, right, G, outputs))
+    if layer.traits.one_hot:
+        rotated = _project(layer, right, G, outputs)
+        along = cast(OneHotCall, call).second_moments(examples, rotated)
         return means(right, G, along)
 
     def squares(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -140,19 +143,19 @@ def measure_moments(layer: Layer, call: Any, x: Any, g: jax.Array, bases: Any) -
     return over_chunks(squares, (examples, outputs), width)
 
 
-def _project(layer: Layer, side: Side, basis: jax.Array, rows: jax.Array) -> jax.Array:
+def _project(layer: Layer, side: FactorStructure, basis: jax.Array, rows: jax.Array) -> jax.Array:
     """``Qᵀ r`` of every row: ``(N, T, *blocks, packed)``."""
     packed = side.pack(rows.astype(layer.factor_dtype), -1)
     return partial_eigenbasis.project_rows(side, basis, packed)
 
 
-def _gradient_gram(layer: Layer, call: Any, x: Any, outputs: jax.Array) -> jax.Array:
+def _gradient_gram(layer: Layer, call: LayerCall, x: Any, outputs: jax.Array) -> jax.Array:
     """``Σ v vᵀ`` over the examples, v the example's gradient of all parameters of a block."""
     dtype = layer.factor_dtype
 
     def of(x: jax.Array, g: jax.Array) -> jax.Array:
         pair = [r.astype(dtype) for r in (call.inputs(x), g)]
-        if getattr(call, "swapped", False):
+        if call.swapped:
             pair.reverse()
         v = _einsum("nt...i,nt...o->n...io", pair[0], pair[1])
         v = v.reshape(len(v), *layer.factor_blocks, -1)
@@ -161,16 +164,14 @@ def _gradient_gram(layer: Layer, call: Any, x: Any, outputs: jax.Array) -> jax.A
     return over_chunks(of, (call.examples(x), outputs), call.width(x) + 2 * layer.size)
 
 
-def _input_gram(layer: Layer, call: Any, x: Any) -> jax.Array:
+def _input_gram(layer: Layer, call: LayerCall, x: Any) -> jax.Array:
     """The factor sum over the rows of inputs, a bounded number of examples at a time."""
     side, reduce = layer.input_side, layer.approximation.weight_sharing == "reduce"
     examples = call.examples(x)
-    if side.diagonal and not reduce:
-        return call.frequencies(examples, layer.factor_dtype)
-    if side.shared and not reduce and layer.kind != "conv local":
-        rows = call.channel_rows(examples, side.constant)
-        one_place = side._replace(places=1, shared=False, bias=False, constant=False)
-        return _gram(layer, one_place, rows) / side.places
+    if not reduce:
+        direct = side.gram_without_rows(call, examples, layer.factor_dtype)
+        if direct is not None:
+            return direct
 
     def of(examples: jax.Array) -> jax.Array:
         rows = call.inputs(examples)
@@ -189,29 +190,10 @@ def _output_gram(layer: Layer, outputs: jax.Array) -> jax.Array:
 
 def _gram(layer: Layer, side: Any, rows: jax.Array) -> jax.Array:
     """One side's factor sum over rows ``(N, T, *blocks, size)``."""
-    dtype = layer.factor_dtype
-    if side.diagonal:
-        return jnp.sum(jnp.square(rows.astype(dtype)), axis=(0, 1))
     rows = side.rows(rows)
-    if layer.kind.startswith("conv"):  # one axis; not a sequence's, which devices may divide
-        rows = rows.reshape(-1, *rows.shape[2:])[:, None]
-    products = gram(rows, dtype)
-    return products / side.places if side.shared else products
-
-
-def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``Σ r rᵀ`` over the two leading axes, accumulated in ``dtype``."""
-    out_sharding, leading = replicated(rows, rows.ndim - 1), "nt"
-    if rows.shape[1] == 1:  # over two axes XLA writes a transposed copy of the rows first
-        rows, leading = rows[:, 0], "n"
-    return jnp.einsum(
-        f"{leading}...i,{leading}...j->...ij",
-        rows,
-        rows,
-        precision=HIGHEST,
-        preferred_element_type=dtype,
-        out_sharding=out_sharding,
-    ).astype(dtype)
+    if layer.traits.has_receptive_field:  # but not a sequence's axis, which devices may divide
+        rows = one_axis(rows)
+    return side.gram(rows, layer.factor_dtype)
 
 
 def over_chunks(

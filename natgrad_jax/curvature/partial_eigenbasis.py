@@ -10,34 +10,39 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.linalg.batching import trace_of
+from natgrad_jax.linalg.low_rank import is_cheaper
 from natgrad_jax.utils.precision import HIGHEST
 
 
-def is_partial(side: Side, basis: jax.Array) -> bool:
-    return not side.diagonal and basis.shape[-1] < basis.shape[-2]
+def is_partial(side: FactorStructure, basis: jax.Array) -> bool:
+    return side.supports_partial_basis and basis.shape[-1] < basis.shape[-2]
 
 
-def may_be_partial(side: Side | None, rank: int | None) -> bool:
+def may_be_partial(side: FactorStructure | None, rank: int | None) -> bool:
     """Whether that many directions are cheaper than a whole basis: one dense matrix, and wide."""
-    if side is None or rank is None or side.diagonal or side.grouped or side.shared:
+    if side is None or rank is None or not side.supports_partial_basis:
         return False
-    return 2 * rank < side.width
+    return is_cheaper(rank, side.width)
 
 
-def count(side: Side, basis: jax.Array) -> int:
+def count(side: FactorStructure, basis: jax.Array) -> int:
     """How many coordinates there are."""
     return basis.shape[-1] + 1 if is_partial(side, basis) else side.packed
 
 
-def laid_out(side: Side, basis: jax.Array) -> int:
+def laid_out(side: FactorStructure, basis: jax.Array) -> int:
     """How many numbers :func:`project_rows` has of one row."""
     return side.packed + (basis.shape[-1] if is_partial(side, basis) else 0)
 
 
 def eigenvalues(
-    side: Side, basis: jax.Array, values: jax.Array, factor: jax.Array, bias: jax.Array | None
+    side: FactorStructure,
+    basis: jax.Array,
+    values: jax.Array,
+    factor: jax.Array,
+    bias: jax.Array | None,
 ) -> jax.Array:
     """The factor along every coordinate, ``(…, count)``, from those along the basis' columns."""
     if not is_partial(side, basis):
@@ -47,7 +52,7 @@ def eigenvalues(
     return jnp.concatenate([values, rest[..., None]], axis=-1)
 
 
-def everywhere(side: Side, basis: jax.Array, values: jax.Array) -> jax.Array:
+def everywhere(side: FactorStructure, basis: jax.Array, values: jax.Array) -> jax.Array:
     """Numbers ``(…, count)`` at every packed coordinate: the others' as often as there are."""
     if not is_partial(side, basis):
         return values
@@ -56,7 +61,7 @@ def everywhere(side: Side, basis: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.concatenate([values[..., :-1], others], axis=-1)
 
 
-def project_rows(side: Side, basis: jax.Array, rows: jax.Array) -> jax.Array:
+def project_rows(side: FactorStructure, basis: jax.Array, rows: jax.Array) -> jax.Array:
     """``Qᵀ r`` of packed rows ``(N, T, *blocks, packed)``; of a partial basis ``[r, Vᵀ r]``.
 
     In that form sums over rows and products of two sides may still be taken;
@@ -66,14 +71,14 @@ def project_rows(side: Side, basis: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.concatenate([rows, inside], axis=-1) if is_partial(side, basis) else inside
 
 
-def project(side: Side, basis: jax.Array, x: jax.Array) -> jax.Array:
+def project(side: FactorStructure, basis: jax.Array, x: jax.Array) -> jax.Array:
     """``Qᵀ x`` of packed ``(…, packed, columns)``, in the form of :func:`project_rows`."""
     inside = side.rotate(basis, x)
     return jnp.concatenate([x, inside], axis=-2) if is_partial(side, basis) else inside
 
 
 def mean_squares(
-    side: Side, basis: jax.Array, squares: jax.Array, on_rows: bool = False
+    side: FactorStructure, basis: jax.Array, squares: jax.Array, on_rows: bool = False
 ) -> jax.Array:
     """Squares of projections, on the last axis or the one before, as one number a coordinate."""
     if not is_partial(side, basis):
@@ -87,14 +92,21 @@ def mean_squares(
     return jnp.concatenate([leading, mean[..., None]], axis=-1)
 
 
-def overlaps(side: Side, new: jax.Array, old: jax.Array) -> jax.Array:
-    """``(q'ᵀ q)²`` of new and old directions, the others' summed over old and averaged over new.
+def transport(
+    side: FactorStructure, moments: jax.Array, old: jax.Array, new: jax.Array
+) -> jax.Array:
+    """Second moments ``(…, count, columns)`` at the coordinates of the old basis as at the new."""
+    if not is_partial(side, new):
+        return side.transport(moments, old, new)
+    return jnp.matmul(_overlaps(new, old), moments, precision=HIGHEST)
+
+
+def _overlaps(new: jax.Array, old: jax.Array) -> jax.Array:
+    """``(q'ᵀ q)²`` of new and old eigenvectors, the others' summed over old and averaged over new.
 
     A stochastic matrix: rows sum to 1.
     """
     squares = jnp.square(jnp.matmul(new.mT, old, precision=HIGHEST))
-    if not is_partial(side, new):
-        return squares
     n, k = new.shape[-2:]
     outside = jnp.maximum(1 - squares.sum(-1, keepdims=True), 0)
     from_leading = jnp.maximum(1 - squares.sum(-2, keepdims=True), 0) / (n - k)
@@ -104,7 +116,7 @@ def overlaps(side: Side, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def scaled(
-    side: Side,
+    side: FactorStructure,
     basis: jax.Array,
     gains: jax.Array,
     x: jax.Array,

@@ -114,7 +114,7 @@ def matrices(layers: Layers, opt_state: Any) -> dict[Path, jax.Array]:
         for path in (path for path in layers if path in own.state.factors):
             layer, factors = own.layers[path], own.factors(path)
             half = layer.output_side is not None and factors.G is None
-            if half or layer.input_side.constant:  # of inputs, or of channels and their means
+            if half or layer.input_side.mean_included:  # of inputs, or of channels and their means
                 continue
             check_size(sum(p.size for p in layer.parameters))
             kfac = own.kind != "ekfac"

@@ -4,29 +4,25 @@ A layer's blocks side by side count as one block-diagonal matrix.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.curvature.damping_split import equal, split as pi_split
+from natgrad_jax.curvature import damping_split
 from natgrad_jax.curvature.eigenbases import scaled
 from natgrad_jax.curvature.factor_averages import bias_of
 from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.curvature.partial_eigenbasis import eigenvalues, everywhere, is_partial
-from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batching import trace_of
-from natgrad_jax.linalg.low_rank import LowRank
 from natgrad_jax.reparametrization.coordinates import Coordinates, second_and_mean
-from natgrad_jax.utils.precision import HIGHEST
-
-SPLITS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"pi": pi_split, "equal": equal}
 
 Measures = dict[str, jax.Array]
 # The name of a Kronecker factor, its side, the factor, and its entry at a bias apart.
-Part = tuple[str, Side, jax.Array, jax.Array | None]
+Part = tuple[str, FactorStructure, jax.Array, jax.Array | None]
 
 # Random directions in which the error of a large inverse is measured.
 PROBES = 64
@@ -46,7 +42,7 @@ def of_factors(layer: Layer, factors: Any) -> Measures:
     for name, side, factor, bias in parts(layer, factors):
         trace = _total(layer, side.trace(factor, bias))
         found[f"scale_{name}"] = trace / (side.size * _blocks(layer))
-        found[f"rank_{name}"] = _over(trace**2, _total(layer, _squares(side, factor, bias)))
+        found[f"rank_{name}"] = _over(trace**2, _total(layer, side.squared_norm(factor, bias)))
     return found
 
 
@@ -56,7 +52,8 @@ def dampings(layer: Layer, factors: Any, damping: jax.Array, split: str) -> Meas
     means = [side.trace(x, bias) / side.size for _, side, x, bias in parts(layer, factors)]
     if len(means) == 1:
         return {"A": jnp.broadcast_to(damping, means[0].shape).astype(means[0].dtype)}
-    return dict(zip("AG", SPLITS[split](*means, damping), strict=True))
+    on_a, on_g = damping_split.rule(split)(means[0], means[1], damping)
+    return {"A": on_a, "G": on_g}
 
 
 def of_inverses(layer: Layer, factors: Any, inverses: Any, on: Measures) -> Measures:
@@ -71,13 +68,7 @@ def of_inverses(layer: Layer, factors: Any, inverses: Any, on: Measures) -> Meas
         at_bias = None
         if bias is not None:
             at_bias = jnp.square((bias + d) * inverses.bias - 1)
-        if side.diagonal:
-            squares = jnp.square((factor + d[..., None]) * inverse - 1)
-        else:
-            Z = _probes(side.width, factor.dtype)
-            y = _times(inverse, Z)
-            wide = jnp.expand_dims(d, tuple(range(d.ndim, y.ndim)))
-            squares = jnp.square(_times(factor, y) + wide * y - Z).sum(-1)
+        squares = side.inverse_error(factor, d, inverse, _probes(side.width, factor.dtype))
         missed = _total(layer, side.unpack(side.spread(squares, at_bias), -1))
         found[f"damping_{name}"] = _total(layer, d) / _blocks(layer)
         found[f"drift_{name}"] = jnp.sqrt(missed / (side.size * _blocks(layer)))
@@ -92,12 +83,8 @@ def of_bases(layer: Layer, factors: Any, bases: Any) -> tuple[Measures, Measures
     the mean of what is left of the trace."""
     drifts, diagonals = {}, {}
     for name, side, factor, bias in parts(layer, factors):
-        if side.diagonal:
-            drifts[f"drift_{name}"] = jnp.zeros(layer.stack_sizes, factor.dtype)
-            diagonals[name] = factor
-            continue
         basis = getattr(bases, name)
-        values, left, whole = _along(factor, basis)
+        values, left, whole = side.along(factor, basis)
         if not is_partial(side, basis):
             none = None if bias is None else jnp.zeros_like(bias)
             left = side.spread(left, none)
@@ -131,15 +118,15 @@ def of_coordinates(layer: Layer, factors: Any, own: Coordinates) -> Measures:
     if own.A_scale is not None:
         second, mean = second_and_mean(layer, factors.A)
     found = {}
-    for name, factor, basis, scale in (
-        ("A", second, own.A, own.A_scale),
-        ("G", factors.G, own.G, own.G_scale),
+    for name, side, factor, basis, scale in (
+        ("A", layer.input_side, second, own.A, own.A_scale),
+        ("G", layer.output_side, factors.G, own.G, own.G_scale),
     ):
-        if factor is None:
+        if factor is None or side is None:
             continue
         values = factor
         if basis is not None:
-            values, left, whole = _along(factor, basis)
+            values, left, whole = side.along(factor, basis)
             found[f"drift_{name}"] = jnp.sqrt(_over(_total(layer, left), _total(layer, whole)))
         if scale is not None:
             white = values * scale**2
@@ -187,29 +174,8 @@ def _over(part: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
-def _squares(side: Side, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """``‖M‖²`` of the structured matrix."""
-    squares = jnp.square(matrix)
-    columns = squares if side.diagonal else squares.sum(-2)
-    return side.spread(columns, None if bias is None else bias**2).sum(-1)
-
-
 def _probes(size: int, dtype: Any) -> jax.Array:
     """Columns for which ``E[Z Zᵀ] = I``."""
     if size <= PROBES:
         return jnp.eye(size, dtype=dtype)
     return jax.random.rademacher(jax.random.key(0), (size, PROBES), dtype) / math.sqrt(PROBES)
-
-
-def _times(matrix: Any, x: jax.Array) -> jax.Array:
-    if isinstance(matrix, LowRank):
-        return matrix.apply(x)
-    return jnp.matmul(matrix.astype(x.dtype), x, precision=HIGHEST)
-
-
-def _along(factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``q_iᵀ F q_i`` of the columns of Q; ``‖F q_i − q_i (q_iᵀ F q_i)‖²``, and ``‖F q_i‖²``."""
-    product = jnp.matmul(factor, basis, precision=HIGHEST)
-    values = jnp.sum(basis * product, axis=-2)
-    left = product - basis * values[..., None, :]
-    return values, jnp.square(left).sum(-2), jnp.square(product).sum(-2)

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.curvature.damping_split import split
+from natgrad_jax.curvature import damping_split
 from natgrad_jax.curvature.factor_averages import bias_of, in_full
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.state import accessors
 
 
@@ -59,16 +59,17 @@ def rank_for(
         ]
         if not bool(jnp.all(means[0] > 0)):
             raise ValueError("rank_for needs measured factors: take a few steps first.")
+        split = damping_split.rule(damping_split.DEFAULT)
         on = split(means[0], means[1], jnp.asarray(damping))
         ranks += [
-            _above(side, factor, neglected * lam)
-            for side, factor, lam in zip(sides, factors[:2], on, strict=True)
+            _above(side, factor, neglected * d)
+            for side, factor, d in zip(sides, factors[:2], on, strict=True)
         ]
     return max(ranks)
 
 
-def _above(side: Side, factor: jax.Array, threshold: jax.Array) -> int:
+def _above(side: FactorStructure, factor: jax.Array, threshold: jax.Array) -> int:
     """The most eigenvalues above the threshold that any one matrix has."""
-    if side.diagonal or side.grouped:
-        return 1  # never of low rank
-    return int(jnp.max(jnp.sum(jnp.linalg.eigvalsh(factor) > threshold[..., None], axis=-1)))
+    if not side.supports_low_rank:
+        return 1
+    return int(jnp.max(jnp.sum(side.eigenvalues(factor) > threshold[..., None], axis=-1)))

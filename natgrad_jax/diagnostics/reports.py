@@ -186,7 +186,7 @@ def _of_kind(found: Found, path: Path, update: jax.Array | None) -> Measures:
     factors, bases = found.factors(path), state.bases[path]
     if found.kind == "in_coordinates":
         own = layer_measures.of_coordinates(layer, factors, bases)
-        if factors.G is None or layer.input_side.constant:  # of inputs, or of channels' means
+        if factors.G is None or layer.input_side.mean_included:  # of inputs, or of channels' means
             return own
         return own | _with_kl(layer_measures.kl, layer, factors, update=update)
     own = layer_measures.of_factors(layer, factors)

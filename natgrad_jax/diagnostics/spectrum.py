@@ -11,7 +11,7 @@ from natgrad_jax.curvature.factor_averages import bias_of
 from natgrad_jax.diagnostics.states import Found, found_in
 from natgrad_jax.exact import explicit_fisher
 from natgrad_jax.layers.collection import Layers
-from natgrad_jax.layers.factor_structure import Side
+from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.reparametrization.coordinates import second_and_mean
 from natgrad_jax.transforms.common.second_moments import total_moments
@@ -66,8 +66,7 @@ def of_layer(found: Found, path: Path) -> Spectra:
     layer, factors = found.layers[path], found.factors(path)
     if found.kind == "in_coordinates" and found.state.bases[path].A_scale is not None:
         second, _ = second_and_mean(layer, factors.A)
-        values = second if layer.input_side.diagonal else jnp.linalg.eigvalsh(second)
-        return Spectra(_ascending(layer, values))
+        return Spectra(_ascending(layer, layer.input_side.eigenvalues(second)))
     A = _eigenvalues(layer.input_side, factors.A, bias_of(factors))
     if layer.output_side is None or factors.G is None:
         return Spectra(_ascending(layer, A))
@@ -136,10 +135,10 @@ def condition_number(values: jax.Array, damping: Any = 0.0) -> jax.Array:
     return (largest + damping) / (jnp.minimum(least, largest) + damping)
 
 
-def _eigenvalues(side: Side, factor: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _eigenvalues(side: FactorStructure, factor: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Ascending, ``(*stack, *blocks, size)``; what fills up the last group has but zeros."""
-    values = factor if side.diagonal else jnp.linalg.eigvalsh(factor)
-    return jnp.sort(side.spread(values, bias), axis=-1)[..., side.packed - side.size :]
+    values = side.spread(side.eigenvalues(factor), bias)
+    return jnp.sort(values, axis=-1)[..., side.packed - side.size :]
 
 
 def _ascending(layer: Layer, values: jax.Array) -> jax.Array:

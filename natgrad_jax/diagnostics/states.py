@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from natgrad_jax.curvature import damping_split
 from natgrad_jax.curvature.factor_averages import in_full
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.state.walk import plain, states
@@ -55,4 +56,4 @@ def _kind(state: Any, split: str) -> str:
         return "ekfac"
     if isinstance(state, InCoordinatesState):
         return "in_coordinates"
-    return "kfac" if split == "pi" else "ngd"
+    return "kfac" if split == damping_split.DEFAULT else "ngd"

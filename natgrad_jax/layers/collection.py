@@ -226,7 +226,7 @@ def _approximate(layers: Layers, approximation: Approximation) -> Layers:
         own = approximation
         if layer.block != "kronecker":
             own = Approximation()
-        if not layer.kind.startswith("conv"):
+        if not layer.traits.has_receptive_field:
             own = own._replace(convolution="kfc", centred=False)
         if not layer.shares:
             own = own._replace(weight_sharing="expand")
@@ -264,7 +264,7 @@ def _names(where: Path | str, path: Path) -> bool:
 
 def _part(whole: Layer, kept: set[Path], block: str) -> Layer:
     """The layer with these of its parameters, as such a block."""
-    if whole.kernel.path not in kept and whole.kind != "norm":
+    if whole.kernel.path not in kept and whole.traits.has_sides:
         raise ValueError(
             f"{join(whole.path)}: its kernel cannot leave the block without its bias, nor its bias "
             'have a block alone; name the layer, or give the bias alone "diagonal", '
@@ -276,7 +276,7 @@ def _part(whole: Layer, kept: set[Path], block: str) -> Layer:
 
 
 def _with_block(layer: Layer, block: str) -> Layer:
-    if block == "kronecker" and layer.kind in ("norm", "free"):
+    if block == "kronecker" and not layer.traits.has_sides:
         raise ValueError(
             f"{join(layer.path)} ({layer.kind}) has no inputs and outputs to make a Kronecker "
             'product of: choose "full", "unit" or "diagonal".'

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.utils.tree_paths import join
 
@@ -60,11 +59,5 @@ def _factor_sizes(layer: Layer) -> str:
     copies = math.prod(layer.stack_sizes) * math.prod(layer.factor_blocks)
     prefix = f"{copies} × " if copies > 1 else ""
     if layer.output_side is None:
-        return f"{prefix}F {layer.input_side.width}²"
-    return f"{prefix}A {_size(layer.input_side)}, G {_size(layer.output_side)}"
-
-
-def _size(side: Side) -> str:
-    if side.diagonal:
-        return f"diagonal {side.channels}"
-    return f"{side.groups} × {side.width}²" if side.grouped else f"{side.width}²"
+        return f"{prefix}F {layer.input_side.describe()}"
+    return f"{prefix}A {layer.input_side.describe()}, G {layer.output_side.describe()}"

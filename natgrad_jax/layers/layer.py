@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.approximation import WHOLE, Approximation
-from natgrad_jax.layers.factor_structure import Side, diagonal, input_side, output_side, whole
+from natgrad_jax.layers.factor_structure import FactorStructure
+from natgrad_jax.layers.limits import MAX_FULL_NORM
+from natgrad_jax.layers.structures import Dense, Diagonal, input_structure, output_structure
+from natgrad_jax.layers.traits import Traits, traits_of
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.tree_paths import Path
 
@@ -112,6 +115,11 @@ class Layer:
     example_axis: int = 0
     approximation: Approximation = WHOLE
 
+    @functools.cached_property
+    def traits(self) -> Traits:
+        """What a layer of its kind is."""
+        return traits_of(self.kind)
+
     @property
     def kernel(self) -> Parameter:
         return self.parameters[0]
@@ -151,6 +159,13 @@ class Layer:
         return math.prod(self.blocks) * sum(self._rows) * self.outputs
 
     @property
+    def usual_block(self) -> str:
+        """The block that a layer of its kind and size has where none is chosen."""
+        if self.traits.has_sides:
+            return "kronecker"
+        return "full" if self.size <= MAX_FULL_NORM else "unit"
+
+    @property
     def shares(self) -> bool:
         """Whether positions or calls share the kernel: where expand and reduce differ."""
         return self.block == "kronecker" and (self.positions > 1 or self.calls != 1)
@@ -158,7 +173,7 @@ class Layer:
     @property
     def tapped(self) -> bool:
         """Whether its calls are seen; a parameter outside every layer has none."""
-        return self.kind != "free"
+        return self.traits.tapped
 
     @property
     def by_gradient(self) -> bool:
@@ -171,28 +186,28 @@ class Layer:
         return self.block != "kronecker" or self.uses > 1
 
     @functools.cached_property
-    def input_side(self) -> Side:
+    def input_side(self) -> FactorStructure:
         """How the factor A acts on the rows of a block."""
         if self.block != "kronecker":
             rows = sum(self._rows) * self.outputs
-            return whole(rows * math.prod(self.blocks) if self.block == "full" else rows)
-        if self.kind == "embed":
-            return diagonal(self.inputs)
+            return Dense(rows * math.prod(self.blocks) if self.block == "full" else rows)
+        if self.traits.one_hot:
+            return Diagonal(self.inputs)
         layout, own = self.layouts[0], self.approximation
         channels = self.inputs
-        if self.kind.startswith("conv"):
+        if self.traits.has_receptive_field:
             channels = layout.split[layout.inputs[-1]]
         bias = self.bias is not None
         places = self.inputs // channels if channels else 1
         shared = own.convolution == "sua"
-        return input_side(places, channels, bias, own.group_size, shared, own.centred)
+        return input_structure(places, channels, bias, own.group_size, shared, own.centred)
 
     @functools.cached_property
-    def output_side(self) -> Side | None:
+    def output_side(self) -> FactorStructure | None:
         """How the factor G acts on the columns of a block; None where the block has none."""
         if self.block != "kronecker":
             return None
-        return output_side(self.outputs, self.approximation.group_size)
+        return output_structure(self.outputs, self.approximation.group_size)
 
     @property
     def factor_blocks(self) -> tuple[int, ...]:

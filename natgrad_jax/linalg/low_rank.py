@@ -12,7 +12,7 @@ from natgrad_jax.utils.precision import HIGHEST
 GOLDEN = (5**0.5 - 1) / 2
 
 
-class LowRank(NamedTuple):
+class LowRankInverse(NamedTuple):
     """The symmetric matrix ``V diag(gains) Vᵀ + shift I``.
 
     ``V``: ``(*batch, n, k)``, orthonormal columns; ``gains``: ``(*batch, k)``; ``shift``:
@@ -23,7 +23,7 @@ class LowRank(NamedTuple):
     gains: jax.Array
     shift: jax.Array
 
-    def dense(self) -> jax.Array:
+    def as_matrix(self) -> jax.Array:
         """The matrix itself, ``(*batch, n, n)``."""
         eye = jnp.eye(self.V.shape[-2], dtype=self.V.dtype)
         inner = jnp.matmul(self.V * self.gains[..., None, :], self.V.mT, precision=HIGHEST)
@@ -41,8 +41,24 @@ class LowRank(NamedTuple):
         outside = jnp.matmul(inside, self.V.mT, precision=HIGHEST)
         return outside + self.shift[..., None, None] * x
 
+    def repeated(self) -> "LowRankInverse":
+        """With one more batch axis, last: the same matrix for everything along it."""
+        return LowRankInverse(
+            self.V[..., None, :, :], self.gains[..., None, :], self.shift[..., None]
+        )
 
-def between(left: LowRank, x: jax.Array, right: LowRank) -> jax.Array:
+    def is_finite(self, lead: int) -> jax.Array:
+        """Whether all of its numbers are, for each index of the first ``lead`` axes: the shift is
+        made of the sum of all eigenvalues, and tells of every one that is not finite."""
+        return jnp.isfinite(self.shift.sum(tuple(range(lead, self.shift.ndim))))
+
+
+def is_cheaper(rank: int, size: int) -> bool:
+    """Whether products with that many eigenvectors take less work than with the whole matrix."""
+    return 2 * rank < size
+
+
+def between(left: LowRankInverse, x: jax.Array, right: LowRankInverse) -> jax.Array:
     """``L X R`` for ``X (*batch, n, m)``, reading X three times and writing it once.
 
     With ``P = V_LᵀX`` and ``Y = X V_R``::
@@ -96,7 +112,13 @@ def initial_subspace(shape: tuple[int, ...], rank: int, dtype: Any) -> jax.Array
     return jnp.broadcast_to(waves.astype(dtype), (*shape, rank))
 
 
-def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) -> LowRank:
+def low_rank_identity(shape: tuple[int, ...], rank: int, dtype: Any) -> LowRankInverse:
+    """The identity for ``shape = (*batch, n)`` in that form, V a start of :func:`subspace`."""
+    V = initial_subspace(shape, rank, dtype)
+    return LowRankInverse(V, jnp.zeros((*shape[:-1], rank), dtype), jnp.ones(shape[:-1], dtype))
+
+
+def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) -> LowRankInverse:
     """``(F + d I)⁻¹`` from k leading eigenpairs, the rest of the spectrum taken at its mean.
 
     With r the mean of the eigenvalues that are left out, ``(tr F − Σ dᵢ) / (n − k)``::
@@ -108,7 +130,7 @@ def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) ->
 
     >>> import jax.numpy as jnp
     >>> F = jnp.diag(jnp.array([3.0, 1.0, 1.0]))
-    >>> low_rank_inverse(F, jnp.array(1.0), jnp.eye(3)[:, :1]).dense().round(3)
+    >>> low_rank_inverse(F, jnp.array(1.0), jnp.eye(3)[:, :1]).as_matrix().round(3)
     Array([[0.25, 0.  , 0.  ],
            [0.  , 0.5 , 0.  ],
            [0.  , 0.  , 0.5 ]], dtype=float32)
@@ -117,4 +139,4 @@ def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) ->
     n, k = V.shape[-2:]
     left = trace_of(factor) - values.sum(-1)
     rest = jnp.maximum(left, 0) / max(n - k, 1) + damping
-    return LowRank(V, 1 / (values + damping[..., None]) - 1 / rest[..., None], 1 / rest)
+    return LowRankInverse(V, 1 / (values + damping[..., None]) - 1 / rest[..., None], 1 / rest)

@@ -31,3 +31,8 @@ def pseudo_inverse(factor: jax.Array, damping: jax.Array, cutoff: float | None =
     small = values <= cutoff * values.max(-1, keepdims=True)
     gains = jnp.where(small, 0, 1 / jnp.where(small, 1, values))
     return jnp.matmul(basis * gains[..., None, :], basis.mT, precision=HIGHEST)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """``x⁺`` of numbers that are not negative: 0 of 0."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

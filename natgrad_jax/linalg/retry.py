@@ -1,7 +1,7 @@
 """Factorisations that failed, tried again with more damping."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,20 @@ ATTEMPTS = 8
 RAISED = 10.0
 
 
+class Retried(NamedTuple):
+    """``solution``: the last result; ``failures``: how often each matrix failed, int32
+    ``(*batch,)``."""
+
+    solution: jax.Array
+    failures: jax.Array
+
+
 def raised(
     factor: jax.Array,
     damping: jax.Array,
     *,
     op: Callable[[jax.Array, jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array]:
+) -> Retried:
     """``op(factor, damping)``, the damping of a matrix raised tenfold until its result is finite.
 
     In float32 a damping below a factor's rounding (its largest eigenvalue times 1e-7) may leave it
@@ -28,7 +36,7 @@ def raised(
       op: gives an array ``(*batch, n, m)``, of each matrix on its own.
 
     Returns:
-      The result, and how often each matrix failed, int32 ``(*batch,)``.
+      The result, and how often each matrix failed.
 
     >>> import jax.numpy as jnp
     >>> from natgrad_jax.linalg.cholesky import damped_inverse
@@ -41,7 +49,7 @@ def raised(
     return over_batch(lambda f, d: _raised(f, d, op), factor, damping)
 
 
-def _raised(factor: jax.Array, damping: jax.Array, op: Any) -> tuple[jax.Array, jax.Array]:
+def _raised(factor: jax.Array, damping: jax.Array, op: Any) -> Retried:
     def attempt(carry: Any) -> Any:
         damping, _, _, failures, attempts = carry
         found = op(factor, damping)
@@ -60,4 +68,4 @@ def _raised(factor: jax.Array, damping: jax.Array, op: Any) -> tuple[jax.Array, 
     failures, attempts = none.astype(jnp.int32), none.sum().astype(jnp.int32)
     start = (damping, nothing, none == 0, failures, attempts)
     _, found, _, failures, _ = jax.lax.while_loop(unfinished, attempt, start)
-    return found, failures
+    return Retried(found, failures)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.linalg.low_rank import LowRank
+from natgrad_jax.linalg.low_rank import LowRankInverse
 from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.utils.precision import HIGHEST
 
@@ -109,8 +109,7 @@ def _symmetric(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
     """``(V diag(s) Vᵀ + r (I − V Vᵀ))^p x``."""
     assert own.A is not None and own.A_scale is not None and own.A_rest is not None
     s, r = own.A_scale**power, own.A_rest**power
-    few = LowRank(own.A[..., None, :, :], (s - r[..., None])[..., None, :], r[..., None])
-    return few.apply(x)
+    return LowRankInverse(own.A, s - r[..., None], r).repeated().apply(x)
 
 
 def _times(scale: jax.Array | None, x: jax.Array) -> jax.Array:

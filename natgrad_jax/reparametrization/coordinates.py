@@ -12,13 +12,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.curvature.damping_split import split
+from natgrad_jax.curvature import damping_split
 from natgrad_jax.curvature.factor_averages import zero_factors
+from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving, alone
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.eigh import eigenbasis
-from natgrad_jax.linalg.low_rank import LowRank, initial_subspace, subspace
+from natgrad_jax.linalg.low_rank import (
+    LowRankInverse,
+    initial_subspace,
+    is_cheaper,
+    subspace,
+)
 from natgrad_jax.utils.precision import HIGHEST
 
 
@@ -55,7 +61,8 @@ class Coordinates(NamedTuple):
         if self.A is None or self.A_scale is None:
             raise ValueError("these coordinates whiten no inputs: there is no U.")
         if self.A_rest is not None:
-            return LowRank(self.A, self.A_scale - self.A_rest[..., None], self.A_rest).dense()
+            own = LowRankInverse(self.A, self.A_scale - self.A_rest[..., None], self.A_rest)
+            return own.as_matrix()
         return self.A_scale[..., :, None] * self.A.mT
 
 
@@ -73,7 +80,7 @@ def white_inputs(
         ((basis, values),) = yield [Problem(subspace, (second, old.A))]
         rest = _root(_others(second, values), epsilon)
         return Coordinates(basis, _root(values, epsilon), mean, A_rest=rest)
-    solutions = yield [] if layer.input_side.diagonal else [Problem(eigenbasis, (second,))]
+    solutions = yield _eigenproblems(layer.input_side, second)
     return Coordinates(*_white(second, epsilon, solutions), mean)
 
 
@@ -87,13 +94,16 @@ def white_sides(
     """
     del old
     second, mean = second_and_mean(layer, factors.A)
-    diagonal = layer.input_side.diagonal
-    mean_of = lambda m: trace_of(m) / m.shape[-1]
-    on_a, on_g = split(
-        second.mean(-1) if diagonal else mean_of(second), mean_of(factors.G), epsilon
+    assert layer.output_side is not None
+    on_a, on_g = damping_split.rule(damping_split.DEFAULT)(
+        layer.input_side.mean_eigenvalue(second),
+        layer.output_side.mean_eigenvalue(factors.G),
+        epsilon,
     )
-    wanted = [factors.G] if diagonal else [factors.G, second]
-    of_g, *of_a = yield [Problem(eigenbasis, (factor,)) for factor in wanted]
+    of_g, *of_a = yield [
+        Problem(eigenbasis, (factors.G,)),
+        *_eigenproblems(layer.input_side, second),
+    ]
     return Coordinates(*_white(second, on_a, of_a), mean, *_white(factors.G, on_g, [of_g]))
 
 
@@ -102,8 +112,10 @@ def eigenbases(
 ) -> Solving[Coordinates]:
     """The Kronecker eigenbasis: ``L_A = Q_A``, ``L_G = Q_G``, no scale and no centre."""
     del epsilon, old
-    wanted = [factors.G] if layer.input_side.diagonal else [factors.G, factors.A]
-    of_g, *of_a = yield [Problem(eigenbasis, (factor,)) for factor in wanted]
+    of_g, *of_a = yield [
+        Problem(eigenbasis, (factors.G,)),
+        *_eigenproblems(layer.input_side, factors.A),
+    ]
     return Coordinates(of_a[0][0] if of_a else None, G=of_g[0])
 
 
@@ -146,7 +158,7 @@ def start(layer: Layer, choice: Choice, rank: int | None = None) -> Coordinates:
     ones = lambda x: None if x is None else jnp.ones(x.shape, x.dtype)
     mean = None if form.mean is None else jnp.zeros(form.mean.shape, form.mean.dtype)
     own = Coordinates(eye(form.A), ones(form.A_scale), mean, eye(form.G), ones(form.G_scale))
-    if rank is None or own.A is None or 2 * rank >= own.A.shape[-1]:
+    if rank is None or own.A is None or not is_cheaper(rank, own.A.shape[-1]):
         return own
     *lead, n, _ = own.A.shape
     few, one = initial_subspace((*lead, n), rank, own.A.dtype), jnp.ones(lead, own.A.dtype)
@@ -171,12 +183,18 @@ def rescaled(layer: Layer, own: Coordinates, factors: Any, epsilon: jax.Array) -
 
 def second_and_mean(layer: Layer, A: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The covariance of the inputs and their mean; second moments and None without a bias."""
-    if layer.input_side.diagonal or layer.bias is None:
+    if layer.bias is None:
         return A, None
     rows = A[..., -1:, -1]
     mean = A[..., :-1, -1] / jnp.where(rows > 0, rows, 1)
     second = A[..., :-1, :-1] / jnp.where(rows > 0, rows, 1)[..., None]
     return second - mean[..., :, None] * mean[..., None, :], mean
+
+
+def _eigenproblems(side: FactorStructure, factor: jax.Array) -> list[Problem]:
+    """The eigenbasis of a factor, where the coordinates are not their own."""
+    known = side.direct_eigenbasis(factor) is not None
+    return [] if known else [Problem(eigenbasis, (factor,))]
 
 
 def _white(

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.kinds.conv import conv, padded
+from natgrad_jax.layers.kinds.conv import conv
+from natgrad_jax.layers.kinds.patches import padded
 from natgrad_jax.utils.precision import HIGHEST
 
 

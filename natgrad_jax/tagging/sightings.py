@@ -14,7 +14,6 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from natgrad_jax.layers.layer import Layer, Layout, LossTerm, Parameter
-from natgrad_jax.layers.limits import MAX_FULL_NORM
 from natgrad_jax.tagging.axes import OWN, WHOLE, Along, Demand, Demands
 from natgrad_jax.tagging.dependence import Taint, Walk
 from natgrad_jax.tagging.modules import Kind, UnsupportedError, describe
@@ -110,7 +109,7 @@ class Sightings:
         if self.layers.setdefault(path, sighting) != sighting:
             self.refused[path] = f"it is called in two ways that read its {names[0]} differently"
         self.positions[path] = max(self.positions.get(path, 1), geometry.call.positions(x))
-        self.uses.setdefault(path, set()).add(getattr(geometry.call, "swapped", False))
+        self.uses.setdefault(path, set()).add(geometry.call.swapped)
         self.row_sizes[path] = tuple(s.shape[a] for a in geometry.call.row_axes(s.ndim))
         self._marks.append(Mark(path, geometry.call.row_axes(s.ndim), s.shape))
         return checkpoint_name(s, f"{_MARK}{len(self._marks) - 1}")
@@ -281,9 +280,7 @@ def to_layer(
         uses=len(seen.uses[path]),
         example_axis=axis,
     )
-    if layer.kind == "norm":
-        layer = replace(layer, block="full" if layer.size <= MAX_FULL_NORM else "unit")
-    return layer
+    return replace(layer, block=layer.usual_block)
 
 
 def parameter_path(path: Path, name: str) -> Path:

@@ -4,7 +4,6 @@ from typing import Any
 
 import optax
 
-from natgrad_jax.curvature.damping_split import split
 from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverses import inversion
 from natgrad_jax.layers.approximation import approximation
@@ -118,7 +117,7 @@ def scale_by_kfac(
         trust_radius,
         stored_as(factor_dtype),
     )
-    return kronecker(layers, rules, inversion(inverse, rank), split)
+    return kronecker(layers, rules, inversion(inverse, rank))
 
 
 def kfac(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.curvature.damping_split import equal
 from natgrad_jax.curvature.inverses import inversion
 from natgrad_jax.layers.approximation import approximation
 from natgrad_jax.layers.collection import Layers, check_layers
@@ -96,7 +95,7 @@ def ngd(
         turns(refresh_period, False, refresh_over),
         per_squared_rate(trust_radius, learning_rate),
     )
-    inner = kronecker(layers, rules, inversion(inverse, rank, cutoff), equal)
+    inner = kronecker(layers, rules, inversion(inverse, rank, cutoff))
     rate = _over(learning_rate, count)
     return descent(inner, layers, rate, trace(momentum), weight_decay)
 

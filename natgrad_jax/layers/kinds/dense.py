@@ -28,6 +28,10 @@ class DenseCall(NamedTuple):
     s_outputs: tuple[int, ...]
     bias: bool
 
+    @property
+    def swapped(self) -> bool:
+        return False
+
     def examples(self, x: jax.Array) -> jax.Array:
         if self.x_summed:
             x = x.sum(self.x_summed, keepdims=True)

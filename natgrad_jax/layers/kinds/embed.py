@@ -19,6 +19,10 @@ class EmbedCall(NamedTuple):
 
     tokens: int
 
+    @property
+    def swapped(self) -> bool:
+        return False
+
     def examples(self, x: jax.Array) -> jax.Array:
         x = jnp.where(x < 0, x + self.tokens, x)  # as jnp.take reads them
         return x.reshape(x.shape[0] if x.ndim else 1, -1)
@@ -44,7 +48,7 @@ class EmbedCall(NamedTuple):
         """How often each token came: the diagonal of ``Σ ā āᵀ``."""
         return jnp.zeros(self.tokens, dtype).at[examples.ravel()].add(1)
 
-    def squares(self, examples: jax.Array, rotated: jax.Array) -> jax.Array:
+    def second_moments(self, examples: jax.Array, rotated: jax.Array) -> jax.Array:
         """``Σₙ (Σₜ āₙₜ g̃ₙₜᵀ)²`` without one-hot rows: occurrences of one token are added first."""
         same = (examples[:, :, None] == examples[:, None, :]).astype(rotated.dtype)
         sums = jnp.einsum("ntu,nuo->nto", same, rotated, precision=HIGHEST)
@@ -56,7 +60,9 @@ class EmbedCall(NamedTuple):
 class AttendCall(NamedTuple):
     """``s = x Eᵀ``: outputs are on the rows of E, inputs on its columns."""
 
-    swapped: bool = True
+    @property
+    def swapped(self) -> bool:
+        return True
 
     def examples(self, x: jax.Array) -> jax.Array:
         return EmbedCall(0).outputs(x)

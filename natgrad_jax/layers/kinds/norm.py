@@ -22,6 +22,10 @@ class NormCall(NamedTuple):
     scale: bool
     bias: bool
 
+    @property
+    def swapped(self) -> bool:
+        return False
+
     def examples(self, x: jax.Array) -> jax.Array:
         return normal_form(x, self._rows, self.features, ())
 

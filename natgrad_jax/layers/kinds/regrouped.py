@@ -6,24 +6,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.layers.kinds.base import LayerCall, Wrapped
 
-class Regrouped:
+
+class Regrouped(Wrapped):
     """Any kind of call, its rows grouped by another axis.
 
     ``axis``: which of the call's row axes counts examples; −1 where none does: all rows are of one
     example, as inside ``vmap`` over examples. ``sizes``: of the row axes.
     """
 
-    def __init__(self, call: Any, axis: int, sizes: tuple[int, ...]):
-        self.call, self.axis, self.sizes = call, axis, sizes
+    def __init__(self, call: LayerCall, axis: int, sizes: tuple[int, ...]):
+        super().__init__(call)
+        self.axis, self.sizes = axis, sizes
 
-    def examples(self, x: jax.Array) -> jax.Array:
+    def examples(self, x: Any) -> jax.Array:
         return self._group(self.call.examples(x))
 
     def outputs(self, g: jax.Array) -> jax.Array:
         return self._group(self.call.outputs(g))
 
-    def width(self, x: jax.Array) -> int:
+    def width(self, x: Any) -> int:
         own = jax.eval_shape(self.call.examples, x).shape[0]
         return self.call.width(x) * own // (self.sizes[self.axis] if self.axis >= 0 else 1)
 
@@ -36,11 +39,8 @@ class Regrouped:
         rows = jnp.moveaxis(rows, self.axis, 0)
         return rows.reshape(self.sizes[self.axis], -1, *rows.shape[len(self.sizes) + 1 :])
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.call, name)
 
-
-def regrouped(call: Any, axis: int, g: jax.Array) -> Any:
+def regrouped(call: LayerCall, axis: int, g: jax.Array) -> LayerCall:
     """``call`` with examples on that row axis of its output cotangent ``g``, if it has the axis."""
     sizes = tuple(g.shape[a] for a in call.row_axes(g.ndim))
     return Regrouped(call, axis, sizes) if axis < 0 or 0 < axis < len(sizes) else call

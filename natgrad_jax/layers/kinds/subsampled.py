@@ -4,18 +4,18 @@ from typing import Any
 
 import jax
 
+from natgrad_jax.layers.kinds.base import LayerCall, Wrapped
 
-class Thinned:
+
+class Thinned(Wrapped):
     """Any kind of call, of which every ``stride``-th example is seen."""
 
-    def __init__(self, call: Any, stride: int):
-        self.call, self.stride = call, stride
+    def __init__(self, call: LayerCall, stride: int):
+        super().__init__(call)
+        self.stride = stride
 
-    def examples(self, x: jax.Array) -> jax.Array:
+    def examples(self, x: Any) -> jax.Array:
         return self.call.examples(x)[:: self.stride]
 
     def outputs(self, g: jax.Array) -> jax.Array:
         return self.call.outputs(g)[:: self.stride]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.call, name)

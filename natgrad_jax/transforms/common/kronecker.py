@@ -1,6 +1,6 @@
 """What K-FAC and exact natural gradient share: damped inverses of one Kronecker product a layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +11,11 @@ from natgrad_jax.curvature import factor_averages, term_shares
 from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.curvature.inverses import (
     Inversion,
-    followed,
     identities,
     inverses,
     keep_finite,
     operate,
+    updated,
 )
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
@@ -26,8 +26,6 @@ from natgrad_jax.transforms.common import estimators
 from natgrad_jax.transforms.common.preconditioner import Method, Now, Rules, preconditioner
 from natgrad_jax.transforms.common.schedule import Turns, in_turn
 from natgrad_jax.utils.tree_paths import Path
-
-Divide = Callable[..., tuple[jax.Array, jax.Array]]  # of λ between the factors
 
 
 class KFACState(NamedTuple):
@@ -50,9 +48,9 @@ class KFACState(NamedTuple):
 
 
 def kronecker(
-    layers: Layers, rules: Rules, inversion: Inversion, divide: Divide
+    layers: Layers, rules: Rules, inversion: Inversion
 ) -> optax.GradientTransformationExtraArgs:
-    """Precondition by damped inverses of Kronecker factors."""
+    """Precondition by damped inverses of Kronecker factors; the request names how λ is split."""
 
     def start(layers: Layers) -> dict[str, Any]:
         return {"bases": {path: identities(layer, inversion) for path, layer in layers.items()}}
@@ -60,7 +58,7 @@ def kronecker(
     def follow(state: KFACState, layers: Layers, now: Now) -> KFACState:
         if inversion.method == "woodbury":
             state = _absorb(state, layers, now, inversion)
-        return _refresh(state, layers, now, inversion, divide, rules.turns)
+        return _refresh(state, layers, now, inversion, rules.request.split, rules.turns)
 
     apply = lambda layer, state, path, x, damping: operate(layer, state.bases[path], x)
     return preconditioner(layers, rules, Method(KFACState, start, follow, apply))
@@ -88,7 +86,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, inversion: Inversion) ->
                 own = None if layer.mixed else factors.A
                 factors, good = factors._replace(A=own, G=None), good.any(0)
             rate, _ = factor_averages.rate(before, now.decay, good & (before > 0))
-            new = followed(layer, old, factors, rate, rank)
+            new = updated(layer, old, factors, rate, rank)
             bases[path], _ = keep_finite(layer, new, old, state.weights[path])
         return bases
 
@@ -101,7 +99,7 @@ def _refresh(
     layers: Layers,
     now: Now,
     inversion: Inversion,
-    divide: Divide,
+    split: str,
     turns: Turns,
 ) -> KFACState:
     """Inverses of the current factors, where due; the last ones where that fails."""
@@ -114,15 +112,13 @@ def _refresh(
             now.damping,
             state.bases[path],
             inversion,
-            divide,
+            split,
         )
         found = solve({path: of(path, layer) for path, layer in due.items()}, turns.over)
         for path, layer in due.items():
             old, weights = state.bases[path], state.weights[path]
             new, failures = found[path]
-            # in the shift of an inverse of low rank every eigenvalue is summed
-            told_by = [getattr(x, "shift", x) for x in new]
-            bases[path], bad = keep_finite(layer, new, old, weights, told_by)
+            bases[path], bad = keep_finite(layer, new, old, weights)
             rejected += bad + jnp.where(jnp.any(weights > 0), failures, 0)
         return bases, rejected
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.factor_structure import Side
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.distributed import Devices, balanced, devices
 from natgrad_jax.state.clock import due
@@ -61,15 +60,8 @@ def phases(layers: Mapping[Path, Layer], when: Turns) -> list[dict[Path, Layer]]
 
 def cost(layer: Layer) -> float:
     """What factorising a layer's matrices takes: the cubes of their sizes."""
-
-    def of(side: Side | None) -> float:
-        if side is None or side.diagonal:
-            return 0
-        return side.width**3 * (side.groups if side.grouped else 1)
-
-    return math.prod((*layer.stack_sizes, *layer.factor_blocks)) * (
-        of(layer.input_side) + of(layer.output_side)
-    )
+    copies = math.prod((*layer.stack_sizes, *layer.factor_blocks))
+    return copies * sum(side.cost for side in (layer.input_side, layer.output_side) if side)
 
 
 def in_turn(
