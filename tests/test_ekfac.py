@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from transformations import Jitted
 
 import natgrad_jax as ng
-from natgrad_jax.curvature.eigenbases import carried, everywhere, squares
+from natgrad_jax.curvature.eigenbases import everywhere, second_moments, transport
 from natgrad_jax.curvature.inverses import operate
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal
 from natgrad_jax.statistics.spec import requests
@@ -122,7 +122,7 @@ def test_carried_moments_are_the_same_fisher_in_another_basis(rank: Any, float64
         random = np.random.default_rng(1)
         turn = lambda Q, r=random: jnp.asarray(np.linalg.qr(r.normal(size=Q.shape))[0])
         new = type(old)(turn(old.A), turn(old.G))
-        there = carried(layer, S, old, new)
+        there = transport(layer, S, old, new)
         S_old, S_new = everywhere(layer, old, S), everywhere(layer, new, there)
         np.testing.assert_allclose(S_new.sum(), S_old.sum(), rtol=1e-12)
         Q, Q_new = (np.kron(*map(oracle.completed, pair)) for pair in (old, new))
@@ -137,7 +137,7 @@ def test_carried_moments_are_the_same_fisher_in_another_basis(rank: Any, float64
         flipped = type(old)(-old.A[:, ::-1], old.G)
         kept = np.array(S)
         kept[: old.A.shape[1]] = kept[: old.A.shape[1]][::-1]
-        np.testing.assert_allclose(carried(layer, S, old, flipped), kept, atol=1e-12)
+        np.testing.assert_allclose(transport(layer, S, old, flipped), kept, atol=1e-12)
 
 
 def test_qr_follows_the_eigenbasis_and_a_tolerance_keeps_the_last() -> None:
@@ -169,7 +169,7 @@ def test_running_average_is_of_squared_minibatch_gradients() -> None:
     path = ("Dense_0",)
     layer = layers[path]
     x = layer.pack(layer.to_matrix(grads["Dense_0"]["kernel"], grads["Dense_0"]["bias"]))
-    new = 16 * squares(layer, first.bases[path], x)
+    new = 16 * second_moments(layer, first.bases[path], x)
     # the first S counts as one measurement: weights ½ · ½ and ½, corrected
     expected = (first.moments[path] + 2 * new) / 3
     np.testing.assert_allclose(second.moments[path], expected, rtol=1e-4, atol=1e-7)

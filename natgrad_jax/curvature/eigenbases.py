@@ -1,4 +1,4 @@
-"""Kronecker eigenbases of one block: found, refreshed, and moments measured and carried in them."""
+"""Kronecker eigenbases of one block: found, refreshed, and second moments S in them."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature import partial_eigenbasis
-from natgrad_jax.curvature.factor_averages import bias_of, pair
+from natgrad_jax.curvature.factor_averages import bias_of, make_factors
 from natgrad_jax.curvature.inverses import identities
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
@@ -73,8 +73,8 @@ def eigenbases(
         for (side, factor, _), (basis, values) in zip(given, found, strict=True)
     )
     if not on_columns:
-        return pair(found[0][0]), on_rows[..., None]
-    bases = pair(found[0][0], found[1][0], None if bias is None else jnp.ones_like(bias))
+        return make_factors(found[0][0]), on_rows[..., None]
+    bases = make_factors(found[0][0], found[1][0], None if bias is None else jnp.ones_like(bias))
     return bases, on_rows[..., :, None] * on_columns[0][..., None, :]
 
 
@@ -123,7 +123,7 @@ def _along(factor: jax.Array, basis: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sum(basis * product, axis=-2), 0)
 
 
-def carried(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array:
+def transport(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array:
     """Moments S of the old bases in the new ones: ``diag(Q'ᵀ (Q diag(S) Qᵀ) Q')``.
 
     With ``P = Q'ᵀ Q`` on each side, ``S' = P_A² S (P_G²)ᵀ``, squares elementwise. Signs and order
@@ -136,16 +136,17 @@ def carried(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array:
     return partial_eigenbasis.transport(layer.output_side, S.mT, old.G, new.G).mT
 
 
-def squares(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
-    """``(Q_Aᵀ X Q_G)²`` of a packed matrix, elementwise, at the coordinates of the bases."""
+def second_moments(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
+    """What one packed gradient says of S: ``(Q_Aᵀ X Q_G)²``, elementwise, at the coordinates of the
+    bases."""
     side = layer.output_side
     found = partial_eigenbasis.project(layer.input_side, bases.A, x)
     if side is not None:
         found = partial_eigenbasis.project(side, bases.G, found.mT).mT
     found = jnp.square(found)
     if side is not None:
-        found = partial_eigenbasis.mean_squares(side, bases.G, found)
-    return partial_eigenbasis.mean_squares(layer.input_side, bases.A, found, on_rows=True)
+        found = partial_eigenbasis.coordinate_moments(side, bases.G, found)
+    return partial_eigenbasis.coordinate_moments(layer.input_side, bases.A, found, on_rows=True)
 
 
 def scaled(layer: Layer, bases: Any, gains: jax.Array, x: jax.Array) -> jax.Array:

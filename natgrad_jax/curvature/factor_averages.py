@@ -32,8 +32,8 @@ class FactorsAndBias(NamedTuple):
     bias: jax.Array
 
 
-def pair(A: Any, G: Any = None, bias: Any = None) -> Any:
-    """The factors, with a bias apart where there is one."""
+def make_factors(A: Any, G: Any = None, bias: Any = None) -> Any:
+    """Factors, or whatever is held for them: A, G where there is one, and a bias apart likewise."""
     return Factors(A, G) if bias is None else FactorsAndBias(A, G, bias)
 
 
@@ -46,7 +46,7 @@ def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> 
     """Factors before anything was measured; ``dtype``: of their storage, the layer's by default."""
     stack, outputs = layer.stack_sizes, None if inputs_only else layer.output_factor_shape
     zeros = lambda shape: jnp.zeros(stack + shape, dtype or layer.factor_dtype)
-    return pair(
+    return make_factors(
         zeros(layer.input_factor_shape),
         None if outputs is None else zeros(outputs),
         zeros(layer.factor_blocks) if layer.input_side.bias_apart else None,
@@ -94,7 +94,7 @@ def of_one_term(
     seen = (sums.rows > 0) & (examples > 0)
     rows, count = jnp.where(seen, sums.rows, 1), jnp.where(seen, examples, 1)
     if layer.output_side is None:
-        return Batch(Factors(over(sums.A, count)), seen, seen & _finite(layer, Factors(sums.A)))
+        return Batch(Factors(divide(sums.A, count)), seen, seen & _finite(layer, Factors(sums.A)))
     on_outputs = layer.traits.has_receptive_field and not layer.approximation.centred
     over_a, over_g = (count, rows) if on_outputs else (rows, count)
     if on_outputs and saw is not None:
@@ -108,7 +108,7 @@ def of_one_term(
     if sums.G is not None:
         G = _form(layer.output_side, sums.G, lead)
     finite = _finite(layer, Factors(A, G))
-    factors = pair(over(A, over_a), None if G is None else over(G, over_g), bias)
+    factors = make_factors(divide(A, over_a), None if G is None else divide(G, over_g), bias)
     return Batch(factors, seen, seen & finite)
 
 
@@ -120,7 +120,7 @@ def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
     seen = (rows > 0) & (examples > 0)
     one = jnp.where(sums.rows > 0, sums.rows, 1)
     G = _form(layer.output_side, sums.G, (*layer.stack_sizes, layer.uses))
-    A_i, G_i = over(sums.A, one), over(G, jnp.where(examples > 0, examples, 1))
+    A_i, G_i = divide(sums.A, one), divide(G, jnp.where(examples > 0, examples, 1))
     factors = Factors(*partial_traces(layer, A_i, G_i, axis))
     return Batch(factors, seen, seen & _finite(layer, factors))
 
@@ -139,7 +139,7 @@ def partial_traces(
     root = jnp.sqrt(jnp.where(total > 0, total, 1))
     A = (A_i * _wide(on_g, A_i)).sum(axis)
     G = (G_i * _wide(on_a, G_i)).sum(axis)
-    return over(A, root), over(G, root)
+    return divide(A, root), divide(G, root)
 
 
 def _form(side: FactorStructure, factor: jax.Array, lead: tuple[int, ...]) -> jax.Array:
@@ -147,7 +147,7 @@ def _form(side: FactorStructure, factor: jax.Array, lead: tuple[int, ...]) -> ja
     return factor if factor.shape == lead + side.shape else side.narrow(factor)
 
 
-def over(x: jax.Array, divisor: jax.Array) -> jax.Array:
+def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
     """``x`` divided by numbers for its leading axes."""
     return x / _wide(divisor.astype(x.dtype), x)  # float64 counts do not widen float32 sums
 

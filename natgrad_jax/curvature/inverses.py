@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature import damping_split
-from natgrad_jax.curvature.factor_averages import bias_of, pair, zero_factors
+from natgrad_jax.curvature.factor_averages import bias_of, make_factors, zero_factors
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving
@@ -79,7 +79,7 @@ def identities(layer: Layer, how: Inversion = CHOLESKY) -> Any:
     A = one(layer.input_side, zeros.A)
     assert A is not None
     bias = bias_of(zeros)
-    return pair(A, one(layer.output_side, zeros.G), None if bias is None else bias + 1)
+    return make_factors(A, one(layer.output_side, zeros.G), None if bias is None else bias + 1)
 
 
 def inverses(
@@ -102,29 +102,22 @@ def inverses(
         on_f = jnp.broadcast_to(damping, factors.A.shape[:-2]).astype(factors.A.dtype)
         last = None if old is None else old.A
         found, failures = _counted((yield [_exact(factors.A, on_f, last, how)]))
-        return pair(*found), failures
+        return make_factors(*found), failures
     bias = bias_of(factors)
-    on_sides = damping_split.rule(split)(
+    dampings = damping_split.rule(split)(
         layer.input_side.trace(factors.A, bias) / layer.input_side.size,
         layer.output_side.trace(factors.G, None) / layer.output_side.size,
         damping,
     )
     sides = (layer.input_side, layer.output_side)
     starts = (None, None) if old is None else (old.A, old.G)
-    each = list(zip(sides, (factors.A, factors.G), on_sides, strict=True))
-    known = [side.direct_inverse(factor, on) for side, factor, on in each]
-    found, failures = _counted(
-        (
-            yield [
-                _problem(layer, *one, start, how)
-                for one, start, direct in zip(each, starts, known, strict=True)
-                if direct is None
-            ]
-        )
-    )
+    given = list(zip(sides, (factors.A, factors.G), dampings, starts, strict=True))
+    known = [side.direct_inverse(factor, on) for side, factor, on, _ in given]
+    asked = [x for x, direct in zip(given, known, strict=True) if direct is None]
+    found, failures = _counted((yield [_problem(layer, *x, how) for x in asked]))
     solutions = iter(found)
     A, G = (next(solutions) if direct is None else direct for direct in known)
-    return pair(A, G, None if bias is None else reciprocal(bias + on_sides[0])), failures
+    return make_factors(A, G, None if bias is None else reciprocal(bias + dampings[0])), failures
 
 
 def _problem(
@@ -165,8 +158,8 @@ def _counted(solutions: list[Any]) -> tuple[list[Any], jax.Array]:
 def updated(layer: Layer, old: Any, batch: Any, rate: jax.Array, rank: int) -> Any:
     """Inverses after one more batch, ``((1 − r) M + r F)⁻¹`` of each side's ``M⁻¹``, by Woodbury.
 
-    F, the batch's factor, through a root of that rank. Diagonals wait for the next refresh, and so
-    does an element of the stack that saw nothing.
+    F, the batch's factor, through a root of that rank. A side that takes no such update waits for
+    the next refresh, and so does an element of the stack that saw nothing.
     """
 
     def one(side: FactorStructure | None, inverse: Any, factor: Any) -> Any:

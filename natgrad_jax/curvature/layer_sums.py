@@ -121,26 +121,26 @@ def measure_moments(layer: Layer, call: LayerCall, x: Any, g: jax.Array, bases: 
     """
     assert layer.output_side is not None
     (left, A), (right, G) = (layer.input_side, bases.A), (layer.output_side, bases.G)
-    means = partial_eigenbasis.mean_squares
+    of_coordinates = partial_eigenbasis.coordinate_moments
     examples, outputs = call.examples(x), call.outputs(g)
     if layer.traits.one_hot:
         rotated = _project(layer, right, G, outputs)
         along = cast(OneHotCall, call).second_moments(examples, rotated)
-        return means(right, G, along)
+        return of_coordinates(right, G, along)
 
-    def squares(x: jax.Array, g: jax.Array) -> jax.Array:
+    def moments(x: jax.Array, g: jax.Array) -> jax.Array:
         a, g = _project(layer, left, A, call.inputs(x)), _project(layer, right, G, g)
         if a.shape[1] == 1:  # the square of one product is the product of the squares
-            a, g = means(left, A, jnp.square(a)), means(right, G, jnp.square(g))
+            a, g = of_coordinates(left, A, jnp.square(a)), of_coordinates(right, G, jnp.square(g))
             return _einsum("n...i,n...o->...io", a[:, 0], g[:, 0], replicated(a, a.ndim - 1))
         found = jnp.sum(jnp.square(_einsum("nt...i,nt...o->n...io", a, g)), axis=0)
-        return means(left, A, means(right, G, found), on_rows=True)
+        return of_coordinates(left, A, of_coordinates(right, G, found), on_rows=True)
 
     width = call.width(x) * 2 + math.prod(outputs.shape[1:])
     if outputs.shape[1] > 1:
         pair = partial_eigenbasis.laid_out(left, A) * partial_eigenbasis.laid_out(right, G)
         width += math.prod(layer.factor_blocks) * pair
-    return over_chunks(squares, (examples, outputs), width)
+    return over_chunks(moments, (examples, outputs), width)
 
 
 def _project(layer: Layer, side: FactorStructure, basis: jax.Array, rows: jax.Array) -> jax.Array:

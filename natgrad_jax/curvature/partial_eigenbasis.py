@@ -1,8 +1,8 @@
-"""One side's eigenbasis: whole, or k leading directions V and all others as one.
+"""One side's eigenbasis: all eigenvectors, or the k leading ones V and all others as one.
 
-A basis is partial where it has fewer columns than rows. Its coordinates are then the k directions
-and, last, the space of the n − k others, which share one number: the mean of what each of them
-would have had. Projections onto that space need no basis of it, ``‖x‖² − ‖Vᵀx‖²``.
+A basis is partial where it has fewer columns than rows. Its coordinates are then those along V and,
+last, the space of the n − k other eigenvectors, which share one number: the mean of what each of
+them would have had. Projections onto that space need no basis of it, ``‖x‖² − ‖Vᵀx‖²``.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def is_partial(side: FactorStructure, basis: jax.Array) -> bool:
 
 
 def may_be_partial(side: FactorStructure | None, rank: int | None) -> bool:
-    """Whether that many directions are cheaper than a whole basis: one dense matrix, and wide."""
+    """Whether that many eigenvectors are cheaper than a whole basis: one dense matrix, and wide."""
     if side is None or rank is None or not side.supports_partial_basis:
         return False
     return is_cheaper(rank, side.width)
@@ -65,7 +65,7 @@ def project_rows(side: FactorStructure, basis: jax.Array, rows: jax.Array) -> ja
     """``Qᵀ r`` of packed rows ``(N, T, *blocks, packed)``; of a partial basis ``[r, Vᵀ r]``.
 
     In that form sums over rows and products of two sides may still be taken;
-    :func:`mean_squares` makes of their squares what the coordinates have.
+    :func:`coordinate_moments` makes of their squares what the coordinates have.
     """
     inside = side.project(basis, rows)
     return jnp.concatenate([rows, inside], axis=-1) if is_partial(side, basis) else inside
@@ -77,14 +77,15 @@ def project(side: FactorStructure, basis: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.concatenate([x, inside], axis=-2) if is_partial(side, basis) else inside
 
 
-def mean_squares(
+def coordinate_moments(
     side: FactorStructure, basis: jax.Array, squares: jax.Array, on_rows: bool = False
 ) -> jax.Array:
-    """Squares of projections, on the last axis or the one before, as one number a coordinate."""
+    """Second moments at the coordinates, from squares of projections on the last axis (or, with
+    ``on_rows``, the one before)."""
     if not is_partial(side, basis):
         return squares
     if on_rows:
-        return mean_squares(side, basis, squares.mT).mT
+        return coordinate_moments(side, basis, squares.mT).mT
     n, k = basis.shape[-2:]
     leading = squares[..., n:]
     others = squares[..., :n].sum(-1) - leading.sum(-1)
@@ -125,7 +126,7 @@ def scaled(
     """``Q inner(gains, Qᵀ x)`` for gains ``(…, count, c)`` and ``x (…, packed, columns)``.
 
     ``inner`` is linear in either argument and takes rows one by one. With V alone, ``g`` the gains
-    of its directions and ``r`` those of the others: ``inner(r, x) + V inner(g − r, Vᵀ x)``.
+    along it and ``r`` that of the others: ``inner(r, x) + V inner(g − r, Vᵀ x)``.
     """
     if not is_partial(side, basis):
         return side.rotate_back(basis, inner(gains, side.rotate(basis, x)))

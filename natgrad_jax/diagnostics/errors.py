@@ -117,8 +117,8 @@ def matrices(layers: Layers, opt_state: Any) -> dict[Path, jax.Array]:
             if half or layer.input_side.mean_included:  # of inputs, or of channels and their means
                 continue
             check_size(sum(p.size for p in layer.parameters))
-            kfac = own.kind != "ekfac"
-            found[path] = _kfac(layer, factors) if kfac else _ekfac(layer, own.state, path)
+            diagonal = own.has_moments
+            found[path] = _ekfac(layer, own.state, path) if diagonal else _kfac(layer, factors)
     return found
 
 

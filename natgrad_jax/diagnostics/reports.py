@@ -184,13 +184,13 @@ def _of_kind(found: Found, path: Path, update: jax.Array | None) -> Measures:
     """What one layer's factors tell, and the bases that the transformation made of them."""
     state, layer = found.state, found.layers[path]
     factors, bases = found.factors(path), state.bases[path]
-    if found.kind == "in_coordinates":
+    if found.has_coordinates:
         own = layer_measures.of_coordinates(layer, factors, bases)
         if factors.G is None or layer.input_side.mean_included:  # of inputs, or of channels' means
             return own
         return own | _with_kl(layer_measures.kl, layer, factors, update=update)
     own = layer_measures.of_factors(layer, factors)
-    if found.kind == "ekfac":
+    if found.has_moments:
         drifts, diagonals = layer_measures.of_bases(layer, factors, bases)
         S = total_moments(state, path)
         whole = everywhere(layer, bases, S)
@@ -209,7 +209,7 @@ def _with_kl(of: Any, *given: Any, update: jax.Array | None) -> Measures:
 def _conditions(found: Found, path: Path) -> Measures:
     values, damping = of_layer(found, path), {}
     layer, factors = found.layers[path], found.factors(path)
-    if found.kind in ("kfac", "ngd"):
+    if found.has_inverses:
         split = parse(found.state.request).split
         damping = layer_measures.dampings(layer, factors, found.state.damping, split)
         stack = len(layer.stack)

@@ -64,7 +64,7 @@ def spectra(layers: Layers, opt_state: Any) -> dict[Path, Spectra]:
 def of_layer(found: Found, path: Path) -> Spectra:
     """The spectra of one layer."""
     layer, factors = found.layers[path], found.factors(path)
-    if found.kind == "in_coordinates" and found.state.bases[path].A_scale is not None:
+    if found.has_coordinates and found.state.bases[path].A_scale is not None:
         second, _ = second_and_mean(layer, factors.A)
         return Spectra(_ascending(layer, layer.input_side.eigenvalues(second)))
     A = _eigenvalues(layer.input_side, factors.A, bias_of(factors))
@@ -72,7 +72,7 @@ def of_layer(found: Found, path: Path) -> Spectra:
         return Spectra(_ascending(layer, A))
     G = _eigenvalues(layer.output_side, factors.G, None)
     block = A[..., :, None] * G[..., None, :]
-    if found.kind == "ekfac":
+    if found.has_moments:
         bases, moments = found.state.bases[path], total_moments(found.state, path)
         block = layer.unpack(everywhere(layer, bases, moments))
     return Spectra(*(_ascending(layer, x) for x in (A, G, block)))

@@ -9,6 +9,7 @@ from natgrad_jax.state.walk import plain, states
 from natgrad_jax.statistics.spec import parse
 from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
 from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
+from natgrad_jax.transforms.common.kronecker import KFACState
 from natgrad_jax.utils.tree_paths import Path, join
 
 
@@ -21,6 +22,21 @@ class Found(NamedTuple):
     name: str
     state: Any
     layers: Layers
+
+    @property
+    def has_inverses(self) -> bool:
+        """Whether its bases are damped inverses."""
+        return isinstance(self.state, KFACState)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether its bases are eigenvectors, with second moments at their coordinates."""
+        return isinstance(self.state, EKFACState)
+
+    @property
+    def has_coordinates(self) -> bool:
+        """Whether its bases are coordinates that another transformation runs in."""
+        return isinstance(self.state, InCoordinatesState)
 
     def factors(self, path: Path) -> Any:
         """Of one layer, in full precision."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.coverage import coverage_table
-from natgrad_jax.layers.layer import BLOCKS, Layer, LossTerm, Parameter, free_layer
+from natgrad_jax.layers.layer import BLOCKS, Layer, LossTerm, Parameter, approximated, free_layer
 from natgrad_jax.layers.limits import MAX_FULL, MAX_NUMBERS
 from natgrad_jax.utils.tree_paths import Path, join, leaves
 
@@ -222,17 +222,7 @@ class Layers(Mapping[Path, Layer]):
 
 @functools.lru_cache(maxsize=256)
 def _approximate(layers: Layers, approximation: Approximation) -> Layers:
-    def of(layer: Layer) -> Layer:
-        own = approximation
-        if layer.block != "kronecker":
-            own = Approximation()
-        if not layer.traits.has_receptive_field:
-            own = own._replace(convolution="kfc", centred=False)
-        if not layer.shares:
-            own = own._replace(weight_sharing="expand")
-        return replace(layer, approximation=own)
-
-    own = {path: of(layer) for path, layer in layers.items()}
+    own = {path: approximated(layer, approximation) for path, layer in layers.items()}
     return Layers(own, layers.leftover, layers.terms)
 
 

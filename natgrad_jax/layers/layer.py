@@ -10,7 +10,7 @@ over inputs (bias last) and ``G`` over outputs.
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -275,6 +275,16 @@ class Layer:
 
     def _stack_last(self, x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, range(len(self.stack)), [axis for axis, _ in self.stack])
+
+
+def approximated(layer: Layer, approximation: Approximation) -> Layer:
+    """The layer with what makes a difference to it of that Kronecker approximation."""
+    own = approximation if layer.block == "kronecker" else WHOLE
+    if not layer.traits.has_receptive_field:
+        own = own._replace(convolution="kfc", centred=False)
+    if not layer.shares:
+        own = own._replace(weight_sharing="expand")
+    return replace(layer, approximation=own)
 
 
 def free_layer(parameter: Parameter) -> Layer:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.curvature.eigenbases import squares
+from natgrad_jax.curvature.eigenbases import second_moments
 from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.approximation import Approximation
@@ -219,7 +219,10 @@ def _squares(of: Plan, axes: Sequence[str], grads: Any) -> Squares:
     }
     return Squares(
         {path: _outer(layer, packed[path]) for path, layer in of.blocks.items()},
-        {path: squares(layer, of.bases[path], packed[path]) for path, layer in of.moments.items()},
+        {
+            path: second_moments(layer, of.bases[path], packed[path])
+            for path, layer in of.moments.items()
+        },
         {p.path: jnp.square(wide[p.path]) for p in of.diagonals},
     )
 

@@ -6,6 +6,7 @@ takes: so it is spelled in the keys of a dict without leaves, ``{"weight_sharing
 
 from typing import Any, NamedTuple
 
+from natgrad_jax.curvature import damping_split
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.state.walk import plain, states
 
@@ -25,7 +26,7 @@ class Request(NamedTuple):
     moments: bool = False
     inputs_only: bool = False
     stride: int | None = 1
-    split: str = "pi"
+    split: str = damping_split.DEFAULT
 
 
 def spell(request: Request) -> Spelled:
@@ -47,7 +48,7 @@ def parse(spelled: Spelled) -> Request:
         values["group_size"] = int(values["group_size"])
     if "centred" in values:
         values["centred"] = values["centred"] == "True"
-    stride, split = values.pop("stride", "1"), values.pop("split", "pi")
+    stride, split = values.pop("stride", "1"), values.pop("split", Request().split)
     stride = None if stride == "None" else int(stride)
     flags = ("moments" in spelled, "inputs_only" in spelled)
     return Request(Approximation(**values), *flags, stride, split)

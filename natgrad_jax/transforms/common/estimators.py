@@ -139,7 +139,7 @@ def _diagonals(
         count = term_shares.counts(statistics.examples, parameter.terms)
         weight = state.diagonal_weights[path]
         measured = count > 0
-        value = factor_averages.over(statistics.leftover[path], jnp.where(measured, count, 1))
+        value = factor_averages.divide(statistics.leftover[path], jnp.where(measured, count, 1))
         good = jnp.isfinite(value.sum(tuple(range(weight.ndim, value.ndim)))) & measured
         rate, later[path] = factor_averages.rate(weight, decay, good)
         new[path] = factor_averages.step(rate, state.diagonal[path], value)
@@ -153,13 +153,13 @@ def diagonal_of(state: Any, path: Path) -> jax.Array:
     return diagonal.sum(0) if state.diagonal_weights[path].ndim else diagonal
 
 
-def over_diagonal(state: Any, lam: jax.Array) -> Any:
+def over_diagonal(state: Any, damping: jax.Array) -> Any:
     """``(path, gradient) → gradient / (diagonal + λ)``, 0 where that divides by 0; unchanged before
     the first measurement."""
 
     def scale(path: Path, gradient: jax.Array) -> jax.Array:
         known = jnp.any(state.diagonal_weights[path] > 0)
-        curvature = diagonal_of(state, path) + lam.astype(gradient.dtype)
+        curvature = diagonal_of(state, path) + damping.astype(gradient.dtype)
         scaled = jnp.where(curvature > 0, gradient / jnp.where(curvature > 0, curvature, 1), 0)
         return jnp.where(known, scaled, gradient)
 

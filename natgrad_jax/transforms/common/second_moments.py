@@ -1,4 +1,4 @@
-"""EKFAC's second moments S: measured, averaged, and carried from basis to basis."""
+"""EKFAC's second moments S: measured, averaged, and transported from basis to basis."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.curvature import factor_averages, term_shares
-from natgrad_jax.curvature.eigenbases import Refresh, carried, eigenbases, squares
+from natgrad_jax.curvature.eigenbases import Refresh, eigenbases, second_moments, transport
 from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers import gradients
 from natgrad_jax.layers.collection import Layers
@@ -68,7 +68,7 @@ def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Arr
         moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
         for path in found:
             count = term_shares.counts(statistics.examples, layers[path].terms)
-            new = factor_averages.over(found[path], jnp.where(count > 0, count, 1))
+            new = factor_averages.divide(found[path], jnp.where(count > 0, count, 1))
             seen = jnp.expand_dims(count > 0, tuple(range(count.ndim, weights[path].ndim)))
             moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)
             rejected += bad
@@ -97,7 +97,7 @@ def average_gradient(
         if layer.block != "kronecker":
             continue
         count = term_shares.counts(examples, layer.terms).max()
-        new = count * squares(layer, state.bases[path], gradient)
+        new = count * second_moments(layer, state.bases[path], gradient)
         seen = jnp.any(gradient != 0, axis=tuple(range(len(layer.stack), gradient.ndim)))
         # at the first step S is K-FAC's, and this gradient has made the basis
         seen &= state.clock.step > 0
@@ -123,7 +123,7 @@ def _renewed(
     turned = [wide(p) * products for p in portions] if several else [products]
     if layer.block == "kronecker":
         known = wide(has_basis(state, path)) > 0
-        turned = [jnp.where(known, carried(layer, own, old, bases), first)
+        turned = [jnp.where(known, transport(layer, own, old, bases), first)
                   for own, first in zip(olds, turned, strict=True)]  # fmt: skip
     # the moments are made of all bases
     (bases, turned), bad = keep_finite(
