@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.tagging import lstm
-from natgrad_jax.tagging.modules import DENSE, Kind, call_input, describe, kind_of
+from natgrad_jax.tagging.modules import (
+    DENSE,
+    Kind,
+    call_input,
+    describe,
+    geometry_or_reason,
+    kind_of,
+)
 from natgrad_jax.tagging.sightings import Sightings
 from natgrad_jax.tagging.slots import SLOT, Slot, tap
 from natgrad_jax.utils.tree_paths import Path, insert
@@ -71,7 +78,8 @@ def watched(run: Any, params: Any, probes: Mapping[Path, Any]) -> tuple[Any, Any
         if kind is None or not any(name in shapes for name in kind.names):
             return result
         x = call_input(args, kwargs)
-        return seen.record(found.path, kind, found.probe, shapes, module, x, result, args, kwargs)
+        geometry = geometry_or_reason(kind, module, shapes, x, args, kwargs)
+        return seen.record(found.path, geometry, found.probe, x, result)
 
     def note(cell: nn.Module, name: str, x: jax.Array, s: jax.Array) -> jax.Array:
         params = cell.variables["params"][name]
@@ -79,7 +87,8 @@ def watched(run: Any, params: Any, probes: Mapping[Path, Any]) -> tuple[Any, Any
         if not isinstance(found, Tag):
             return s
         seen.owners.setdefault(found.path, nn.Dense)
-        return seen.record(found.path, DENSE, found.probe, _shapes_in(params), cell, x, s)
+        geometry = geometry_or_reason(DENSE, cell, _shapes_in(params), x, (), {})
+        return seen.record(found.path, geometry, found.probe, x, s)
 
     def run_watched(tagged: Any, *args: Any) -> Any:
         with nn.intercept_methods(watch):

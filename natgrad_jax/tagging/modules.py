@@ -10,22 +10,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 from flax import nnx
 
+from natgrad_jax.layers.geometry import Geometry
 from natgrad_jax.layers.kinds import conv, dense, embed, norm
-from natgrad_jax.layers.layer import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class UnsupportedError(Exception):
     """A known layer used in a way that has no block; the message says which."""
-
-
-class Geometry(NamedTuple):
-    """One call of a layer: its kind, how its arrays are arranged, how its parameters read."""
-
-    kind: str
-    call: Any
-    layouts: tuple[Layout, ...]
 
 
 class Kind(NamedTuple):
@@ -46,7 +38,17 @@ def describe(
 ) -> Geometry:
     """The geometry of calling ``module`` with input ``x``; ``shapes`` of the block's parameters."""
     call, *layouts = kind.geometry(module, shapes, x, args, kwargs)
-    return Geometry(kind.kind, call, tuple(layout for layout in layouts if layout is not None))
+    names = tuple(n for n in kind.names if n in shapes)
+    own = tuple(layout for layout in layouts if layout is not None)
+    return Geometry(kind.kind, names, tuple(shapes[names[0]]), call, own)
+
+
+def geometry_or_reason(*given: Any) -> Geometry | str:
+    """:func:`describe`, or why a layer that is used so has no block."""
+    try:
+        return describe(*given)
+    except UnsupportedError as e:
+        return str(e)
 
 
 def call_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

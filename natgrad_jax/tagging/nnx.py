@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natgrad_jax.tagging.modules import DENSE, KINDS, Kind, call_input, describe, kind_of
+from natgrad_jax.tagging.modules import (
+    DENSE,
+    KINDS,
+    Kind,
+    call_input,
+    describe,
+    geometry_or_reason,
+    kind_of,
+)
 from natgrad_jax.tagging.sightings import HELD, Sightings
 from natgrad_jax.tagging.slots import SLOT, Slot, tap
 from natgrad_jax.utils.tree_paths import Path
@@ -62,7 +70,8 @@ def _watch(
         seen.refused.setdefault(layer, HELD.format(name))
         return s
     shapes = _shapes(module, kind, name)
-    return seen.record(layer, kind, probe[...], shapes, module, x, s, *call)
+    geometry = geometry_or_reason(kind, module, shapes, x, *call)
+    return seen.record(layer, geometry, probe[...], x, s)
 
 
 def split(model: nnx.Module) -> tuple[Any, Any]:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from natgrad_jax.layers.layer import Layer, Layout, LossTerm, Parameter
+from natgrad_jax.layers.geometry import Geometry, Layout
+from natgrad_jax.layers.layer import Layer, LossTerm, Parameter
 from natgrad_jax.tagging.axes import OWN, WHOLE, Along, Demand, Demands
 from natgrad_jax.tagging.dependence import Taint, Walk
-from natgrad_jax.tagging.modules import Kind, UnsupportedError, describe
 from natgrad_jax.utils.tree_paths import Path
 
 # Names of calls in the traced program, by which they are counted there.
@@ -83,28 +83,22 @@ class Sightings:
     def record(
         self,
         path: Path,
-        kind: Kind,
+        geometry: Geometry | str,
         probe: Any,
-        shapes: Mapping[str, tuple[int, ...]],
-        module: Any,
         x: Any,
         s: jax.Array,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
     ) -> jax.Array:
         """Note one call; called twice, a layer must have the same geometry both times.
 
-        Returns ``s``, marked so that the call can be counted in the traced program.
+        ``geometry`` is why there is none, where it is a str. Returns ``s``, marked so that the call
+        can be counted in the traced program.
         """
         if self._refusal is not None:
             self.refused[path] = self._refusal
-        try:
-            geometry = describe(kind, module, shapes, x, args, dict(kwargs or {}))
-        except UnsupportedError as e:
-            self.refused[path] = str(e)
+        if isinstance(geometry, str):
+            self.refused[path] = geometry
             return s
-        names = tuple(n for n in kind.names if n in shapes)
-        shape = tuple(shapes[names[0]])
+        names, shape = geometry.names, geometry.shape
         sighting = Sighting(geometry.kind, names, geometry.layouts, tuple(probe.shape), shape)
         if self.layers.setdefault(path, sighting) != sighting:
             self.refused[path] = f"it is called in two ways that read its {names[0]} differently"

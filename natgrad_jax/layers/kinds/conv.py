@@ -7,8 +7,8 @@ are stands in ``patches.py``.
 import math
 from collections.abc import Sequence
 
+from natgrad_jax.layers.geometry import Layout
 from natgrad_jax.layers.kinds.patches import ConvCall, Padding
-from natgrad_jax.layers.layer import Layout
 
 
 def conv(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.layer import Layout
+from natgrad_jax.layers.geometry import Layout
 
 
 class DenseCall(NamedTuple):

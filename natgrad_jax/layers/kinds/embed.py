@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.layer import Layout
+from natgrad_jax.layers.geometry import Layout
 from natgrad_jax.utils.precision import HIGHEST
 
 

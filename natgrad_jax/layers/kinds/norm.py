@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.layers.geometry import Layout
 from natgrad_jax.layers.kinds.dense import normal_form
-from natgrad_jax.layers.layer import Layout
 
 
 class NormCall(NamedTuple):
