@@ -134,16 +134,16 @@ def operate(layer: Layer, operator: Any, x: jax.Array) -> jax.Array:
 
 
 def keep_finite(
-    layer: Layer, new: Any, old: Any, weights: jax.Array, told_by: Any = None
+    layer: Layer, new: Any, old: Any, weights: jax.Array, checked: Any = None
 ) -> tuple[Any, jax.Array]:
     """``new`` where it is finite and its factors were measured, else ``old``; and how many failed.
 
-    All matrices of one element of the stack are kept or dropped together. ``told_by``: arrays of
-    which one is not finite wherever ``new`` is not, where a cheaper choice than ``new`` itself.
+    All matrices of one element of the stack are kept or dropped together. ``checked``: a
+    cheaper subset of arrays that is non-finite whenever ``new`` is.
     """
     lead = len(layer.stack)
     finite = jnp.ones(weights.shape, bool)
-    for x in operators_in(new if told_by is None else told_by):
+    for x in operators_in(new if checked is None else checked):
         finite &= x.is_finite(lead)
     known = weights > 0
     use = known & finite

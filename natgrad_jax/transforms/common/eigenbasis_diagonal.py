@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher in Kronecker eigenbases: EKFAC's state, and how it steps."""
+"""The diagonal of the Fisher in Kronecker eigenbases: EKFAC's state and its update."""
 
 from typing import Any, NamedTuple
 
@@ -25,13 +25,15 @@ from natgrad_jax.utils.tree_paths import Path
 class EKFACState(NamedTuple):
     """State of :func:`scale_by_ekfac`; dictionaries by layer path, or parameter path if leftover.
 
-    ``damping``: λ of the last step, ``()``. ``bases``: eigenvectors of the factors as of the last
-    refresh, in their columns: all, or the leading ones. ``moments``: S, at the packed coordinates
-    of the bases, ``(*stack, *blocks, rows, columns)``, or at those of the leading directions and
-    then the mean of all others; ``moment_weights``: how much each has seen, ``(*stack,)``.
-    Where several terms of the loss have each an S of its own, both have an axis of terms in front.
-    ``examples``: of the last measured batch, ``()`` or ``(terms,)``. ``request``: what it asks of
-    the backward pass, without arrays. The other fields are those of
+    ``damping``: λ of the last step, ``()``. ``bases``: eigenvectors of the factors at the last
+    refresh, as columns: all, or the leading ones. ``moments``: S in the packed coordinates of the
+    bases, ``(*stack, *blocks, rows, columns)``, or in those of the leading directions, followed by
+    the mean of all others; ``moment_weights``: the accumulated weight of each S, ``(*stack,)``. If
+    several terms of the loss each have their own S, both have a leading axis of terms.
+    ``examples``: number of examples of the last measured batch, ``()`` or ``(terms,)``.
+    ``request``: which statistics the next backward pass must measure, without arrays.
+
+    The other fields are those of
     :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
 
     >>> import natgrad_jax as ng
@@ -59,7 +61,7 @@ def in_eigenbases(
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by the Fisher's diagonal in each layer's Kronecker eigenbasis.
 
-    ``rank``: of partial bases, None where all are whole.
+    ``rank``: number of eigenvectors in partial bases; None: all eigenvectors.
     """
     intra_batch = config.request.moments
 
