@@ -169,7 +169,7 @@ OURS = ("opt_state", "0")
         ),
         (
             lambda: from_bytes()["ngd"],
-            ["request/stride=None: not in what was saved, now asked for", "and 15 more"],
+            ["request/stride=None: not in what was saved, now requested", "and 15 more"],
         ),
         (lambda: {}, ["not in what was saved", "start from tx.init"]),
         (
