@@ -122,8 +122,8 @@ def _records(
     was = ", ".join(f"{k}={v!r}" for k, v in old.items())
     now = ", ".join(f"{k}={_as_written(v)}" for k, v in records.items())
     warnings.warn(
-        f"{name}({was}) is deprecated, and its keywords go with the next release: write "
-        f"{name}({now}).",
+        f"{name}({was}) is deprecated: write {name}({now}). The old keywords go with the next "
+        "release.",
         DeprecationWarning,
         stacklevel=3,
     )
