@@ -2,8 +2,8 @@
 
 A factor is a matrix over the rows (inputs) or the columns (outputs) of ``K̄``. Stored is one matrix
 over all coordinates, one for each group of them, one that all places of a receptive field share, or
-a diagonal. Here is what the rest of the library asks of each; ``structures.py`` has the simple ones
-and chooses, ``grouped_structures.py`` the others.
+a diagonal. Here is what the rest of the library asks of each; ``simple_structures.py`` has those
+of one matrix or a diagonal and chooses, ``grouped_structures.py`` the others.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.calls import LayerCall
+from natgrad_jax.layers.layer_call import LayerCall
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.gram import gram
 from natgrad_jax.linalg.operators import as_operator

@@ -28,7 +28,7 @@ from natgrad_jax.transforms.common.preconditioner import (
     PreconditionerConfig,
     preconditioner,
 )
-from natgrad_jax.transforms.common.schedule import USUAL, Refresh, refresh_schedule
+from natgrad_jax.transforms.common.refresh_schedule import USUAL, Refresh, refresh_schedule
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
 from natgrad_jax.utils.tree_paths import Path
 

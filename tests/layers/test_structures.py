@@ -7,7 +7,7 @@ import pytest
 
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.grouped_structures import Grouped, Shared
-from natgrad_jax.layers.structures import Dense, Diagonal, input_structure, output_structure
+from natgrad_jax.layers.simple_structures import Dense, Diagonal, input_structure, output_structure
 from natgrad_jax.layers.traits import traits_of
 
 PLACES, CHANNELS, N, T = 3, 5, 7, 2

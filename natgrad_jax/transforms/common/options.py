@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from natgrad_jax.curvature.eigenbases import Eigenbasis
 from natgrad_jax.curvature.inverse_methods import METHODS, Inverse, LowRank
 from natgrad_jax.layers.approximation import CONVOLUTIONS, Approximation
-from natgrad_jax.transforms.common.schedule import Refresh
+from natgrad_jax.transforms.common.refresh_schedule import Refresh
 
 F = TypeVar("F", bound=Callable[..., Any])
 
