@@ -1,4 +1,4 @@
-"""How damping is divided between the two factors of a Kronecker product: the rules, by name."""
+"""Rules, by name, that divide the damping between the two factors of a Kronecker product."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def pi(a: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def equal(a: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(√λ, √λ)``, whatever the factors are.
+    """``(√λ, √λ)`` for all factors.
 
     Arguments and result as in :func:`pi`. Source: Bernacchia et al. 2018, section 5.
     """
@@ -42,7 +42,7 @@ DEFAULT = "pi"
 
 
 def rule(name: str) -> Rule:
-    """The rule of that name; raises ValueError with what there is.
+    """The rule of that name; raises ValueError listing the known names.
 
     >>> rule("half")
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""Kronecker eigenbases of one block: found, refreshed, and second moments S in them."""
+"""Kronecker eigenbases of one block: computed, refreshed, and second moments S in them."""
 
 import dataclasses
 from typing import Any, Literal
@@ -20,15 +20,15 @@ from natgrad_jax.utils.precision import HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class Eigenbasis:
-    """All eigenvectors Q of each factor F, and how they are renewed at a refresh.
+    """All eigenvectors Q of each factor F, and how a refresh updates them.
 
     Args:
       method: ``"eigh"``, or ``"qr"``: after the first basis one step of orthogonal iteration.
-      tolerance: keep a basis while ``B = QᵀFQ`` has ``‖B − diag B‖ ≤ tolerance · ‖B‖``; None to
-        renew it at every refresh.
+      tolerance: keep a basis while ``B = QᵀFQ`` has ``‖B − diag B‖ ≤ tolerance · ‖B‖``; None: renew
+        it at every refresh.
 
     Raises:
-      ValueError: a method that there is not.
+      ValueError: an unknown method.
 
     Source: Golub & Van Loan, section 7.3.2; Vyas et al. 2024 (SOAP) for ``"qr"`` here.
 
@@ -45,9 +45,9 @@ class Eigenbasis:
 
 
 def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
-    """Bases of no factor yet, partial where ``rank`` makes them cheaper, and moments of zero.
+    """Initial bases, partial where ``rank`` makes them cheaper, and zero moments.
 
-    A block with one matrix keeps a whole basis: there its eigenvalues are the moments.
+    A block with one matrix always has a whole basis, and its eigenvalues as moments.
     """
     whole = identities(layer)
     rank = None if layer.output_side is None else rank
@@ -68,10 +68,10 @@ def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
 def eigenbases(
     layer: Layer, factors: Any, old: Any, first: jax.Array, how: Eigenbasis
 ) -> Solving[tuple[Any, jax.Array]]:
-    """The bases of A and G, and the eigenvalue products at all of their coordinates.
+    """The bases of A and G, and the products of their eigenvalues at all coordinates.
 
-    ``old`` are the last bases, partial where the new ones are to be; elements of the stack that
-    have none yet (``first``, ``(*stack,)``) take ``eigh``. A computation for
+    ``old`` are the last bases; the new ones are partial where these are. Elements of the stack
+    without a basis yet (``first``, ``(*stack,)``) use ``eigh``. A computation for
     :func:`~natgrad_jax.linalg.batched_solve.solve`.
     """
     sides = [layer.input_side] + ([layer.output_side] if layer.output_side is not None else [])
@@ -108,9 +108,9 @@ def _problem(
 def renewed(
     factor: jax.Array, old: jax.Array, first: jax.Array, method: str, tolerance: float | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The basis of each factor and what the factor is along it, from the last basis.
+    """The basis of each factor, from the last basis, and the factor's diagonal in it.
 
-    Work is spared where all matrices of the batch allow it.
+    Work is skipped only if all matrices of the batch allow it.
     """
 
     def renew() -> tuple[jax.Array, jax.Array]:
@@ -141,9 +141,9 @@ def _along(factor: jax.Array, basis: jax.Array) -> jax.Array:
 def transport(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array:
     """Moments S of the old bases in the new ones: ``diag(Q'ᵀ (Q diag(S) Qᵀ) Q')``.
 
-    With ``P = Q'ᵀ Q`` on each side, ``S' = P_A² S (P_G²)ᵀ``, squares elementwise. Signs and order
-    of eigenvectors do not matter, the trace stays, and a basis that hardly moved changes hardly
-    anything.
+    With ``P = Q'ᵀ Q`` for inputs and outputs, ``S' = P_A² S (P_G²)ᵀ``, squares elementwise. Signs
+    and order of eigenvectors do not matter, the trace is preserved, and a basis that hardly moved
+    changes S hardly at all.
     """
     S = partial_eigenbasis.transport(layer.input_side, moments, old.A, new.A)
     if layer.output_side is None:
@@ -152,8 +152,8 @@ def transport(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array
 
 
 def second_moments(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
-    """What one packed gradient says of S: ``(Q_Aᵀ X Q_G)²``, elementwise, at the coordinates of the
-    bases."""
+    """One packed gradient's contribution to S: ``(Q_Aᵀ X Q_G)²``, elementwise, at the coordinates
+    of the bases."""
     side = layer.output_side
     found = partial_eigenbasis.project(layer.input_side, bases.A, x)
     if side is not None:
@@ -174,7 +174,7 @@ def scaled(layer: Layer, bases: Any, gains: jax.Array, x: jax.Array) -> jax.Arra
 
 
 def everywhere(layer: Layer, bases: Any, moments: jax.Array) -> jax.Array:
-    """Moments at every packed coordinate: those that stand for many as often as there are."""
+    """Moments at every packed coordinate: a mean moment is repeated for each that it stands for."""
     side = layer.output_side
     if side is not None:
         moments = partial_eigenbasis.everywhere(side, bases.G, moments)

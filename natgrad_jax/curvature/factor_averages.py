@@ -13,7 +13,7 @@ from natgrad_jax.layers.layer import Layer
 class Factors(NamedTuple):
     """``A`` over inputs (bias last) and ``G`` over outputs: ``(*stack, *blocks, n, n)`` each.
 
-    In groups they are the groups' matrices ``(*stack, *blocks, groups, n, n)``. The A of an
+    With groups there is a matrix for each, ``(*stack, *blocks, groups, n, n)``. The A of an
     embedding is its diagonal. A block that is no Kronecker product has one matrix, A.
     """
 
@@ -22,7 +22,7 @@ class Factors(NamedTuple):
 
 
 class FactorsAndBias(NamedTuple):
-    """Factors of a convolution under SUA or in groups: channels' matrices, and the bias apart.
+    """Factors of a convolution under SUA or in groups: matrices over channels, and a separate bias.
 
     ``bias``: the entry of A at the bias, ``(*stack, *blocks)``.
     """
@@ -33,17 +33,17 @@ class FactorsAndBias(NamedTuple):
 
 
 def make_factors(A: Any, G: Any = None, bias: Any = None) -> Any:
-    """Factors, or whatever is held for them: A, G where there is one, and a bias apart likewise."""
+    """Factors, or inverses or bases of them; G and a separate bias only where they exist."""
     return Factors(A, G) if bias is None else FactorsAndBias(A, G, bias)
 
 
 def bias_of(factors: Any) -> jax.Array | None:
-    """The entry of A at a bias apart."""
+    """The entry of A at a bias that is stored separately, or None."""
     return getattr(factors, "bias", None)
 
 
 def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> Any:
-    """Factors before anything was measured; ``dtype``: of their storage, the layer's by default."""
+    """Factors before the first measurement; ``dtype``: for storage, the layer's by default."""
     stack, outputs = layer.stack_sizes, None if inputs_only else layer.output_factor_shape
     zeros = lambda shape: jnp.zeros(stack + shape, dtype or layer.factor_dtype)
     return make_factors(
@@ -54,11 +54,11 @@ def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> 
 
 
 def stored_as(dtype: Any) -> Any:
-    """The checked dtype of stored factors; None for the layers' own."""
+    """The checked dtype of stored factors; None: the layers' own."""
     is_array = isinstance(dtype, jax.Array)
     if dtype is not None and (is_array or not jnp.issubdtype(dtype, jnp.floating)):
         raise ValueError(
-            f"factor_dtype is a floating dtype, such as jnp.bfloat16, or None; got {dtype!r}. "
+            f"factor_dtype must be a floating dtype, such as jnp.bfloat16, or None; got {dtype!r}. "
             "(Under optax.inject_hyperparams name it in static_args.)"
         )
     return dtype
@@ -71,7 +71,7 @@ def in_full(layer: Layer, factors: Any) -> Any:
 
 class Batch(NamedTuple):
     """The factors of one batch; whether each element of the stack was ``seen``, and whether it is
-    ``good``: seen and finite. Both have an axis of terms in front where the factors have shares."""
+    ``good``: seen and finite. Both have a leading axis of terms if the factors have shares."""
 
     factors: Any
     seen: jax.Array
@@ -81,13 +81,13 @@ class Batch(NamedTuple):
 def of_one_term(
     layer: Layer, sums: Sums, examples: jax.Array, saw: jax.Array | None = None
 ) -> Batch:
-    """The factors of one batch, of one term of the loss, which has so many examples.
+    """The factors of one batch for one term of the loss with ``examples`` examples.
 
     With N examples and T positions, ``A ⊗ G = Σ ā āᵀ ⊗ Σ g gᵀ / (N · N T)``. Convolutions put the
     positions' share on G (``A = Σ ā āᵀ / N``: Grosse & Martens 2016), other layers on A
     (``A = Σ ā āᵀ / NT``: Eschenhagen et al. 2023, expand). Under reduce T is 1. Centred factors
-    are always over N T, and where outputs were not measured there is no G. ``saw``: N as the inputs
-    count it, where that is another one than the term's.
+    are always divided by N T, and there is no G if outputs were not measured. ``saw``: the inputs'
+    number of examples, if it differs from the term's.
     """
     if layer.uses > 1:
         return _joined_uses(layer, sums, examples)
@@ -130,8 +130,8 @@ def partial_traces(
 ) -> tuple[jax.Array, jax.Array]:
     """One Kronecker product for a sum of them over an axis, ``F = Σ Aᵢ ⊗ Gᵢ``.
 
-    ``A ⊗ G = tr_G F ⊗ tr_A F / tr F``, the product of the partial traces: exact for one of them,
-    and blind to how each divides its scale between Aᵢ and Gᵢ.
+    ``A ⊗ G = tr_G F ⊗ tr_A F / tr F``, the product of the partial traces: exact for one product,
+    and independent of how each product divides its scale between Aᵢ and Gᵢ.
     """
     assert layer.output_side is not None
     on_a, on_g = layer.input_side.trace(A_i, None), layer.output_side.trace(G_i, None)
@@ -143,12 +143,12 @@ def partial_traces(
 
 
 def _form(side: FactorStructure, factor: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    """A factor in the form of ``side``: measured so, or cut out of the whole one."""
+    """A factor in the form of ``side``: measured in it, or cut out of the whole factor."""
     return factor if factor.shape == lead + side.shape else side.narrow(factor)
 
 
 def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """``x`` divided by numbers for its leading axes."""
+    """``x / divisor``, with an array over the leading axes of ``x`` as divisor."""
     return x / _wide(divisor.astype(x.dtype), x)  # float64 counts do not widen float32 sums
 
 
@@ -157,9 +157,9 @@ def _wide(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _finite(layer: Layer, factors: Any) -> jax.Array:
-    """Whether each element of the stack is: ``(*stack,)``.
+    """Whether each element of the stack is finite: ``(*stack,)``.
 
-    A trace is a sum of squares: any NaN or inf that went into a factor shows in it.
+    A trace is a sum of squares, so that any NaN or inf that went into a factor shows in it.
     """
     traces = layer.input_side.trace(factors.A, None)
     if factors.G is not None and layer.output_side is not None:
@@ -170,10 +170,10 @@ def _finite(layer: Layer, factors: Any) -> jax.Array:
 def rate(
     weight: jax.Array, decay: jax.Array, informative: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """How far a bias-corrected moving average moves, and its weight after that.
+    """How far a bias-corrected moving average moves, and its new weight.
 
     ``f ← f + (1 − decay) / w · (new − f)``, ``w ← decay · w + (1 − decay)``, from w = 0: the first
-    measurement stands for itself. The rate is 0 where ``informative`` is False.
+    measurement is taken as it is. The rate is 0 where ``informative`` is False.
 
     Args:
       weight, informative: ``(*stack,)``; decay: scalar.
@@ -183,9 +183,9 @@ def rate(
 
 
 def step(rate: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """``old + rate · (new − old)``; where the rate is 0, ``old``, whatever ``new`` holds.
+    """``old + rate · (new − old)``; ``old`` where the rate is 0, even if ``new`` is non-finite.
 
-    Computed in the wider of the two dtypes, in the dtype of ``old``.
+    Computed in the wider of the two dtypes, returned in that of ``old``.
     """
     wide = jnp.promote_types(old.dtype, new.dtype)
     rate, before = _wide(rate.astype(wide), old), old.astype(wide)

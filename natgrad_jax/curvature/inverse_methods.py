@@ -1,4 +1,4 @@
-"""How the damped inverse of a factor is computed: one small record a method."""
+"""How the damped inverse of a factor is computed: one small record per method."""
 
 import dataclasses
 from typing import Any
@@ -14,24 +14,24 @@ from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
 from natgrad_jax.linalg.retry import raised
 
-RANK = 64  # eigenpairs, where no number is given
+RANK = 64  # eigenpairs, if no number is given
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseMethod:
-    """What K-FAC asks of a method; what is not overridden is Cholesky's."""
+    """The interface of a method; defaults are those of Cholesky."""
 
     def exact(self, factor: jax.Array, damping: jax.Array, old: Any) -> Problem:
         """The whole inverse of ``factor + damping · I``; ``old`` is the last one."""
         return Problem(raised, (factor, damping), (("op", damped_inverse),), fills=True)
 
     def low_rank(self, layer: Layer, side: FactorStructure) -> int:
-        """The rank of a side's inverse, 0 where it is exact."""
+        """The rank of the inverse of that factor; 0: exact."""
         return 0
 
     @property
     def update_rank(self) -> int:
-        """The rank of the updates between refreshes, 0 where there are none."""
+        """The rank of the updates between refreshes; 0: no updates."""
         return 0
 
 
@@ -64,12 +64,12 @@ class Eigh(InverseMethod):
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(InverseMethod):
-    """The leading eigenpairs of each factor, warm-started, and all others at their mean.
+    """The leading eigenpairs of each factor, warm-started, and the mean of all other eigenvalues.
 
     Factors of at most twice the rank, and blocks with one matrix, are treated exactly.
 
     Args:
-      rank: eigenpairs kept; :func:`natgrad_jax.rank_for` tells what a trained model needs.
+      rank: eigenpairs kept; :func:`natgrad_jax.rank_for` computes what a model needs.
 
     Raises:
       ValueError: ``rank`` is no whole number of at least 1.
@@ -86,7 +86,7 @@ class LowRank(InverseMethod):
         _check_rank(self.rank)
 
     def low_rank(self, layer: Layer, side: FactorStructure) -> int:
-        # a block with one matrix is inverted exactly, of whatever size
+        # a block with one matrix is inverted exactly, whatever its size
         may_be = layer.output_side is not None and side.supports_low_rank
         return self.rank if may_be and is_cheaper(self.rank, side.width) else 0
 
@@ -107,9 +107,9 @@ class NewtonSchulz(InverseMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Woodbury(InverseMethod):
-    """Cholesky at a refresh, and an update of low rank for each measured batch in between.
+    """Cholesky at a refresh, and a low-rank update for each measured batch in between.
 
-    Between refreshes the damping of the last one fades with the factors' decay.
+    Between refreshes the damping, that of the last refresh, fades with the factors' decay.
 
     Args:
       rank: of the updates.
@@ -148,5 +148,6 @@ METHODS: dict[str, type[Inverse]] = {
 def _check_rank(rank: object) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(
-            f"rank is how many directions are kept, a whole number of at least 1; got {rank!r}."
+            "rank, the number of directions kept, must be a whole number of at least 1; got "
+            f"{rank!r}."
         )

@@ -1,4 +1,4 @@
-"""Linear operators of one block, as pairs of structured matrices on its rows and columns."""
+"""Linear operators on one block, as pairs of structured matrices for its rows and columns."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ CHOLESKY = Cholesky()
 
 
 def identities(layer: Layer, how: InverseMethod = CHOLESKY) -> Any:
-    """The operator that changes nothing."""
+    """The identity operator."""
     zeros = zero_factors(layer)
 
     def one(side: FactorStructure | None, x: jax.Array | None) -> Any:
@@ -45,12 +45,12 @@ def inverses(
     how: InverseMethod = CHOLESKY,
     split: str = damping_split.DEFAULT,
 ) -> Solving[tuple[Any, jax.Array]]:
-    """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; of a block with one matrix ``(F + λ I)⁻¹``,
-    exactly: no method makes it of low rank.
+    """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; for a block with one matrix ``(F + λ I)⁻¹``,
+    never of low rank.
 
     ``split`` names the rule of :mod:`~natgrad_jax.curvature.damping_split` that divides λ between
-    the factors by their mean eigenvalues; ``old`` are the last inverses, from which those of low
-    rank start. Also how many factorisations failed and took more damping, int32 ``()``. A
+    the factors by their mean eigenvalues; ``old`` are the last inverses, from which iterations
+    start. Also returns how many factorisations failed and needed more damping, int32 ``()``. A
     computation for :func:`~natgrad_jax.linalg.batched_solve.solve`.
     """
     if layer.output_side is None or factors.G is None:
@@ -68,8 +68,8 @@ def inverses(
     starts = (None, None) if old is None else (old.A, old.G)
     given = list(zip(sides, (factors.A, factors.G), dampings, starts, strict=True))
     known = [side.direct_inverse(factor, on) for side, factor, on, _ in given]
-    asked = [x for x, direct in zip(given, known, strict=True) if direct is None]
-    found, failures = _counted((yield [_problem(layer, *x, how) for x in asked]))
+    factored = [x for x, direct in zip(given, known, strict=True) if direct is None]
+    found, failures = _counted((yield [_problem(layer, *x, how) for x in factored]))
     solutions = iter(found)
     A, G = (next(solutions) if direct is None else direct for direct in known)
     return make_factors(A, G, None if bias is None else reciprocal(bias + dampings[0])), failures
@@ -91,7 +91,7 @@ def _problem(
 
 
 def _counted(solutions: list[Any]) -> tuple[list[Any], jax.Array]:
-    """Results without their counts of failures, and the sum of those."""
+    """Results without their counts of failures, and the sum of these counts."""
     failures = jnp.zeros((), jnp.int32)
     found = []
     for solution in solutions:
@@ -103,10 +103,10 @@ def _counted(solutions: list[Any]) -> tuple[list[Any], jax.Array]:
 
 
 def updated(layer: Layer, old: Any, batch: Any, rate: jax.Array, rank: int) -> Any:
-    """Inverses after one more batch, ``((1 − r) M + r F)⁻¹`` of each side's ``M⁻¹``, by Woodbury.
+    """Inverses after one more batch: ``((1 − r) M + r F)⁻¹`` from each ``M⁻¹``, by Woodbury.
 
-    F, the batch's factor, through a root of that rank. A side that takes no such update waits for
-    the next refresh, and so does an element of the stack that saw nothing.
+    F, the batch's factor, enters through a root of rank ``rank``. Factors without such updates wait
+    for the next refresh; elements of the stack that saw no examples are unchanged.
     """
 
     def one(side: FactorStructure | None, inverse: Any, factor: Any) -> Any:
@@ -134,16 +134,16 @@ def operate(layer: Layer, operator: Any, x: jax.Array) -> jax.Array:
 
 
 def keep_finite(
-    layer: Layer, new: Any, old: Any, weights: jax.Array, told_by: Any = None
+    layer: Layer, new: Any, old: Any, weights: jax.Array, checked: Any = None
 ) -> tuple[Any, jax.Array]:
-    """``new`` where it is finite and its factors were measured, else ``old``; and how many failed.
+    """``new`` where it is finite and its factors were measured, else ``old``; and the failures.
 
-    All matrices of one element of the stack are kept or dropped together. ``told_by``: arrays of
-    which one is not finite wherever ``new`` is not, where a cheaper choice than ``new`` itself.
+    All matrices of one element of the stack are kept or dropped together. ``checked``: a
+    cheaper subset of arrays that is non-finite whenever ``new`` is.
     """
     lead = len(layer.stack)
     finite = jnp.ones(weights.shape, bool)
-    for x in operators_in(new if told_by is None else told_by):
+    for x in operators_in(new if checked is None else checked):
         finite &= x.is_finite(lead)
     known = weights > 0
     use = known & finite

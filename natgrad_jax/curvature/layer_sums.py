@@ -1,6 +1,6 @@
 """What one call of a layer adds to its statistics: sums of products over examples and positions.
 
-Every array here is a raw sum; calls, batches and devices add.
+Every array here is a raw sum; those of calls, batches and devices are added.
 """
 
 import math
@@ -18,17 +18,17 @@ from natgrad_jax.linalg.gram import gram, one_axis
 from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.sharding import replicated, varying_like
 
-# Patches, and gradients of single examples, are laid out for at most this many bytes at a time.
+# Patches, and gradients of single examples, take at most this many bytes at a time.
 MAX_CHUNK_BYTES = 64 * 2**20
 
 
 class Sums(NamedTuple):
-    """Raw sums over the rows (examples × positions) that a layer has seen; they add.
+    """Raw sums over the rows (examples × positions) of a layer; they can be added.
 
     ``A``: ``Σ ā āᵀ`` ``(*stack, *blocks, inputs + bias, inputs + bias)``; ``G``: ``Σ g gᵀ``
-    ``(*stack, *blocks, outputs, outputs)``, or None where only inputs were measured; ``rows``: how
-    many rows, ``(*stack,)``. A block that is no Kronecker product has ``A = Σ v vᵀ`` over examples,
-    v their gradients, and no G. An embedding that is attended to has another axis, of its uses.
+    ``(*stack, *blocks, outputs, outputs)``, or None if only inputs were measured; ``rows``: their
+    number, ``(*stack,)``. A block that is no Kronecker product has ``A = Σ v vᵀ`` over examples, v
+    their gradients, and no G. An embedding that is attended to has one more axis, of its uses.
     """
 
     A: jax.Array
@@ -37,7 +37,7 @@ class Sums(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of single examples, added up over positions and calls: what "reduce" multiplies later.
+    """Rows of single examples, summed over positions and calls; "reduce" multiplies them later.
 
     ``a``: ``(*stack, N, *blocks, inputs + bias)``; ``g``: ``(*stack, N, *blocks, outputs)``;
     ``rows``: ``(*stack,)``.
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 def sums_shapes(layer: Layer) -> Any:
-    """Shapes of :class:`Sums` for one element of the stack, in a ``Sums``."""
+    """Shapes for one element of the stack, as a :class:`Sums`."""
     uses = (layer.uses,) if layer.uses > 1 else ()
     outputs = layer.output_factor_shape
     of: Any = Sums
@@ -57,7 +57,7 @@ def sums_shapes(layer: Layer) -> Any:
 
 
 def rows_shapes(layer: Layer, examples: int) -> Any:
-    """Shapes of :class:`Rows` for one element of the stack, in a ``Rows``."""
+    """Shapes for one element of the stack, as a :class:`Rows`."""
     uses = (layer.uses,) if layer.uses > 1 else ()
     assert layer.output_side is not None
     a, g = layer.input_side.size, layer.output_side.size
@@ -80,7 +80,7 @@ def measure(layer: Layer, call: LayerCall, x: Any, g: jax.Array) -> Sums:
 
 
 def measure_rows(layer: Layer, call: LayerCall, x: Any, g: jax.Array) -> Rows:
-    """Rows of the examples of one call, activations and gradients summed over positions."""
+    """One call's row for each example: activations and gradients summed over positions."""
     dtype = layer.factor_dtype
     examples, outputs = call.examples(x), call.outputs(g)
     inputs = over_chunks(
@@ -93,9 +93,9 @@ def measure_rows(layer: Layer, call: LayerCall, x: Any, g: jax.Array) -> Rows:
 
 
 def sums_of_rows(layer: Layer, rows: Rows, lead: int) -> Sums:
-    """The sums that "reduce" takes over examples: of mean activations and summed gradients.
+    """The sums of "reduce" over examples, from mean activations and summed gradients.
 
-    ``lead``: axes before that of the examples (stack and uses).
+    ``lead``: number of axes before that of the examples (stack and uses).
     """
     assert layer.output_side is not None
     examples = rows.a.shape[lead]
@@ -165,7 +165,7 @@ def _gradient_gram(layer: Layer, call: LayerCall, x: Any, outputs: jax.Array) ->
 
 
 def _input_gram(layer: Layer, call: LayerCall, x: Any) -> jax.Array:
-    """The factor sum over the rows of inputs, a bounded number of examples at a time."""
+    """The factor's sum over input rows, a bounded number of examples at a time."""
     side, reduce = layer.input_side, layer.approximation.weight_sharing == "reduce"
     examples = call.examples(x)
     if not reduce:
@@ -189,9 +189,9 @@ def _output_gram(layer: Layer, outputs: jax.Array) -> jax.Array:
 
 
 def _gram(layer: Layer, side: Any, rows: jax.Array) -> jax.Array:
-    """One side's factor sum over rows ``(N, T, *blocks, size)``."""
+    """One factor's sum over rows ``(N, T, *blocks, size)``."""
     rows = side.rows(rows)
-    if layer.traits.has_receptive_field:  # but not a sequence's axis, which devices may divide
+    if layer.traits.has_receptive_field:  # not for a sequence's axis, which devices may share
         rows = one_axis(rows)
     return side.gram(rows, layer.factor_dtype)
 
@@ -199,16 +199,16 @@ def _gram(layer: Layer, side: Any, rows: jax.Array) -> jax.Array:
 def over_chunks(
     of: Callable[..., jax.Array], arrays: tuple[Any, ...], width: int, add: bool = True
 ) -> jax.Array:
-    """``of(*arrays)``, a bounded number of examples at a time: added up, or stacked again.
+    """``of(*arrays)``, a bounded number of examples at a time; results are summed or stacked.
 
-    ``width``: numbers that ``of`` lays out for one example.
+    ``width``: how many numbers ``of`` needs in memory for one example.
     """
     n = len(jax.tree.leaves(arrays)[0])
     chunks = _chunks(n, width * 4)
     if chunks == 1:
         return of(*arrays)
     even = n - n % chunks
-    # the chunk axis is the minor one: a batch sharded over devices stays where it is
+    # the chunk axis is the minor one, so that a sharded batch is not moved
     stacked = jax.tree.map(
         lambda x: jnp.moveaxis(x[:even].reshape(even // chunks, chunks, *x.shape[1:]), 1, 0), arrays
     )
@@ -225,14 +225,14 @@ def over_chunks(
 
 
 def _chunks(examples: int, bytes_per_example: int) -> int:
-    """About the fewest chunks that stay within the bound; equal ones where possible."""
+    """About the fewest chunks that respect the bound, of equal size if possible."""
     needed = max(-(-examples * bytes_per_example // MAX_CHUNK_BYTES), 1)
     needed = min(needed, max(examples, 1))
     return next((c for c in range(needed, 2 * needed) if examples % c == 0), needed)
 
 
 def _count_rows(outputs: jax.Array, layer: Layer) -> jax.Array:
-    """Examples × positions, as a value that depends on the data: vmap and shard_map must see it."""
+    """Examples × positions, as a value that depends on the data, as vmap and shard_map require."""
     reduce = layer.approximation.weight_sharing == "reduce" and layer.calls == 1
     counted = outputs[:, :1] if reduce or layer.output_side is None else outputs
     first = counted.reshape(*counted.shape[:2], -1)[:, :, 0]
@@ -240,7 +240,7 @@ def _count_rows(outputs: jax.Array, layer: Layer) -> jax.Array:
 
 
 def _in_use(layer: Layer, use: int, sums: Any) -> Any:
-    """``sums`` on the axis of a layer's uses, where it has several."""
+    """``sums`` at index ``use`` of the axis of uses, if the layer has several."""
     if layer.uses == 1:
         return sums
     return jax.tree.map(lambda x: jnp.zeros((layer.uses, *x.shape), x.dtype).at[use].set(x), sums)

@@ -1,6 +1,6 @@
-"""Factors where a loss has several terms: each has a share of its own in what gradients make.
+"""Factors of a loss with several terms: each has its own share of what gradients contribute.
 
-A term that a batch has no examples of so keeps its share, and terms may come in any batches.
+A term without examples in a batch so keeps its share, and batches may have any of the terms.
 """
 
 import functools
@@ -22,7 +22,7 @@ from natgrad_jax.layers.layer import Layer
 
 
 class Shares(NamedTuple):
-    """What each term of the loss has of a layer's factors, ``(terms, *stack, …)``."""
+    """Each term's share of a layer's factors, ``(terms, *stack, …)``."""
 
     A: jax.Array | None
     G: jax.Array | None
@@ -31,9 +31,9 @@ class Shares(NamedTuple):
 class FactorsOfTerms(NamedTuple):
     """Factors of a layer that several terms of the loss depend on: of all terms, and term by term.
 
-    ``A``, ``G``, ``bias``: as in the others, G (or whatever is made of gradients) summed over the
-    terms. ``shares``: each term's own, with an axis of terms in front; None what has no term.
-    ``weights``: how much each share has seen, ``(terms, *stack)``.
+    ``A``, ``G``, ``bias``: as in other factors, G (or whatever depends on gradients) summed over
+    the terms. ``shares``: each term's own, with a leading axis of terms; None for a factor that all
+    terms share. ``weights``: the accumulated weight of each share, ``(terms, *stack)``.
     """
 
     A: jax.Array
@@ -44,7 +44,7 @@ class FactorsOfTerms(NamedTuple):
 
 
 def initial(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> Any:
-    """A state's factors before anything was measured, with shares where several terms have them."""
+    """A state's factors before the first measurement, with shares if there are several terms."""
     zeros, terms = zero_factors(layer, inputs_only, dtype), len(layer.terms)
     if terms == 1 or inputs_only:
         return zeros
@@ -55,14 +55,14 @@ def initial(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> Any:
 
 
 def counts(examples: jax.Array, terms: tuple[int, ...]) -> jax.Array:
-    """The examples of those terms: ``()`` of one term, else ``(terms,)``."""
+    """The numbers of examples of those terms: ``()`` for one term, else ``(terms,)``."""
     if not examples.ndim:
         return examples
     return examples[terms[0]] if len(terms) == 1 else examples[jnp.array(terms)]
 
 
 def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
-    """What one batch says of a layer's factors; ``examples``: of each term of the loss."""
+    """A layer's factors on one batch; ``examples``: their number in each term of the loss."""
     count = counts(examples, layer.terms)
     if not count.ndim:
         return of_one_term(layer, sums, count)
@@ -72,7 +72,7 @@ def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *found)
         shares = Shares(stacked.factors.A, stacked.factors.G)
         return Batch(_of_shares(layer, stacked.factors, shares), stacked.seen, stacked.good)
-    # one factor of inputs for all terms, over all examples that the layer saw
+    # one input factor for all terms, over all examples of the layer
     saw = jnp.where(sums.rows > 0, sums.rows, 1) / layer.positions
     inputs = of_one_term(layer, sums._replace(G=None), count.max(), saw)
     if sums.G is None:
@@ -85,13 +85,13 @@ def batch_factors(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
 
 
 def _of_shares(layer: Layer, inputs: Any, shares: Shares) -> FactorsOfTerms:
-    """A batch's factors: what they weigh is told apart from them."""
+    """A batch's factors with shares; their weights are not stored here."""
     A, G = summed(layer, inputs.A, shares)
     return FactorsOfTerms(A, G, bias_of(inputs), shares, jnp.zeros(()))
 
 
 def summed(layer: Layer, A: jax.Array, shares: Shares) -> tuple[jax.Array, jax.Array | None]:
-    """The factors of all terms from those of each; ``A``: of the inputs, where no term has one."""
+    """The factors of all terms from those of each; ``A``: the input factor if all share it."""
     if shares.A is None:
         assert shares.G is not None
         return A, shares.G.sum(0)
@@ -115,8 +115,8 @@ def portions(layer: Layer, factors: FactorsOfTerms) -> jax.Array:
 
 
 def moved(layer: Layer, old: Any, batch: Batch, weight: jax.Array, rate: Any) -> tuple[Any, Any]:
-    """Factors after one more batch, and their weight: ``rate(weight, informative=…)`` tells how far
-    an average moves. Each term's share moves by itself, the rest where any term has examples."""
+    """Factors after one more batch, and their weight: ``rate(weight, informative=…)`` gives how far
+    an average moves. Each term's share moves by itself, the rest if any term has examples."""
     new = batch.factors
     if not isinstance(old, FactorsOfTerms):
         moves, later = rate(weight, informative=batch.good)

@@ -1,8 +1,8 @@
-"""One side's eigenbasis: all eigenvectors, or the k leading ones V and all others as one.
+"""A factor's eigenbasis: all eigenvectors, or the k leading ones V and all others as one.
 
-A basis is partial where it has fewer columns than rows. Its coordinates are then those along V and,
-last, the space of the n − k other eigenvectors, which share one number: the mean of what each of
-them would have had. Projections onto that space need no basis of it, ``‖x‖² − ‖Vᵀx‖²``.
+A basis is partial if it has fewer columns than rows. Its coordinates are then those along V and,
+last, the space of the n − k other eigenvectors, which share one number: the mean of their own.
+Projections onto that space need no basis of it, ``‖x‖² − ‖Vᵀx‖²``.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ def is_partial(side: FactorStructure, basis: jax.Array) -> bool:
 
 
 def may_be_partial(side: FactorStructure | None, rank: int | None) -> bool:
-    """Whether that many eigenvectors are cheaper than a whole basis: one dense matrix, and wide."""
+    """Whether ``rank`` eigenvectors are cheaper than a whole basis: for one wide dense matrix."""
     if side is None or rank is None or not side.supports_partial_basis:
         return False
     return is_cheaper(rank, side.width)
 
 
 def count(side: FactorStructure, basis: jax.Array) -> int:
-    """How many coordinates there are."""
+    """The number of coordinates."""
     return basis.shape[-1] + 1 if is_partial(side, basis) else side.packed
 
 
 def laid_out(side: FactorStructure, basis: jax.Array) -> int:
-    """How many numbers :func:`project_rows` has of one row."""
+    """How many numbers :func:`project_rows` returns for one row."""
     return side.packed + (basis.shape[-1] if is_partial(side, basis) else 0)
 
 
@@ -44,7 +44,7 @@ def eigenvalues(
     factor: jax.Array,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """The factor along every coordinate, ``(…, count)``, from those along the basis' columns."""
+    """Eigenvalues at every coordinate, ``(…, count)``, from those along the basis's columns."""
     if not is_partial(side, basis):
         return side.spread(values, bias)
     n, k = basis.shape[-2:]
@@ -53,7 +53,7 @@ def eigenvalues(
 
 
 def everywhere(side: FactorStructure, basis: jax.Array, values: jax.Array) -> jax.Array:
-    """Numbers ``(…, count)`` at every packed coordinate: the others' as often as there are."""
+    """Numbers ``(…, count)`` at every packed coordinate: the last one n − k times."""
     if not is_partial(side, basis):
         return values
     n, k = basis.shape[-2:]
@@ -64,8 +64,8 @@ def everywhere(side: FactorStructure, basis: jax.Array, values: jax.Array) -> ja
 def project_rows(side: FactorStructure, basis: jax.Array, rows: jax.Array) -> jax.Array:
     """``Qᵀ r`` of packed rows ``(N, T, *blocks, packed)``; of a partial basis ``[r, Vᵀ r]``.
 
-    In that form sums over rows and products of two sides may still be taken;
-    :func:`coordinate_moments` makes of their squares what the coordinates have.
+    This form allows sums over rows and products of inputs and outputs;
+    :func:`coordinate_moments` computes the coordinates' second moments from their squares.
     """
     inside = side.project(basis, rows)
     return jnp.concatenate([rows, inside], axis=-1) if is_partial(side, basis) else inside
@@ -89,21 +89,21 @@ def coordinate_moments(
     n, k = basis.shape[-2:]
     leading = squares[..., n:]
     others = squares[..., :n].sum(-1) - leading.sum(-1)
-    mean = jnp.maximum(others, 0) / (n - k)  # of rounding alone it may be below zero
+    mean = jnp.maximum(others, 0) / (n - k)  # rounding may make it negative
     return jnp.concatenate([leading, mean[..., None]], axis=-1)
 
 
 def transport(
     side: FactorStructure, moments: jax.Array, old: jax.Array, new: jax.Array
 ) -> jax.Array:
-    """Second moments ``(…, count, columns)`` at the coordinates of the old basis as at the new."""
+    """Second moments ``(…, count, columns)`` in the old basis, transported to the new one."""
     if not is_partial(side, new):
         return side.transport(moments, old, new)
     return jnp.matmul(_overlaps(new, old), moments, precision=HIGHEST)
 
 
 def _overlaps(new: jax.Array, old: jax.Array) -> jax.Array:
-    """``(q'ᵀ q)²`` of new and old eigenvectors, the others' summed over old and averaged over new.
+    """``(q'ᵀ q)²`` of new and old vectors; other ones are summed (old) and averaged (new).
 
     A stochastic matrix: rows sum to 1.
     """
@@ -125,8 +125,8 @@ def scaled(
 ) -> jax.Array:
     """``Q inner(gains, Qᵀ x)`` for gains ``(…, count, c)`` and ``x (…, packed, columns)``.
 
-    ``inner`` is linear in either argument and takes rows one by one. With V alone, ``g`` the gains
-    along it and ``r`` that of the others: ``inner(r, x) + V inner(g − r, Vᵀ x)``.
+    ``inner`` is linear in either argument and acts row by row. For a partial basis V, with gains
+    ``g`` along it and ``r`` for the others: ``inner(r, x) + V inner(g − r, Vᵀ x)``.
     """
     if not is_partial(side, basis):
         return side.rotate_back(basis, inner(gains, side.rotate(basis, x)))

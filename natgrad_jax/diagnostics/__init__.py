@@ -1,4 +1,4 @@
-"""What the curvature looks like: errors of approximations, spectra, and a report on training."""
+"""Diagnostics of the curvature: errors of approximations, spectra, and a report on training."""
 
 from natgrad_jax.diagnostics.errors import approximation_error, dense, matrices
 from natgrad_jax.diagnostics.reports import Report, report

@@ -1,4 +1,4 @@
-"""Approximations as explicit matrices, and how good they are: for small models."""
+"""Approximations as explicit matrices, and their errors, for small models."""
 
 import itertools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from natgrad_jax.transforms.common.second_moments import total_moments
 from natgrad_jax.transforms.ekfac import EKFACState, scale_by_ekfac
 from natgrad_jax.utils.tree_paths import Path
 
-# Forms of the factors beside the whole ones.
+# Suffixes of names, and the approximations of the factors that they stand for.
 FORMS = {
     "": WHOLE,
     "_sua": Approximation(convolution="sua"),
@@ -40,17 +40,17 @@ def approximation_error(
 ) -> dict[str, float]:
     """How far each approximation is from the explicit Fisher blocks of a small model.
 
-    ``√Σ ‖F_l − F̂_l‖²`` over the layers l (Frobenius norms; what is between layers is left out, as
-    every approximation here leaves it out).
+    ``√Σ ‖F_l − F̂_l‖²`` over the layers l (Frobenius norms; blocks between layers are left out, as
+    in every approximation here).
 
     Args:
       loss_fn, params, *args: as for :func:`natgrad_jax.find_layers`.
-      layers: from :func:`natgrad_jax.find_layers`; found here if None.
+      layers: from :func:`natgrad_jax.find_layers`; None: found here.
       fisher: ``"exact"``, ``"mc"`` or ``"empirical"``, for all of them.
       rng: a key, needed by ``"mc"``.
 
     Returns:
-      From name to error: ``"kfac"``, ``"ekfac"``, the same with ``_sua`` (channel covariances
+      From name to error: ``"kfac"``, ``"ekfac"``, both with ``_sua`` (channel covariances
       alone) and ``_reduce`` (positions summed first), ``"diagonal"``, and ``"zero"`` for the norm
       of the Fisher itself.
 
@@ -88,18 +88,18 @@ def approximation_error(
 
 
 def matrices(layers: Layers, opt_state: Any) -> dict[Path, jax.Array]:
-    """The Fisher blocks that an optimizer state stands for, explicitly, without damping.
+    """The Fisher blocks that an optimizer state approximates, as matrices, without damping.
 
-    ``A ⊗ G``, EKFAC's ``Q diag(S) Qᵀ``, or the one matrix of a block that is no product. Layers of
-    which inputs alone were measured (whitening) are left out.
+    ``A ⊗ G``, EKFAC's ``Q diag(S) Qᵀ``, or the one matrix of a block that is no product. Layers
+    whose inputs alone were measured (whitening) are left out.
 
     Args:
       layers: from :func:`natgrad_jax.find_layers`, of a small model.
-      opt_state: of any chain with a transformation of this library in it.
+      opt_state: the state of any chain that contains a transformation of this library.
 
     Returns:
-      From layer path to ``(P, P)`` over the layer's parameters in their order, each raveled: as
-      ``ng.fisher(..., layers=layers)`` has them.
+      From layer path to ``(P, P)`` over the layer's parameters in their order, each raveled, as
+      in ``ng.fisher(..., layers=layers)``.
 
     Raises:
       ValueError: no such state, factors of other layers, a layer too large for a matrix.
@@ -114,7 +114,7 @@ def matrices(layers: Layers, opt_state: Any) -> dict[Path, jax.Array]:
         for path in (path for path in layers if path in own.state.factors):
             layer, factors = own.layers[path], own.factors(path)
             half = layer.output_side is not None and factors.G is None
-            if half or layer.input_side.mean_included:  # of inputs, or of channels and their means
+            if half or layer.input_side.mean_included:  # inputs only, or channels with their means
                 continue
             check_size(sum(p.size for p in layer.parameters))
             diagonal = own.has_moments
@@ -125,7 +125,7 @@ def matrices(layers: Layers, opt_state: Any) -> dict[Path, jax.Array]:
 def _measured(
     loss_fn: Any, params: Any, args: Any, layers: Layers, form: Approximation, fisher: str, rng: Any
 ) -> EKFACState:
-    """The state after this batch alone: bases from one step, moments in them from another."""
+    """EKFAC's state from this batch alone: one step for the bases, another for the moments."""
     tx = scale_by_ekfac(layers, decay=0.0, statistics_period=1, basis="eigh", approximation=form)
     grad_fn = value_and_grad(loss_fn, layers, fisher=fisher)
 

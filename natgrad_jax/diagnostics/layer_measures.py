@@ -1,6 +1,6 @@
-"""One layer's curvature in a few numbers, ``(*stack,)`` each: products of matrices alone.
+"""One layer's curvature in a few numbers, ``(*stack,)`` each, by products of matrices only.
 
-A layer's blocks side by side count as one block-diagonal matrix.
+A layer's blocks count as one block-diagonal matrix.
 """
 
 import math
@@ -21,7 +21,7 @@ from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.reparametrization.coordinates import Coordinates, second_and_mean
 
 Measures = dict[str, jax.Array]
-# The name of a Kronecker factor, its side, the factor, and its entry at a bias apart.
+# A Kronecker factor's name, structure, the factor, and its entry at a separate bias.
 Part = tuple[str, FactorStructure, jax.Array, jax.Array | None]
 
 # Random directions in which the error of a large inverse is measured.
@@ -29,7 +29,7 @@ PROBES = 64
 
 
 def parts(layer: Layer, factors: Any) -> Iterator[Part]:
-    """The factors that there are."""
+    """The layer's factors: A, and G if there is one."""
     yield "A", layer.input_side, factors.A, bias_of(factors)
     if layer.output_side is not None and factors.G is not None:
         yield "G", layer.output_side, factors.G, None
@@ -47,8 +47,8 @@ def of_factors(layer: Layer, factors: Any) -> Measures:
 
 
 def dampings(layer: Layer, factors: Any, damping: jax.Array, split: str) -> Measures:
-    """What is added to each factor, ``(*stack, *blocks)``: ``π√λ`` to A and ``√λ/π`` to G (or both
-    ``√λ``), λ itself where there is one matrix."""
+    """The damping added to each factor, ``(*stack, *blocks)``: ``π√λ`` for A and ``√λ/π`` for G (or
+    ``√λ`` for both), λ itself for a block with one matrix."""
     means = [side.trace(x, bias) / side.size for _, side, x, bias in parts(layer, factors)]
     if len(means) == 1:
         return {"A": jnp.broadcast_to(damping, means[0].shape).astype(means[0].dtype)}
@@ -57,10 +57,11 @@ def dampings(layer: Layer, factors: Any, damping: jax.Array, split: str) -> Meas
 
 
 def of_inverses(layer: Layer, factors: Any, inverses: Any, on: Measures) -> Measures:
-    """``damping`` of each factor, and ``drift``, ``‖(F + d I) M − I‖ / √n`` of the inverse M that
-    is held: 0 for the inverse of the current factor, 1 for no inverse at all.
+    """``damping`` of each factor, and ``drift``, ``‖(F + d I) M − I‖ / √n`` of the stored inverse
+    M: 0 for the inverse of the current factor, 1 for M = 0.
 
-    With ``PROBES`` random columns Z of signs for I where there are more: ``E‖X Z‖² = ‖X‖²``.
+    If n is larger than ``PROBES``, I is replaced by that many random columns Z of signs:
+    ``E‖X Z‖² = ‖X‖²``.
     """
     found = {}
     for name, side, factor, bias in parts(layer, factors):
@@ -76,11 +77,11 @@ def of_inverses(layer: Layer, factors: Any, inverses: Any, on: Measures) -> Meas
 
 
 def of_bases(layer: Layer, factors: Any, bases: Any) -> tuple[Measures, Measures]:
-    """``drift``, ``‖B − diag B‖ / ‖B‖`` with ``B = Qᵀ F Q`` in the basis Q that is held: 0 for an
+    """``drift``, ``‖B − diag B‖ / ‖B‖`` with ``B = Qᵀ F Q`` in the stored basis Q: 0 for an
     eigenbasis of the current factor; and the diagonals of B, at every packed coordinate.
 
-    Of a basis that is partial, V, ``‖F V − V diag(Vᵀ F V)‖ / ‖F V‖``, and at the other coordinates
-    the mean of what is left of the trace."""
+    For a partial basis V, ``‖F V − V diag(Vᵀ F V)‖ / ‖F V‖``, and at the other coordinates the mean
+    of the remaining trace."""
     drifts, diagonals = {}, {}
     for name, side, factor, bias in parts(layer, factors):
         basis = getattr(bases, name)
@@ -96,13 +97,13 @@ def of_bases(layer: Layer, factors: Any, bases: Any) -> tuple[Measures, Measures
 
 
 def of_moments(layer: Layer, S: jax.Array, diagonals: Measures, damping: jax.Array) -> Measures:
-    """``condition`` of ``S + λ``, and ``kfac_error``, ``‖S − b_A b_Gᵀ‖ / ‖S‖`` by the diagonals of
-    K-FAC's factors in the same bases: what K-FAC gets wrong and EKFAC does not."""
-    here = layer.to_matrix(*(jnp.ones(p.shape, bool) for p in layer.parameters))
-    here = layer.pack(here)  # False in what fills up the last group
+    """``condition`` of ``S + λ``, and ``kfac_error``, ``‖S − b_A b_Gᵀ‖ / ‖S‖`` with the diagonals b
+    of K-FAC's factors in the same bases: the error of K-FAC that EKFAC corrects."""
+    exists = layer.to_matrix(*(jnp.ones(p.shape, bool) for p in layer.parameters))
+    exists = layer.pack(exists)  # False in the padding of the last group
     axes = tuple(range(len(layer.stack), S.ndim))
-    largest = jnp.max(S, axes, where=here, initial=0) + damping.astype(S.dtype)
-    least = jnp.min(S, axes, where=here, initial=jnp.inf) + damping.astype(S.dtype)
+    largest = jnp.max(S, axes, where=exists, initial=0) + damping.astype(S.dtype)
+    least = jnp.min(S, axes, where=exists, initial=jnp.inf) + damping.astype(S.dtype)
     found = {"condition": largest / least}
     if "G" in diagonals:
         product = diagonals["A"][..., :, None] * diagonals["G"][..., None, :]
@@ -112,8 +113,8 @@ def of_moments(layer: Layer, S: jax.Array, diagonals: Measures, damping: jax.Arr
 
 
 def of_coordinates(layer: Layer, factors: Any, own: Coordinates) -> Measures:
-    """``drift`` as of bases; ``variance``, the largest of a whitened unit, at most 1 in coordinates
-    of the current factors; ``drift_mean``, ``‖E[h] − c‖ / √(tr Σ)``."""
+    """``drift`` as for bases; ``variance``, the largest of a whitened unit, at most 1 in
+    coordinates of the current factors; ``drift_mean``, ``‖E[h] − c‖ / √(tr Σ)``."""
     second, mean = factors.A, None
     if own.A_scale is not None:
         second, mean = second_and_mean(layer, factors.A)
@@ -138,17 +139,17 @@ def of_coordinates(layer: Layer, factors: Any, own: Coordinates) -> Measures:
 
 
 def kl(layer: Layer, factors: Any, update: jax.Array) -> jax.Array:
-    """``½ Δᵀ (A ⊗ G) Δ`` of a packed update, in nats an example."""
+    """``½ Δᵀ (A ⊗ G) Δ`` of a packed update, in nats per example."""
     return _total(layer, update * operate(layer, factors, update)) / 2
 
 
 def kl_of_moments(layer: Layer, bases: Any, S: jax.Array, update: jax.Array) -> jax.Array:
-    """``½ Σ S (Q_Aᵀ Δ Q_G)²``, in nats an example."""
+    """``½ Σ S (Q_Aᵀ Δ Q_G)²``, in nats per example."""
     return _total(layer, update * scaled(layer, bases, S, update)) / 2
 
 
 def of_update(update: jax.Array | None, gradient: jax.Array | None, stack: int) -> Measures:
-    """Norms, and ``decrease``, ``−∇ᵀΔ``: by how much the loss falls to first order."""
+    """Norms, and ``decrease``, ``−∇ᵀΔ``: the first-order decrease of the loss."""
     total = lambda x: x.sum(tuple(range(stack, x.ndim)))
     found = {}
     if update is not None:
@@ -161,7 +162,7 @@ def of_update(update: jax.Array | None, gradient: jax.Array | None, stack: int) 
 
 
 def _total(layer: Layer, x: jax.Array) -> jax.Array:
-    """Summed over all axes but those of the stack."""
+    """The sum over all axes except those of the stack."""
     return x.sum(tuple(range(len(layer.stack), x.ndim)))
 
 
@@ -170,7 +171,7 @@ def _blocks(layer: Layer) -> int:
 
 
 def _over(part: jax.Array, whole: jax.Array) -> jax.Array:
-    """The share, 0 of nothing."""
+    """``part / whole``, 0 where ``whole`` is 0."""
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 

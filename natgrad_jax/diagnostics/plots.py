@@ -1,4 +1,4 @@
-"""Pictures of curvature and training, legible in black and white: data and axes in, axes out.
+"""Plots of curvature and training, legible in black and white; each takes and returns axes.
 
 matplotlib is an optional extra, ``pip install 'natgrad-jax[plots]'``, and ``import natgrad_jax``
 does not import this module: ``from natgrad_jax import plots``.
@@ -18,11 +18,11 @@ try:
     from matplotlib.colors import LogNorm
 except ImportError as error:
     raise ImportError(
-        "natgrad_jax.diagnostics.plots draws with matplotlib, which is not installed: "
+        "natgrad_jax.diagnostics.plots needs matplotlib, which is not installed: "
         "pip install 'natgrad-jax[plots]'."
     ) from error
 
-# Told apart without colour: a line style and a marker each.
+# Distinguishable without colour: a line style and a marker each.
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"))
 MARKS = 8  # markers on a line
 
@@ -35,10 +35,10 @@ def fisher(
     Args:
       F: ``(P, P)``.
       ax: where to draw; a new figure if None.
-      params: the tree over which F is, in the order of ``jax.flatten_util.ravel_pytree``: the
-        boundaries of its layers are drawn, and their names.
-      decades: of the logarithmic grey scale; what is smaller is white.
-      title: the condition number is appended.
+      params: the parameters of F, in the order of ``jax.flatten_util.ravel_pytree``: the
+        boundaries and names of their layers are drawn.
+      decades: range of the logarithmic grey scale; smaller entries are white.
+      title: the condition number is appended to it.
 
     Returns:
       The axes.
@@ -79,7 +79,7 @@ def whitening(
     Args:
       before, after: ``(P, P)`` each.
       axes: two of them; a new figure if None.
-      **kwargs: of :func:`fisher`.
+      **kwargs: passed to :func:`fisher`.
 
     Returns:
       The two axes.
@@ -108,11 +108,10 @@ def spectra(
     """Eigenvalues, the largest first, on a logarithmic scale.
 
     Args:
-      values: from label to eigenvalues ``(n,)``, in any order; those that are zero up to rounding
-        are not drawn.
+      values: from label to eigenvalues ``(n,)``, in any order; zeros up to rounding are not drawn.
       ax: where to draw; a new figure if None.
       damping: λ, for a line at its height.
-      unit: of the eigenvalues; that of a Fisher, which single factors do not have.
+      unit: of the eigenvalues; the default is a Fisher's, and wrong for single factors.
 
     Returns:
       The axes.
@@ -147,14 +146,14 @@ def race(
     floor: float = 0.0,
     unit: str = "nats per example",
 ) -> Axes:
-    """Training loss against steps or seconds, one line an optimizer.
+    """Training loss against steps or seconds, one line per optimizer.
 
     Args:
       curves: from label to ``{"steps": …, "seconds": …, "loss": …}``, sequences of one length
-        (``"seconds"`` only where they are drawn).
+        (``"seconds"`` only if they are drawn).
       ax: where to draw; a new figure if None.
       against: ``"steps"`` or ``"seconds"``.
-      floor: subtracted from every loss, as the least that can be reached.
+      floor: the least loss that can be reached, subtracted from every loss.
       unit: of the loss.
 
     Returns:
@@ -206,13 +205,13 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _lines(ax: Axes, curves: Mapping[str, tuple[Any, Any]]) -> None:
-    """One line a curve, with few markers, that stand beside one another."""
+    """One line per curve, with few markers, staggered between curves."""
     for i, (label, (x, y)) in enumerate(curves.items()):
         line, marker = STYLES[i % len(STYLES)]
         every = max(1, len(x) // MARKS)
         marks = (i * every // max(len(curves), 1), every)
         look: dict[str, Any] = {"linestyle": line, "marker": marker, "markevery": marks}
-        look["fillstyle"] = ("full", "none")[i // len(STYLES) % 2]  # ten are told apart
+        look["fillstyle"] = ("full", "none")[i // len(STYLES) % 2]  # ten distinct curves
         own = np.asarray(x), np.asarray(y)
         ax.plot(*own, color=f"C{i}", label=label, markersize=4, **look)
 
@@ -226,7 +225,7 @@ def _finished(ax: Axes) -> Axes:
 
 
 def _condition(F: np.ndarray) -> float:
-    """Over the eigenvalues that are not zero; in F's own precision, where JAX has but 32 bits."""
+    """Of the nonzero eigenvalues; in F's own precision, as JAX may be limited to 32 bits."""
     values = np.linalg.eigvalsh(F)
     kept = values[values > len(F) * np.finfo(F.dtype).eps * values[-1]]
     return float(values[-1] / kept[0]) if len(kept) else np.nan

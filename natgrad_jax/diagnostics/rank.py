@@ -1,4 +1,4 @@
-"""Which rank low-rank inverses need, from factors that were measured."""
+"""The rank that low-rank inverses need, computed from measured factors."""
 
 from typing import Any
 
@@ -15,20 +15,20 @@ from natgrad_jax.state import accessors
 def rank_for(
     opt_state: Any, layers: Layers, *, damping: float = 1e-2, neglected: float = 1.0
 ) -> int:
-    """The rank at which what ``inverse="low_rank"`` neglects is small against the damping.
+    """The rank at which the error of ``inverse="low_rank"`` is small against the damping.
 
-    The smallest k such that, in every factor, all eigenvalues but the k largest are at most
+    The smallest k such that, in every factor, all eigenvalues except the k largest are at most
     ``neglected`` times the damping of that factor, ``π√λ`` for A and ``√λ/π`` for G. A rank is a
-    shape, which a compiled step cannot change: take a few steps, ask, and make the transformation
-    anew with it.
+    shape, which a compiled step cannot change: take a few steps, call this, and make a new
+    transformation with the result.
 
     Args:
       opt_state: a state with K-FAC's factors, such as that of :func:`natgrad_jax.kfac`.
       layers: the Layers of that transformation.
-      damping: λ; neglected: a share of it, positive.
+      damping: λ; neglected: a positive fraction of each factor's damping.
 
     Returns:
-      k, at least 1. Where ``2 k`` is not less than a factor's size that factor is inverted whole.
+      k, at least 1. A factor whose size is at most ``2 k`` is inverted exactly.
 
     Raises:
       ValueError: no state with factors; nothing measured yet.
@@ -43,7 +43,7 @@ def rank_for(
     >>> tx, grad_fn = ng.kfac(0.1, layers), ng.value_and_grad(loss_fn, layers, fisher="exact")
     >>> loss, grads, statistics = grad_fn(params, x)
     >>> updates, state = tx.update(grads, tx.init(params), params, statistics=statistics)
-    >>> ng.rank_for(state, layers)  # all inputs are one vector, both outputs have variance one
+    >>> ng.rank_for(state, layers)  # A has rank one, both outputs have variance one
     2
     """
     check_layers(layers)
@@ -69,7 +69,7 @@ def rank_for(
 
 
 def _above(side: FactorStructure, factor: jax.Array, threshold: jax.Array) -> int:
-    """The most eigenvalues above the threshold that any one matrix has."""
+    """The largest number of eigenvalues above the threshold in any one matrix."""
     if not side.supports_low_rank:
         return 1
     return int(jnp.max(jnp.sum(side.eigenvalues(factor) > threshold[..., None], axis=-1)))

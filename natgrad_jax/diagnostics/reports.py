@@ -25,7 +25,7 @@ from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.tree_paths import Path
 
-# What other states tell: numbers, and counted events.
+# Fields of other states in a report: numbers, and counted events.
 OTHERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "adaptive_damping": (AdaptiveDampingState, ("step", "level", "ratio", "refused")),
     "quadratic_model": (QuadraticModelState, ("step", "learning_rate", "momentum", "predicted")),
@@ -38,7 +38,7 @@ class Report:
     """What :func:`report` measured: ``print`` it, or log its :meth:`scalars`. A pytree.
 
     ``totals``: by transformation, ``"kfac"``. ``rows``: by transformation and layer,
-    ``"kfac/encoder.Dense_0"``; each a dict of numbers, ``(*stack,)`` where layers are stacked by
+    ``"kfac/encoder.Dense_0"``; each a dict of numbers, ``(*stack,)`` if layers are stacked by
     ``scan`` or ``vmap``. ``order``: of the rows, static.
 
     >>> import jax.numpy as jnp, natgrad_jax as ng
@@ -53,7 +53,7 @@ class Report:
     def scalars(self) -> dict[str, Any]:
         """Every number by its name, ``"kfac/encoder.Dense_0/drift_A"``, ready for any logger.
 
-        Python numbers; under ``jit`` scalar arrays. Elements of a stack have their index in the
+        Python numbers, or scalar arrays under ``jit``. Elements of a stack have their index in the
         name, ``"kfac/Blocks_0.Dense_0[3]/drift_A"``.
         """
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self))
@@ -78,39 +78,40 @@ def report(
     grads: Any = None,
     spectra: bool = False,
 ) -> Report:
-    """The curvature in an optimizer state in a few numbers a layer.
+    """The curvature in an optimizer state, in a few numbers per layer.
 
-    By layer, where they apply, with the factors F (A and G) as they are now:
+    For each layer, where they apply, with the current factors F (A and G):
 
-    - ``update_norm``, ``gradient_norm``: ``‖Δ‖`` and ``‖∇‖``; ``decrease``: ``−∇ᵀΔ``, by how much
-      the loss falls to first order.
-    - ``kl``: ``½ ΔᵀFΔ``, how far the update moves the model's distribution, in nats an example: F
+    - ``update_norm``, ``gradient_norm``: ``‖Δ‖`` and ``‖∇‖``; ``decrease``: ``−∇ᵀΔ``, the
+      first-order decrease of the loss.
+    - ``kl``: ``½ ΔᵀFΔ``, how far the update moves the model's distribution, in nats per example: F
       is A ⊗ G, EKFAC's diagonal, one matrix, or a leftover parameter's diagonal.
     - ``scale_A``, ``scale_G``: mean eigenvalues, ``tr F / n``. ``rank_A``, ``rank_G``: effective
       ranks, ``(tr F)² / ‖F‖²``, between 1 and n.
-    - ``damping_A``, ``damping_G`` (K-FAC, NGD): what is added to each factor, ``π√λ`` and ``√λ/π``
-      (NGD: ``√λ``); λ itself where a block has one matrix.
+    - ``damping_A``, ``damping_G`` (K-FAC, NGD): the damping of each factor, ``π√λ`` and ``√λ/π``
+      (NGD: ``√λ``); λ itself if a block has one matrix.
     - ``drift_A``, ``drift_G``: how far the factors have moved since the last refresh; 0 just after
-      it. Of inverses M: ``‖(F + d I) M − I‖ / √n``, above n = 64 by 64 random directions; it counts
-      what a low-rank inverse leaves out, and the null space of a pseudo-inverse. Of eigenbases Q:
-      ``‖B − diag B‖ / ‖B‖``, ``B = QᵀFQ``. ``drift_mean`` (whitening): ``‖E[h] − c‖ / √(tr Σ)``.
+      it. For inverses M: ``‖(F + d I) M − I‖ / √n``, above n = 64 by 64 random directions; it
+      includes what a low-rank inverse neglects, and the null space of a pseudo-inverse. For
+      eigenbases Q: ``‖B − diag B‖ / ‖B‖``, ``B = QᵀFQ``. ``drift_mean`` (whitening):
+      ``‖E[h] − c‖ / √(tr Σ)``.
     - ``kfac_error`` (EKFAC): ``‖S − b_A b_Gᵀ‖ / ‖S‖``, ``b = diag B``: the error of K-FAC that
-      EKFAC has not, as a share of the Fisher. ``condition`` (EKFAC): of ``S + λ``.
+      EKFAC corrects, relative to the Fisher. ``condition`` (EKFAC): of ``S + λ``.
     - ``variance_A``, ``variance_G`` (coordinates): the largest variance of a whitened unit, at most
-      1 in fresh coordinates; where it is larger, steps are longer by as much.
-    - ``condition_A``, ``condition_G``: of the damped factors; of EKFAC and coordinates of the
-      factors, over the eigenvalues that are not zero. Only with ``spectra=True``.
+      1 in fresh coordinates; if it is larger, steps are longer by as much.
+    - ``condition_A``, ``condition_G``: of the damped factors; for EKFAC and coordinates, of the
+      factors, over their nonzero eigenvalues. Only with ``spectra=True``.
 
-    Sums over layers in ``totals``, with λ and the counted events: ``rejected``, measurements and
-    inverses that were not finite and were dropped, and what adaptive damping ``refused``.
+    ``totals`` has sums over layers, λ and the counted events: ``rejected``, non-finite measurements
+    and inverses that were dropped, and ``refused``, updates that adaptive damping zeroed.
 
-    Without ``spectra`` it takes some products of matrices a layer, and about as long as an ordinary
-    step: every 20 steps or so it can be left on. It may stand inside ``jit``.
+    Without ``spectra`` it costs a few matrix products per layer, about as long as an ordinary step:
+    it can be called every 20 steps or so throughout. It also runs inside ``jit``.
 
     Args:
       layers: from :func:`natgrad_jax.find_layers`.
-      opt_state: of any chain with a transformation of this library in it.
-      updates: what ``tx.update`` returned; without them there are no norms of updates and no KL.
+      opt_state: the state of any chain that contains a transformation of this library.
+      updates: from ``tx.update``; without them there are no norms of updates and no KL.
       grads: the gradients, likewise.
       spectra: whether to add condition numbers, by an eigendecomposition of every factor.
 
@@ -159,7 +160,7 @@ def _report(layers: Layers, opt_state: Any, updates: Any, grads: Any, spectra: b
 
 
 def _rows(found: Found, updates: Any, grads: Any, spectra: bool) -> dict[Path, Measures]:
-    """Every layer of one state, then the leftover parameters."""
+    """The rows of one state: every layer, then the leftover parameters."""
     layers, state = found.layers, found.state
     change, gradient = ({} if x is None else gradients.packed(x, layers) for x in (updates, grads))
     rows = {}
@@ -181,12 +182,14 @@ def _rows(found: Found, updates: Any, grads: Any, spectra: bool) -> dict[Path, M
 
 
 def _of_kind(found: Found, path: Path, update: jax.Array | None) -> Measures:
-    """What one layer's factors tell, and the bases that the transformation made of them."""
+    """One layer's measures, of its factors and of the inverses or bases computed from them."""
     state, layer = found.state, found.layers[path]
     factors, bases = found.factors(path), state.bases[path]
     if found.has_coordinates:
         own = layer_measures.of_coordinates(layer, factors, bases)
-        if factors.G is None or layer.input_side.mean_included:  # of inputs, or of channels' means
+        if (
+            factors.G is None or layer.input_side.mean_included
+        ):  # inputs only, or channels with their means
             return own
         return own | _with_kl(layer_measures.kl, layer, factors, update=update)
     own = layer_measures.of_factors(layer, factors)
@@ -222,7 +225,7 @@ def _conditions(found: Found, path: Path) -> Measures:
 
 
 def _total(state: Any, rows: list[Measures]) -> Measures:
-    """Sums over the rows, and what the state counts."""
+    """Sums over the rows, and the state's counters."""
     total: Measures = {"step": state.clock.step, "rejected": state.rejected}
     if hasattr(state, "damping"):
         total["damping"] = state.damping

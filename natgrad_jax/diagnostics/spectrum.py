@@ -1,4 +1,4 @@
-"""Eigenvalues and condition numbers: of factors in an optimizer state, of the explicit Fisher."""
+"""Eigenvalues and condition numbers of factors in an optimizer state and of the explicit Fisher."""
 
 from typing import Any, NamedTuple
 
@@ -19,12 +19,12 @@ from natgrad_jax.utils.tree_paths import Path
 
 
 class Spectra(NamedTuple):
-    """Eigenvalues of one layer, ascending; blocks side by side are one block-diagonal matrix.
+    """Eigenvalues of one layer, ascending; its blocks count as one block-diagonal matrix.
 
     ``A``: of the factor over inputs, ``(*stack, inputs + bias)``; ``G``: over outputs,
     ``(*stack, outputs)``; ``block``: of both together, ``A ⊗ G`` or EKFAC's S,
-    ``(*stack, parameters)``. A block that is no Kronecker product has A alone, and so have whitened
-    coordinates: there A is the covariance of the inputs.
+    ``(*stack, parameters)``. A block that is no Kronecker product has A alone, and so do whitened
+    coordinates, for which A is the covariance of the inputs.
 
     >>> import jax.numpy as jnp, natgrad_jax as ng
     >>> ng.diagnostics.Spectra(jnp.array([0.5, 2.0])).A.max() / 0.5
@@ -39,11 +39,11 @@ class Spectra(NamedTuple):
 def spectra(layers: Layers, opt_state: Any) -> dict[Path, Spectra]:
     """Eigenvalues of every factor in an optimizer state, by layer path.
 
-    Of the averages as they are, without damping; by ``eigh``, so not for every step.
+    Of the current averages, without damping; by ``eigh``, so too slow for every step.
 
     Args:
       layers: from :func:`natgrad_jax.find_layers`.
-      opt_state: of any chain with a transformation of this library in it.
+      opt_state: the state of any chain that contains a transformation of this library.
 
     Raises:
       ValueError: no such state, or factors of other layers.
@@ -93,7 +93,7 @@ def fisher_spectra(
 
     Returns:
       ``(P,)``; with ``layers`` a dict from layer path (and leftover parameter's path) to those of
-      that block.
+      its block.
 
     Raises:
       ValueError: as :func:`natgrad_jax.fisher`.
@@ -109,9 +109,9 @@ def fisher_spectra(
 
 
 def condition_number(values: jax.Array, damping: Any = 0.0) -> jax.Array:
-    """The largest eigenvalue over the least, ``(f_max + λ) / (f_min + λ)``.
+    """The largest eigenvalue divided by the smallest, ``(f_max + λ) / (f_min + λ)``.
 
-    Without damping over the least that is not zero: above n ε times the largest.
+    Without damping, the smallest nonzero one: above n ε times the largest.
 
     Args:
       values: eigenvalues ``(*batch, n)`` of a positive semidefinite matrix; damping: λ, ``()`` or
@@ -136,7 +136,7 @@ def condition_number(values: jax.Array, damping: Any = 0.0) -> jax.Array:
 
 
 def _eigenvalues(side: FactorStructure, factor: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Ascending, ``(*stack, *blocks, size)``; what fills up the last group has but zeros."""
+    """Ascending, ``(*stack, *blocks, size)``, without the zeros of the last group's padding."""
     values = side.spread(side.eigenvalues(factor), bias)
     return jnp.sort(values, axis=-1)[..., side.packed - side.size :]
 

@@ -1,4 +1,4 @@
-"""The states of this library in an optimizer state, with the layers that they are of."""
+"""The states of this library in an optimizer state, each with its layers."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ from natgrad_jax.utils.tree_paths import Path, join
 
 class Found(NamedTuple):
     """``kind``: ``"kfac"``, ``"ngd"``, ``"ekfac"`` or ``"in_coordinates"``; ``name``: the same, or
-    ``"kfac_1"`` for the second one; ``layers``: all of them, in the form of the state's factors,
-    which those that keep their own coordinates have not."""
+    ``"kfac_1"`` for the second one; ``layers``: all layers, in the form of the state's factors
+    (layers without coordinates have none there)."""
 
     kind: str
     name: str
@@ -35,11 +35,11 @@ class Found(NamedTuple):
 
     @property
     def has_coordinates(self) -> bool:
-        """Whether its bases are coordinates that another transformation runs in."""
+        """Whether its bases are coordinates in which another transformation runs."""
         return isinstance(self.state, InCoordinatesState)
 
     def factors(self, path: Path) -> Any:
-        """Of one layer, in full precision."""
+        """The factors of one layer, in full precision."""
         return in_full(self.layers[path], self.state.factors[path])
 
 
@@ -51,7 +51,7 @@ def found_in(layers: Layers, opt_state: Any) -> list[Found]:
         strange = set(state.factors) - set(layers)
         if strange:
             raise ValueError(
-                f"opt_state has factors of {', '.join(sorted(map(join, strange)))}, and these "
+                f"opt_state has factors of {', '.join(sorted(map(join, strange)))}, but these "
                 "Layers have no such layers: pass the Layers that it was made with."
             )
         request = decode(state.request)
@@ -61,8 +61,8 @@ def found_in(layers: Layers, opt_state: Any) -> list[Found]:
         found.append(Found(kind, name, state, layers.approximate(request.approximation)))
     if not found:
         raise ValueError(
-            "opt_state holds no natgrad_jax state; pass the state of a chain that has "
-            "scale_by_kfac (or another transformation of this library) in it."
+            "opt_state holds no natgrad_jax state; pass the state of a chain that contains "
+            "scale_by_kfac or another transformation of this library."
         )
     return found
 

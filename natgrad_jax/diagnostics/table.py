@@ -1,8 +1,8 @@
-"""Scalars by name as a table of plain text: a block a transformation, a row a layer."""
+"""Scalars by name as a table in plain text: a block per transformation, a row per layer."""
 
 from typing import Any
 
-# In the order in which they are shown; a name that is not here comes last.
+# In the order of display; other names come last.
 MEASURES = (
     "step", "damping", "level", "ratio", "learning_rate", "momentum", "predicted",
     "update_norm", "gradient_norm", "decrease", "kl",
@@ -13,7 +13,7 @@ MEASURES = (
 
 
 def table(scalars: dict[str, Any]) -> str:
-    """``{"kfac/step": 3, "kfac/Dense_0/kl": 0.1, …}`` as aligned columns, ``·`` for no number."""
+    """``{"kfac/step": 3, "kfac/Dense_0/kl": 0.1, …}`` as aligned columns, ``·`` for none."""
     rows: dict[str, dict[str, Any]] = {}
     for key, value in scalars.items():
         name, measure = key.rsplit("/", 1)

@@ -1,4 +1,4 @@
-"""How Kronecker factors are simplified: the same choices for every transformation."""
+"""How Kronecker factors are simplified: the same options for every transformation."""
 
 import dataclasses
 from typing import Literal
@@ -13,15 +13,15 @@ class Approximation:
 
     Args:
       convolution: ``"kfc"``, the covariance of whole patches, or ``"sua"``, of channels alone:
-        ``A ≈ I ⊗ C``, C averaged over the positions of a patch, the bias apart.
+        ``A ≈ I ⊗ C``, C averaged over the positions in a patch, the bias separate.
       group_size: channels in a group; correlations across groups (and with the bias) are dropped.
-        None for whole factors. A last group that is not full is filled up with zeros.
+        None: whole factors. The last group is padded with zeros.
       weight_sharing: ``"expand"`` treats positions and calls as examples; ``"reduce"`` averages
         activations and sums gradients over them first.
-      centred: under SUA, keep the channels' mean beside C. Whitening needs it and sets it.
+      centred: under SUA, keep the channels' mean with C. Whitening needs this and sets it.
 
     Raises:
-      ValueError: a choice that there is not, or a ``group_size`` that is no whole number.
+      ValueError: an unknown choice, or a ``group_size`` that is no whole number of at least 1.
 
     Source: Grosse & Martens 2016 (KFC); Laurent et al. 2018, section 2 (SUA, groups); Eschenhagen
     et al. 2023 (expand, reduce).
@@ -44,8 +44,8 @@ class Approximation:
         whole = isinstance(size, int) and not isinstance(size, bool)
         if size is not None and (not whole or size < 1):
             raise ValueError(
-                "group_size is how many channels are in a group: a whole number, at least 1, or "
-                f"None for one group; got {size!r}."
+                "group_size, the number of channels in a group, must be a whole number of at least "
+                f"1, or None for one group; got {size!r}."
             )
 
 

@@ -1,4 +1,4 @@
-"""The layers of a model, and what becomes of the parameters outside them."""
+"""The layers of a model, and how the parameters outside them are treated."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from natgrad_jax.layers.layer import BLOCKS, Layer, LossTerm, Parameter, approxi
 from natgrad_jax.layers.limits import MAX_FULL, MAX_NUMBERS
 from natgrad_jax.utils.tree_paths import Path, join, leaves
 
-# What may become of a parameter that no layer's block covers.
+# The possible blocks of a parameter that no layer's block covers.
 LEFTOVER_BLOCKS = ("diagonal", "gradient", "frozen")
 
 Where = Path | str | Callable[[Path, Any], bool]
@@ -24,7 +24,7 @@ class Leftover(NamedTuple):
     """A parameter outside every layer's block, and why.
 
     ``block``: ``"diagonal"`` (of its Fisher), ``"gradient"`` (passes unchanged) or ``"frozen"``
-    (its update is zero). ``chosen``: whether the user asked for that. ``layer``: the whole layer
+    (its update is zero). ``chosen``: whether the user chose that. ``layer``: the whole layer
     that it was taken out of, to which :meth:`Layers.replace` can return it.
     """
 
@@ -94,12 +94,12 @@ class Layers(Mapping[Path, Layer]):
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:
-        """The likelihoods that the loss adds up; each counts its own examples."""
+        """The likelihoods whose sum the loss is; each counts its own examples."""
         return self._terms
 
     @property
     def diagonals(self) -> tuple[Parameter, ...]:
-        """The leftover parameters that have the diagonal of their Fisher."""
+        """The leftover parameters whose block is the diagonal of their Fisher."""
         return tuple(x.parameter for x in self._leftover if x.block == "diagonal")
 
     @property
@@ -128,25 +128,25 @@ class Layers(Mapping[Path, Layer]):
     def replace(self, where: Where, block: str) -> "Layers":
         """These layers with another block where ``where`` holds.
 
-        The last choice for a parameter holds, whatever was chosen before: choose for many first and
+        Later choices for a parameter override earlier ones: choose for many parameters first and
         for few after, ``layers.replace("*", "diagonal").replace("head", "full")``.
 
         Args:
-          where: a path, ``("encoder", "head")`` or ``"encoder/head"``: what lies at it or below (a
-            layer, a parameter, a part of the model); a pattern of the whole path, ``"*/bias"`` or
-            ``"encoder/*"``, whose ``*`` matches ``/`` too; or a predicate, called as
-            ``where(path, record)``: with each layer's path and its :class:`Layer`, and with the
-            path and the record of each parameter that is in no block (``record.reason`` says why).
+          where: a path, ``("encoder", "head")`` or ``"encoder/head"``, for all that is at or below
+            it (a layer, a parameter, a part of the model); a pattern of the whole path,
+            ``"*/bias"`` or ``"encoder/*"``, whose ``*`` matches ``/`` too; or a predicate, called
+            as ``where(path, record)``: with each layer's path and its :class:`Layer`, and with the
+            path and the record of each parameter outside every block (``record.reason`` says why).
             Paths are tuples of str: ``lambda path, record: "head" in path``.
-          block: ``"kronecker"`` (A ⊗ G; where the layer has inputs and outputs), ``"full"`` (one
+          block: ``"kronecker"`` (A ⊗ G; if the layer has inputs and outputs), ``"full"`` (one
             matrix over all parameters of the layer, exact), ``"unit"`` (one for each of the layer's
             own blocks: the scale and bias of one unit of a normalization, one group of a
             convolution), ``"diagonal"`` (of the Fisher), ``"gradient"`` (the plain gradient passes)
             or ``"frozen"`` (the update is zero). The first three are blocks of a layer, of all its
-            parameters but for those that another choice took out; the others are of parameters.
+            parameters except those with another choice; the others are for single parameters.
 
         Raises:
-          ValueError: an unknown block, nothing there, or a block that cannot be had there.
+          ValueError: an unknown block, no match, or a block that is not possible there.
 
         >>> import natgrad_jax as ng
         >>> ng.Layers({}).replace(lambda path, record: "norm" in path, "diagonal").uncovered
@@ -178,19 +178,19 @@ class Layers(Mapping[Path, Layer]):
         if not found:
             name = where if isinstance(where, str) or callable(where) else join(_path(where))
             known = ", ".join([*map(join, self._layers), *(join(x.path) for x in self._leftover)])
-            raise ValueError(f"nothing to give the block {block!r} at {name!r}; there are: {known}")
+            raise ValueError(f"nothing at {name!r} to give the block {block!r}; there are: {known}")
         return Layers(layers, tuple(leftover), self._terms)
 
     def within(self, layers: Collection[Path], diagonals: Collection[Path] = ()) -> "Layers":
-        """The layers at those paths, and the leftover parameters with a diagonal at those."""
+        """The layers at the paths ``layers``, and the diagonal parameters at ``diagonals``."""
         kept = {path: layer for path, layer in self._layers.items() if path in layers}
         left = [x for x in self._leftover if x.block != "diagonal" or x.path in diagonals]
         return Layers(kept, tuple(left), self._terms)
 
     def of(self, params: Any) -> "Layers":
-        """Those of which a parameter is in ``params``: not the layers of parameters that are masked
-        out (``optax.masked``, ``optax.partition``, ``wrt=``). All of them where it has none that is
-        known, as a placeholder has."""
+        """The layers with a parameter in ``params``, without those whose parameters are masked out
+        (``optax.masked``, ``optax.partition``, ``wrt=``). All layers if ``params`` has no known
+        parameter, as for a placeholder."""
         given = leaves(params)
         own = lambda parameters: any(p.path in given for p in parameters)
         kept = [path for path, layer in self._layers.items() if own(layer.parameters)]
@@ -199,8 +199,8 @@ class Layers(Mapping[Path, Layer]):
         return self.within(kept, left) if known else self
 
     def _wholes(self) -> dict[Path, Layer]:
-        """Every layer by path with all parameters that it was found with; one that never was in a
-        layer is a free one."""
+        """Every layer by path, with all parameters that it was found with; a parameter that was
+        never in a layer is a free layer."""
         wholes = dict(self._layers)
         for record in self._leftover:
             layer = record.layer or free_layer(record.parameter)
@@ -209,7 +209,7 @@ class Layers(Mapping[Path, Layer]):
         return wholes
 
     def approximate(self, approximation: Approximation) -> "Layers":
-        """These layers with that Kronecker approximation, where it makes a difference."""
+        """These layers with that Kronecker approximation, as far as it applies to each."""
         return _approximate(self, approximation)
 
     def __repr__(self) -> str:
@@ -229,7 +229,7 @@ def _approximate(layers: Layers, approximation: Approximation) -> Layers:
 def _hits(
     where: Where, whole: Layer, now: Layer | None, outside: Mapping[Path, Leftover]
 ) -> set[Path]:
-    """The parameters of a layer that ``where`` means; ``now``: what of the layer has a block."""
+    """The parameters of a layer that ``where`` selects; ``now``: the part with a block, if any."""
     own = [p.path for p in whole.parameters]
     if not callable(where):
         return {path for path in own if _names(where, path) or _names(where, whole.path)}
@@ -244,7 +244,7 @@ def _path(keys: tuple[Any, ...]) -> Path:
 
 
 def _names(where: Path | str, path: Path) -> bool:
-    """Whether a path or a pattern means ``path``: a path means all that is below it too."""
+    """Whether a path or a pattern selects ``path``; a path selects all below it too."""
     if not isinstance(where, str):
         return path[: len(where)] == _path(where)
     if any(c in where for c in "*?["):
@@ -253,11 +253,11 @@ def _names(where: Path | str, path: Path) -> bool:
 
 
 def _part(whole: Layer, kept: set[Path], block: str) -> Layer:
-    """The layer with these of its parameters, as such a block."""
+    """The layer with the parameters ``kept``, as a block of kind ``block``."""
     if whole.kernel.path not in kept and whole.traits.has_sides:
         raise ValueError(
             f"{join(whole.path)}: its kernel cannot leave the block without its bias, nor its bias "
-            'have a block alone; name the layer, or give the bias alone "diagonal", '
+            'have a block alone. Name the whole layer, or give the bias alone "diagonal", '
             '"gradient" or "frozen".'
         )
     pairs = zip(whole.parameters, whole.layouts, strict=True)
@@ -268,8 +268,8 @@ def _part(whole: Layer, kept: set[Path], block: str) -> Layer:
 def _with_block(layer: Layer, block: str) -> Layer:
     if block == "kronecker" and not layer.traits.has_sides:
         raise ValueError(
-            f"{join(layer.path)} ({layer.kind}) has no inputs and outputs to make a Kronecker "
-            'product of: choose "full", "unit" or "diagonal".'
+            f"{join(layer.path)} ({layer.kind}) has no inputs and outputs for a Kronecker "
+            'product: choose "full", "unit" or "diagonal".'
         )
     layer = replace(layer, block=block)
     n = layer.input_side.width
@@ -277,7 +277,7 @@ def _with_block(layer: Layer, block: str) -> Layer:
     if block != "kronecker" and (n > MAX_FULL or copies * n**2 > MAX_NUMBERS):
         raise ValueError(
             f'{join(layer.path)}: its block "{block}" would be {copies:,} × a matrix of {n:,}². '
-            f"The limit is {MAX_FULL:,}², and {4 * MAX_NUMBERS >> 30} GB together; choose another."
+            f"The limit is {MAX_FULL:,}², and {4 * MAX_NUMBERS >> 30} GB together: choose another."
         )
     return layer
 

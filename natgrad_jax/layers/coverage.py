@@ -41,13 +41,13 @@ def coverage_table(layers: Any) -> str:
 
 
 def _terms(terms: Any) -> str:
-    """What the terms of the loss are, where they are not one whose examples come first."""
+    """The terms of the loss, unless it is a single one with examples on axis 0."""
     if len(terms) == 1 and terms[0].examples == 0:
         return ""
-    told = lambda axis: (
+    axis_text = lambda axis: (
         "no axis of independent examples" if axis is None else f"examples on axis {axis}"
     )
-    named = (f"{i}: {t.distribution}, {told(t.examples)}" for i, t in enumerate(terms))
+    named = (f"{i}: {t.distribution}, {axis_text(t.examples)}" for i, t in enumerate(terms))
     return f" Terms of the loss: {'; '.join(named)}."
 
 

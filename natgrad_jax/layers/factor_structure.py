@@ -1,9 +1,9 @@
 """The structure of a Kronecker factor: which entries it keeps, and how it acts on coordinates.
 
-A factor is a matrix over the rows (inputs) or the columns (outputs) of ``K̄``. Stored is one matrix
-over all coordinates, one for each group of them, one that all places of a receptive field share, or
-a diagonal. Here is what the rest of the library asks of each; ``simple_structures.py`` has those
-of one matrix or a diagonal and chooses, ``grouped_structures.py`` the others.
+A factor is a matrix over the rows (inputs) or the columns (outputs) of ``K̄``. It is stored as one
+matrix over all coordinates, one for each group of them, one that all kernel offsets share, or a
+diagonal. This file is the interface; ``simple_structures.py`` has the simple ones and
+chooses, ``grouped_structures.py`` has the others.
 """
 
 from abc import ABC, abstractmethod
@@ -20,11 +20,11 @@ from natgrad_jax.utils.precision import HIGHEST
 
 
 class FactorStructure(ABC):
-    """What layers and curvature ask of a factor's structure; static and hashable.
+    """The interface of a factor's structure; static and hashable.
 
     Shapes: a factor is ``(…, *shape)``; packed coordinates are ``(…, packed, columns)``, rows of
-    statistics ``(N, T, *blocks, size)``. ``bias`` stands for the entry at a bias apart, ``(…)``;
-    None for 1. What is not overridden holds for one dense matrix.
+    statistics ``(N, T, *blocks, size)``. ``bias`` is the entry at a separate bias, ``(…)``; None
+    means 1. Defaults are those of one dense matrix.
     """
 
     # Shapes and properties.
@@ -32,31 +32,31 @@ class FactorStructure(ABC):
     @property
     @abstractmethod
     def size(self) -> int:
-        """Coordinates before packing."""
+        """Number of coordinates before packing."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Rows of one stored matrix."""
+        """Number of rows of one stored matrix."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of the stored factor: ``(n, n)``, ``(groups, n, n)`` or, diagonal, ``(n,)``."""
+        """Shape of the stored factor: ``(n, n)``, ``(groups, n, n)`` or ``(n,)`` (diagonal)."""
 
     @property
     def packed(self) -> int:
-        """Coordinates after :meth:`pack`."""
+        """Number of coordinates after :meth:`pack`."""
         return self.size
 
     @property
     def bias_apart(self) -> bool:
-        """Whether the last coordinate is a bias, uncorrelated with the others and stored apart."""
+        """Whether the last coordinate is a separate bias, uncorrelated with all others."""
         return False
 
     @property
     def mean_included(self) -> bool:
-        """Whether the stored matrix holds the channels' mean too, and is no operator then."""
+        """Whether the stored matrix includes the channels' mean, so that it is no operator."""
         return False
 
     @property
@@ -66,12 +66,12 @@ class FactorStructure(ABC):
 
     @property
     def supports_partial_basis(self) -> bool:
-        """Whether some of its eigenvectors may stand for all, the others sharing one number."""
+        """Whether a basis may keep some eigenvectors, with one number for all others."""
         return False
 
     @property
     def cost(self) -> int:
-        """What one factorisation takes: the cubes of the sizes."""
+        """The work of one factorisation: the cubes of the sizes."""
         return self.width**3
 
     @abstractmethod
@@ -90,10 +90,10 @@ class FactorStructure(ABC):
 
     @abstractmethod
     def spread(self, values: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """Values along the matrices ``(…, [groups,] width)`` at all coordinates ``(…, packed)``."""
+        """Values for the matrices ``(…, [groups,] width)``, at all coordinates ``(…, packed)``."""
 
     def each_matrix(self, x: jax.Array) -> jax.Array:
-        """One number a factor ``(…)`` with room for an axis of groups, if the factor has one."""
+        """One number per factor ``(…)``, with a unit axis for groups if the factor has groups."""
         return x
 
     # Measuring a factor.
@@ -109,17 +109,17 @@ class FactorStructure(ABC):
     def gram_without_rows(
         self, call: LayerCall, examples: jax.Array, dtype: jnp.dtype
     ) -> jax.Array | None:
-        """The same sum straight from a call's input; None where its rows must be laid out."""
+        """The same sum directly from a call's input; None if :meth:`rows` are needed."""
         return None
 
     @abstractmethod
     def narrow(self, factor: jax.Array) -> jax.Array:
-        """What its own sums would be, cut out of a whole factor ``(…, size, size)``."""
+        """The factor in this structure, cut out of a whole one ``(…, size, size)``."""
 
-    # The factor as an operator. ``matrix``: a factor, or an inverse as a state holds it.
+    # The factor as an operator. ``matrix``: a factor, or a stored inverse.
 
     def identity(self, lead: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        """The factor that changes nothing, ``(*lead, *shape)``."""
+        """The identity as a factor, ``(*lead, *shape)``."""
         return jnp.broadcast_to(jnp.eye(self.width, dtype=dtype), (*lead, *self.shape))
 
     @abstractmethod
@@ -140,7 +140,7 @@ class FactorStructure(ABC):
         return self.spread(columns, None if bias is None else bias**2).sum(-1)
 
     def direct_inverse(self, factor: jax.Array, damping: jax.Array) -> jax.Array | None:
-        """``(F + d I)⁻¹`` for d ``(…)``, None where that takes a factorisation."""
+        """``(F + d I)⁻¹`` for d ``(…)``; None if that needs a factorisation."""
         return None
 
     def inverse_error(
@@ -152,21 +152,21 @@ class FactorStructure(ABC):
         return jnp.square(as_operator(factor).apply(y) + wide * y - columns).sum(-1)
 
     def update_rank(self, rank: int) -> int:
-        """Of what one batch adds to an inverse, at most ``rank``; 0: it waits for the next one."""
+        """The rank of one batch's update of an inverse, at most ``rank``; 0: no updates."""
         return min(rank, self.width)
 
     # Eigenvectors, in the columns of a basis that has the shape of a factor.
 
     def eigenvalues(self, matrix: jax.Array) -> jax.Array:
-        """Of the stored matrices, ``(…, [groups,] width)``."""
+        """Eigenvalues of the stored matrices, ``(…, [groups,] width)``."""
         return jnp.linalg.eigvalsh(matrix)
 
     def mean_eigenvalue(self, matrix: jax.Array) -> jax.Array:
-        """Of one stored matrix, of whatever size."""
+        """The mean eigenvalue of a stored matrix of any size."""
         return trace_of(matrix) / matrix.shape[-1]
 
     def direct_eigenbasis(self, factor: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        """The basis and the eigenvalues, None where they take a factorisation."""
+        """The basis and the eigenvalues; None if they need a factorisation."""
         return None
 
     @abstractmethod
@@ -182,13 +182,13 @@ class FactorStructure(ABC):
         return self.apply(basis, None, x)
 
     def transport(self, moments: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        """Second moments ``(…, packed, columns)`` along an old basis as along a new one:
-        ``(Q'ᵀ Q)²`` times them, squares elementwise."""
+        """Second moments ``(…, packed, columns)`` in an old basis, transported to a new one: they
+        are multiplied by ``(Q'ᵀ Q)²``, squares elementwise."""
         overlaps = jnp.square(jnp.matmul(new.mT, old, precision=HIGHEST))
         return self.apply(overlaps, None, moments)
 
     def along(self, factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of the columns q of a basis ``qᵀ F q``, ``‖F q − q (qᵀ F q)‖²`` and ``‖F q‖²``."""
+        """``qᵀ F q``, ``‖F q − q (qᵀ F q)‖²`` and ``‖F q‖²`` for each column q of a basis."""
         product = jnp.matmul(factor, basis, precision=HIGHEST)
         values = jnp.sum(basis * product, axis=-2)
         left = product - basis * values[..., None, :]

@@ -1,4 +1,4 @@
-"""How the arrays of one call of a layer read as matrices."""
+"""How the arrays of one call of a layer are arranged as matrices."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from natgrad_jax.layers.layer_call import LayerCall
 
 
 class Layout(NamedTuple):
-    """How one array (without stack axes) reads as a matrix ``(blocks, rows, columns)``.
+    """How one array (without stack axes) is arranged as a matrix ``(blocks, rows, columns)``.
 
     ``split`` is the shape after splitting axes (a grouped convolution splits its output axis
     into groups and features); the other three are axes of that split shape.
@@ -42,10 +42,10 @@ class Layout(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """One call of a layer, with no need of the module that made it.
+    """One call of a layer, independent of the module that made it.
 
-    ``names``: its parameters in the order of their rows in ``K̄``; ``shape``: of the first, as this
-    call sees it; ``call``: how its arrays are arranged; ``layouts``: how its parameters read.
+    ``names``: its parameters in the order of their rows in ``K̄``; ``shape``: of the first, in this
+    call; ``call``: how its arrays are arranged; ``layouts``: how its parameters are.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Gradient trees by layer: the matrix ``K̄`` of each, out of its parameters and back."""
+"""Gradient trees by layer: the matrix ``K̄`` of each from its parameters, and back."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ BlockMap = Callable[[Path, jax.Array], jax.Array]
 
 
 def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> Any:
-    """``tree`` with each layer's packed ``K̄`` mapped and all else as it is; dtypes stay."""
+    """``tree`` with each layer's packed ``K̄`` mapped, all else unchanged; dtypes are kept."""
     given = tree_paths.leaves(tree)
     new: dict[Path, jax.Array] = {}
     for path, layer in layers.items():
@@ -29,7 +29,7 @@ def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> A
 
 
 def packed(updates: optax.Updates, layers: Layers) -> dict[Path, jax.Array]:
-    """Each layer's packed ``K̄``, but for layers that are masked out."""
+    """Each layer's packed ``K̄``, except for layers that are masked out."""
     given = tree_paths.leaves(updates)
     found = {path: _parameters_of(layer, given) for path, layer in layers.items()}
     return {
@@ -54,15 +54,15 @@ def check_paths(given: dict[Path, Any], layers: Layers) -> None:
 
 
 def _parameters_of(layer: Layer, given: dict[Path, jax.Array]) -> list[jax.Array] | None:
-    """The layer's gradients in its factors' dtype; None where all of them are masked out."""
+    """The layer's gradients in its factors' dtype; None if all of them are masked out."""
     present = [p for p in layer.parameters if p.path in given]
     if not present:
         return None
     if len(present) < len(layer.parameters):
         absent = next(p for p in layer.parameters if p.path not in given)
         raise ValueError(
-            f"layer {join(layer.path)} is masked in part: {join(absent.path)} is missing, and its "
-            "block spans all of the layer. Mask whole layers, or take that parameter out of the "
+            f"layer {join(layer.path)} is masked in part: {join(absent.path)} is missing, but its "
+            "block spans the whole layer. Mask whole layers, or take that parameter out of the "
             'block: layers.replace(path, "frozen").'
         )
     return [given[p.path].astype(layer.factor_dtype) for p in layer.parameters]

@@ -1,8 +1,8 @@
 """Factors of convolutions and of groups of channels: several matrices, or several uses of one.
 
-The coordinates are ``places × channels``, in that order, and perhaps a bias apart. The places of a
-receptive field share one matrix of channels (SUA), and channels fall into groups without
-correlations between them: Laurent et al. 2018, sections 2.1 and 2.2.
+The coordinates are ``places × channels``, in that order, where places are kernel offsets, and maybe
+a separate bias. All places share one matrix over channels (SUA), or channels are divided into
+groups without correlations between them: Laurent et al. 2018, sections 2.1 and 2.2.
 """
 
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ from natgrad_jax.utils.precision import HIGHEST
 
 @dataclass(frozen=True)
 class Shared(FactorStructure):
-    """``I ⊗ C``: one matrix of channels for all places, ``(channels, channels)``.
+    """``I ⊗ C``: one matrix over channels for all places, ``(channels, channels)``.
 
-    ``bias``: one more coordinate, last, stored apart. ``mean``: one more channel instead, of ones
-    in every place, last in the matrix, which so holds the channels' mean.
+    ``bias``: one more coordinate, last, stored separately. ``mean``: instead, one more channel, of
+    ones at every place, last in the matrix, which thus includes the channels' mean.
     """
 
     places: int
@@ -84,7 +84,7 @@ class Shared(FactorStructure):
         return None if rows is None else gram(one_axis(rows), dtype) / self.places
 
     def narrow(self, factor: jax.Array) -> jax.Array:
-        """Means over places p of ``A_pp``; with the mean, of ``[[A_pp, m_p], [m_pᵀ, rows]]``."""
+        """The mean over places p of ``A_pp``; with ``mean``, of ``[[A_pp, m_p], [m_pᵀ, rows]]``."""
         n, lead = self.places * self.channels, factor.shape[:-2]
         parts = factor[..., :n, :n].reshape(*lead, self.places, self.channels, self.places, -1)
         C = jnp.moveaxis(jnp.diagonal(parts, axis1=-4, axis2=-2), -1, -3).mean(-3)
@@ -109,9 +109,9 @@ class Shared(FactorStructure):
 class Grouped(FactorStructure):
     """A matrix for each group of channels, ``(groups, width, width)``.
 
-    ``group``: channels in one group; the last group is filled up with zeros. ``bias``: one more
-    coordinate, last, stored apart. ``shared``: every place has the group's matrix (SUA), which else
-    is over the group's channels in all places.
+    ``group``: channels in one group; the last group is padded with zeros. ``bias``: one more
+    coordinate, last, stored separately. ``shared``: all places share the group's matrix (SUA);
+    otherwise it is over the group's channels at all places.
     """
 
     places: int
@@ -134,7 +134,7 @@ class Grouped(FactorStructure):
 
     @property
     def uses(self) -> int:
-        """How often each matrix stands on the diagonal."""
+        """How often each matrix occurs on the diagonal."""
         return self.places if self.shared else 1
 
     @property
@@ -157,7 +157,7 @@ class Grouped(FactorStructure):
         return f"{self.groups} × {self.width}²"
 
     def pack(self, x: jax.Array, axis: int) -> jax.Array:
-        """In groups: (groups, places, group), then the bias."""
+        """Coordinates in groups: (groups, places, group), then the bias."""
         main, rest = _parted(jnp.moveaxis(x, axis, -1), self.bias)
         lead, fill = main.shape[:-1], self.groups * self.group - self.channels
         main = main.reshape(*lead, self.places, self.channels)
@@ -167,7 +167,7 @@ class Grouped(FactorStructure):
         return jnp.moveaxis(jnp.concatenate([main, rest], axis=-1), -1, axis)
 
     def unpack(self, x: jax.Array, axis: int) -> jax.Array:
-        """What lies in the filling is dropped."""
+        """The inverse of :meth:`pack`; the padding is dropped."""
         main, rest = _parted(jnp.moveaxis(x, axis, -1), self.bias)
         lead = main.shape[:-1]
         main = main.reshape(*lead, self.groups, self.places, self.group)
@@ -224,18 +224,18 @@ class Grouped(FactorStructure):
 
     @property
     def _form(self) -> tuple[int, int, int]:
-        """Of the packed coordinates, the bias apart."""
+        """Shape of the packed coordinates without the bias."""
         return self.groups, self.uses, self.width
 
 
 def _parted(x: jax.Array, bias: bool) -> tuple[jax.Array, jax.Array]:
-    """The coordinates on the last axis without a bias, and the bias."""
+    """The coordinates on the last axis, split into those without the bias, and the bias."""
     n = x.shape[-1] - bias
     return x[..., :n], x[..., n:]
 
 
 def _spread(values: jax.Array, bias: jax.Array | None, form: tuple[int, ...]) -> jax.Array:
-    """Values of each matrix at every coordinate ``(*form)``, and then that of the bias."""
+    """Values of each matrix at every coordinate ``(*form)``, then the bias's."""
     lead = values.shape[: values.ndim - len(form) + 1]
     at_uses = jnp.broadcast_to(values[..., None, :], (*lead, *form)).reshape(*lead, -1)
     if bias is None:
@@ -246,7 +246,7 @@ def _spread(values: jax.Array, bias: jax.Array | None, form: tuple[int, ...]) ->
 def _apply(
     matrix: Any, bias: jax.Array | None, x: jax.Array, form: tuple[int, ...], apart: bool
 ) -> jax.Array:
-    """``M x`` for coordinates ``(*form)``, matrices on the last axis, and perhaps a bias apart."""
+    """``M x`` for coordinates ``(*form)``, matrices on the last axis, and maybe a separate bias."""
     end = x.shape[-2] - apart
     main, rest = x[..., :end, :], x[..., end:, :]
     parts = main.reshape(*x.shape[:-2], *form, x.shape[-1])

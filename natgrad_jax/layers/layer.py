@@ -1,4 +1,4 @@
-"""What one layer is: a static record of which parameters form a block, and how.
+"""A layer: a static record of which parameters form a block, and how.
 
 A layer's parameters are seen as one homogeneous kernel ``K̄ = [K; b]`` of shape
 ``(*stack, *blocks, inputs + bias, outputs)``: ``stack`` are the axes that ``scan`` or ``vmap``
@@ -27,8 +27,8 @@ from natgrad_jax.utils.tree_paths import Path
 
 
 class Parameter(NamedTuple):
-    """One leaf of the parameter tree. ``terms``: which terms of the loss depend on it, by number
-    and in order; with several each has curvature of its own."""
+    """One leaf of the parameter tree. ``terms``: the sorted indices of the loss's terms that depend
+    on it; each has its own curvature."""
 
     path: Path
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Parameter(NamedTuple):
 
 class LossTerm(NamedTuple):
     """One likelihood in the loss: its distribution's name, and which axis of its outputs counts
-    examples, None where all of them depend on one another."""
+    examples; None if all examples depend on one another."""
 
     distribution: str
     examples: int | None = 0
@@ -55,13 +55,13 @@ BLOCKS = ("kronecker", "unit", "full")
 class Layer:
     """The kind and geometry of one layer; hashable, without arrays.
 
-    ``parameters`` are the rows of ``K̄`` in order, each read through its ``layouts`` entry.
+    ``parameters`` are the rows of ``K̄`` in order, each arranged by its ``layouts`` entry.
     ``stack`` holds (axis, size) for each axis of the parameters that a scan or vmap slices away
-    before the layer sees it; −1 is the last axis of each. ``block``: ``"kronecker"`` (A ⊗ G),
+    before the layer gets them; −1 is the last axis of each. ``block``: ``"kronecker"`` (A ⊗ G),
     ``"full"`` (one matrix over all its parameters) or ``"unit"`` (one for each of ``blocks``).
-    ``calls``: how often one forward pass calls it, 0 where that cannot be told; ``positions``: how
-    many of one call share the kernel. ``uses``: 2 for an embedding that is also attended to.
-    ``example_axis``: which of a call's row axes counts examples, −1 where none does.
+    ``calls``: how often one forward pass calls it, 0 if unknown; ``positions``: how many positions
+    of one call share the kernel. ``uses``: 2 for an embedding that is also attended to.
+    ``example_axis``: which of a call's row axes counts examples, −1 if none does.
 
     >>> import flax.linen as nn, jax.numpy as jnp, natgrad_jax as ng
     >>> params, x = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, jnp.ones((8, 4))
@@ -85,7 +85,7 @@ class Layer:
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """What a layer of its kind is."""
+        """Properties of its kind of layer."""
         return traits_of(self.kind)
 
     @property
@@ -107,13 +107,13 @@ class Layer:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Sizes of the layer's own independent products side by side."""
+        """Sizes of the axes of the layer's own independent products."""
         layout = self.layouts[0]
         return layout.sizes(layout.blocks)
 
     @property
     def inputs(self) -> int:
-        """Rows of the kernel matrix, the bias not counted."""
+        """Rows of the kernel matrix, without the bias."""
         return self._rows[0]
 
     @property
@@ -123,34 +123,34 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Parameters of one element of the stack."""
+        """Number of parameters in one element of the stack."""
         return math.prod(self.blocks) * sum(self._rows) * self.outputs
 
     @property
     def usual_block(self) -> str:
-        """The block that a layer of its kind and size has where none is chosen."""
+        """The default block of a layer of its kind and size."""
         if self.traits.has_sides:
             return "kronecker"
         return "full" if self.size <= MAX_FULL_NORM else "unit"
 
     @property
     def shares(self) -> bool:
-        """Whether positions or calls share the kernel: where expand and reduce differ."""
+        """Whether positions or calls share the kernel, so that expand and reduce differ."""
         return self.block == "kronecker" and (self.positions > 1 or self.calls != 1)
 
     @property
     def tapped(self) -> bool:
-        """Whether its calls are seen; a parameter outside every layer has none."""
+        """Whether its calls are observed; a parameter outside every layer has none."""
         return self.traits.tapped
 
     @property
     def by_gradient(self) -> bool:
-        """Whether gradients of one example are out of reach, and squares of sums stand for them."""
+        """Whether single examples' gradients are unavailable, so that squared sums replace them."""
         return self.calls != 1 or not self.tapped
 
     @property
     def mixed(self) -> bool:
-        """Whether gradients are in A too: a block with one matrix, or a kernel used both ways."""
+        """Whether A depends on gradients too: in a block with one matrix, or with several uses."""
         return self.block != "kronecker" or self.uses > 1
 
     @functools.cached_property
@@ -172,7 +172,7 @@ class Layer:
 
     @functools.cached_property
     def output_side(self) -> FactorStructure | None:
-        """How the factor G acts on the columns of a block; None where the block has none."""
+        """How the factor G acts on the columns of a block; None if the block has no G."""
         if self.block != "kronecker":
             return None
         return output_structure(self.outputs, self.approximation.group_size)
@@ -246,7 +246,7 @@ class Layer:
 
 
 def approximated(layer: Layer, approximation: Approximation) -> Layer:
-    """The layer with what makes a difference to it of that Kronecker approximation."""
+    """The layer with that Kronecker approximation, as far as it applies to the layer."""
     own = approximation if layer.block == "kronecker" else WHOLE
     if not layer.traits.has_receptive_field:
         own = replace(own, convolution="kfc", centred=False)

@@ -1,7 +1,7 @@
-"""What every layer kind's call offers: how one call becomes rows of inputs and of outputs.
+"""The interface of a layer's call: how one call becomes rows of inputs and of outputs.
 
-N are examples, T positions that share the kernel (pixels of the output map, tokens). What is summed
-over them stands in ``natgrad_jax/curvature/layer_sums.py`` and is the same for every kind.
+N are examples, T positions that share the kernel (pixels of the output map, tokens). The sums over
+them are in ``natgrad_jax/curvature/layer_sums.py``, and the same for every kind of layer.
 """
 
 from typing import Any, Protocol
@@ -15,10 +15,10 @@ class LayerCall(Protocol):
 
     @property
     def swapped(self) -> bool:
-        """Whether outputs lie on the rows of the kernel and inputs on its columns: ``s = h Eᵀ``."""
+        """Whether outputs index the kernel's rows and inputs its columns: ``s = h Eᵀ``."""
 
     def examples(self, x: Any) -> jax.Array:
-        """The layer's input with the example axis first, nothing copied."""
+        """The layer's input with the example axis first, without copies."""
 
     def inputs(self, examples: jax.Array) -> jax.Array:
         """``ā`` of shape ``(N, T, *blocks, inputs + bias)``."""
@@ -27,10 +27,10 @@ class LayerCall(Protocol):
         """The output cotangent as ``(N, T, *blocks, outputs)``."""
 
     def row_axes(self, ndim: int) -> tuple[int, ...]:
-        """The output's axes of examples and positions, in the order of N and T."""
+        """The output's axes of examples and positions, in that order."""
 
     def width(self, x: Any) -> int:
-        """Numbers that one example takes in :meth:`inputs`, for bounding memory."""
+        """How many numbers :meth:`inputs` returns for one example, to bound memory."""
 
     def positions(self, x: Any) -> int:
         """T."""
@@ -40,22 +40,22 @@ class OneHotCall(LayerCall, Protocol):
     """A call whose inputs are one-hot rows: ``examples`` are ids, ``(N, T)``."""
 
     def frequencies(self, examples: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """How often each id came: the diagonal of ``Σ ā āᵀ``."""
+        """How often each id occurs: the diagonal of ``Σ ā āᵀ``."""
 
     def second_moments(self, examples: jax.Array, rotated: jax.Array) -> jax.Array:
         """``Σₙ (Σₜ āₙₜ g̃ₙₜᵀ)²``, elementwise, for rows ``g̃ (N, T, columns)``."""
 
 
 class PatchCall(LayerCall, Protocol):
-    """A call whose inputs are patches: ``places × channels`` numbers each."""
+    """A call whose inputs are patches, ``places × channels`` each; places are kernel offsets."""
 
     def channel_rows(self, examples: jax.Array, with_one: bool = False) -> jax.Array | None:
-        """Rows ``(N, ·, *groups, channels)`` whose products add up to those of all places of the
-        patches; None where there are none. ``with_one``: with one more channel, of ones."""
+        """Rows ``(N, ·, *groups, channels)`` whose sum of products is that of the patches over all
+        places; None if there are no such rows. ``with_one``: append a channel of ones."""
 
 
 class Wrapped:
-    """A call that is seen differently in part: what a subclass leaves alone is the call's own."""
+    """A call with some methods replaced: a subclass overrides them, all others are the call's."""
 
     def __init__(self, call: LayerCall):
         self.call = call
@@ -83,4 +83,4 @@ class Wrapped:
         return self.call.positions(x)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.call, name)  # what only some kinds have
+        return getattr(self.call, name)  # methods that only some kinds have

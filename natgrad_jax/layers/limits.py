@@ -1,16 +1,16 @@
-"""The sizes at which a layer gets another block: all of them, in one place.
+"""All sizes at which a layer gets another block.
 
-``tests/abstract_zoo.py`` takes the widths that it tries from here, one on each side of every limit.
+``tests/tables/abstract_zoo.py`` takes its widths from here, one on each side of every limit.
 """
 
-# A normalization with at most this many parameters has one full block; beyond, 2×2 a unit.
+# A normalization with at most this many parameters has one full block; beyond, 2×2 per unit.
 MAX_FULL_NORM = 512
 
 # A parameter of no known layer with at most this many numbers has a full block: its statistics
-# have rank one a measurement, which a larger matrix would not make up for.
+# have rank one per measurement, too little for a larger matrix.
 MAX_FREE = 256
 
-# Largest full block that can be asked for: its inverse takes about a second on one core.
+# Largest full block that can be chosen: its inverse takes about a second on one core.
 MAX_FULL = 8192
 
 # Most numbers that the full or unit blocks of one layer may have together.

@@ -1,4 +1,4 @@
-"""One matrix over all coordinates, or a diagonal; and which structure a kernel's two sides have."""
+"""One matrix over all coordinates, or a diagonal; and the structures of a kernel's two factors."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -65,8 +65,8 @@ class Dense(FactorStructure):
 
 @dataclass(frozen=True)
 class Diagonal(FactorStructure):
-    """One number a coordinate, ``(n,)``: inputs that are one-hot rows. It needs no factorisation,
-    and the coordinates are their own eigenvectors."""
+    """One number per coordinate, ``(n,)``, for one-hot inputs. It needs no factorisation: its
+    eigenvectors are the unit vectors."""
 
     n: int
 
@@ -159,22 +159,22 @@ def input_structure(
     shared: bool = False,
     centred: bool = False,
 ) -> FactorStructure:
-    """Of the rows of a kernel of ``places × channels`` inputs, simplified as asked.
+    """The structure of A for a kernel with ``places × channels`` inputs.
 
-    ``shared``: the places share one matrix, of channels; ``centred``: with their mean in it.
+    ``shared``: all places share one matrix over channels; ``centred``: with their mean in it.
     """
     shared = shared and places > 1
     if shared and centred and bias:
         return Shared(places, channels, mean=True)
     if group_size is None:
         return Shared(places, channels, bias) if shared else Dense(places * channels + bias)
-    if places == 1:  # the bias is one more channel
+    if places == 1:  # the bias counts as one more channel
         return _in_groups(group_size, channels + bias)
     return _in_groups(group_size, channels, places, bias, shared)
 
 
 def output_structure(channels: int, group_size: int | None = None) -> FactorStructure:
-    """Of the columns of a kernel, in groups where asked."""
+    """The structure of G for a kernel with ``channels`` outputs, in groups if given a size."""
     return Dense(channels) if group_size is None else _in_groups(group_size, channels)
 
 

@@ -1,15 +1,15 @@
-"""What a layer of each kind is, whatever its sizes."""
+"""Properties of each kind of layer that do not depend on its sizes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Traits:
-    """Static; the rest of the library asks these, and the kind's name is for people.
+    """Static; the library uses these, and the kind's name is for people.
 
     ``has_receptive_field``: its inputs are patches, ``places × channels``. ``one_hot``: they are
-    one-hot rows, so that A is diagonal. ``has_sides``: it has inputs and outputs, of which a
-    Kronecker product is made. ``tapped``: its calls are seen.
+    one-hot rows, so that A is diagonal. ``has_sides``: it has inputs and outputs, so that a
+    Kronecker product is possible. ``tapped``: its calls are observed.
     """
 
     has_receptive_field: bool = False
@@ -33,7 +33,7 @@ KINDS = {
 
 
 def traits_of(kind: str) -> Traits:
-    """Those of a kind; raises ValueError with what there is.
+    """The traits of a kind; raises ValueError listing the known kinds.
 
     >>> traits_of("embed").one_hot
     True

@@ -1,4 +1,4 @@
-"""There and back: gradients and parameters in a layer's coordinates, and from old ones to new."""
+"""Gradients and parameters to and from a layer's coordinates, and from old ones to new."""
 
 import jax
 import jax.numpy as jnp
@@ -48,32 +48,32 @@ def from_whitened(layer: Layer, own: Coordinates, x: jax.Array) -> jax.Array:
 def transport_gradients(
     layer: Layer, old: Coordinates, new: Coordinates, x: jax.Array
 ) -> jax.Array:
-    """A gradient in the old coordinates as it is in the new ones."""
+    """A gradient in the old coordinates, written in the new ones."""
     return gradient_to(layer, new, gradient_from(layer, old, x))
 
 
 def transport_squares(layer: Layer, old: Coordinates, new: Coordinates, S: jax.Array) -> jax.Array:
     """Mean squares of gradients in the old coordinates, in the new ones: ``P_A² S (P_G²)ᵀ``.
 
-    P takes gradients from one to the other, squares are elementwise: what the squares become if
-    entries were uncorrelated in the old coordinates.
+    P maps gradients from old to new coordinates, squares are elementwise: the new mean squares if
+    entries are uncorrelated in the old coordinates.
     """
     main, bias = _parts(layer, old, S)
     if old.A_rest is not None or new.A_rest is not None:
-        turn = _into(new, _out_of(old, jnp.eye(main.shape[-2], dtype=main.dtype)[None], -1), 1)
-        main = jnp.matmul(jnp.square(turn), main, precision=HIGHEST)
+        between = _into(new, _out_of(old, jnp.eye(main.shape[-2], dtype=main.dtype)[None], -1), 1)
+        main = jnp.matmul(jnp.square(between), main, precision=HIGHEST)
     else:
-        main = _squared_turn(old.A, old.A_scale, new.A, new.A_scale, main)
+        main = _squared_map(old.A, old.A_scale, new.A, new.A_scale, main)
     if old.mean is not None and new.mean is not None:
         moved = _into(new, (old.mean - new.mean)[..., None, :, None], 1)
         main = main + jnp.square(moved) * bias[..., None, :, :]
     S = _joined(main, bias, S)
     columns = S.mT[..., None, :, :]
-    return _squared_turn(old.G, old.G_scale, new.G, new.G_scale, columns)[..., 0, :, :].mT
+    return _squared_map(old.G, old.G_scale, new.G, new.G_scale, columns)[..., 0, :, :].mT
 
 
 def _parts(layer: Layer, own: Coordinates, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(…, rows, columns)`` as ``(…, places, n, columns)``, and the bias row where it is apart."""
+    """``(…, rows, columns)`` as ``(…, offsets, n, columns)``, and a separate bias row if any."""
     n = x.shape[-2] if own.A is None else own.A.shape[-2]
     end = x.shape[-2] - (layer.bias is not None and n != x.shape[-2])
     main = x[..., :end, :].reshape(*x.shape[:-2], end // n, n, x.shape[-1])
@@ -93,7 +93,7 @@ def _matmul(matrix: jax.Array | None, x: jax.Array, transposed: bool = False) ->
 
 
 def _into(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
-    """``diag(s)^p Qᵀ x`` over ``(…, places, n, columns)``."""
+    """``diag(s)^p Qᵀ x`` over ``(…, offsets, n, columns)``."""
     if own.A_rest is not None:
         return _symmetric(own, x, power)
     x = _matmul(own.A, x, transposed=True)
@@ -123,7 +123,7 @@ def _over(scale: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def _over_columns(own: Coordinates, x: jax.Array, scale: bool) -> jax.Array:
-    """``x Q_G``, its columns times the scale or divided by it."""
+    """``x Q_G``, with columns multiplied or divided by the scale."""
     if own.G is None:
         return x
     x = jnp.matmul(x, own.G, precision=HIGHEST)
@@ -143,14 +143,14 @@ def _off_columns(own: Coordinates, x: jax.Array, divide: bool) -> jax.Array:
     return jnp.matmul(x, own.G.mT, precision=HIGHEST)
 
 
-def _squared_turn(
+def _squared_map(
     old: jax.Array | None,
     old_scale: jax.Array | None,
     new: jax.Array | None,
     new_scale: jax.Array | None,
     S: jax.Array,
 ) -> jax.Array:
-    """``(diag(s') Q'ᵀ Q diag(1/s))² S`` of ``(…, places, n, columns)``."""
+    """``(diag(s') Q'ᵀ Q diag(1/s))² S`` of ``(…, offsets, n, columns)``."""
     S = _over(None if old_scale is None else jnp.square(old_scale), S)
     if old is not None and new is not None:
         overlap = jnp.matmul(new.mT, old, precision=HIGHEST)

@@ -1,7 +1,7 @@
 """Coordinates of a layer in which an optimizer runs: ``K̄ = L_A K̂ L_Gᵀ``.
 
-Each side is an orthogonal matrix and a scale, ``L = Q diag(s)``, so that the way back needs no
-second matrix; inputs may be centred too. Whitening has ``Q = Ũ``, ``s = (σ + ε)^{-1/2}``: in the
+L_A and L_G are each an orthogonal matrix and a scale, ``L = Q diag(s)``, so that the inverse needs
+no second matrix; inputs may be centred too. Whitening has ``Q = Ũ``, ``s = (σ + ε)^{-1/2}``: in the
 paper's letters ``U = diag(s) Qᵀ``. With k leading eigenvectors V alone and one scale r for all
 other directions, ``L = V diag(s) Vᵀ + r (I − V Vᵀ)``.
 """
@@ -29,13 +29,13 @@ from natgrad_jax.utils.precision import HIGHEST
 
 
 class Coordinates(NamedTuple):
-    """One layer's coordinates; None stands for a side, a scale or a centre that it has not.
+    """One layer's coordinates; a field is None where it has no such basis, scale or centre.
 
-    ``A``: eigenvectors of the inputs' covariance in its columns, ``(*stack, *blocks, n, n)``: n
-    channels, the same at every place of a kernel (n rows of ``K̄``, bias last, in eigenbases of
-    dense layers). ``A_scale``: ``(*stack, *blocks, n)``. ``mean``: c, the same shape. With
-    ``A_rest``, the scale of all other directions ``(*stack, *blocks)``, A has k columns. ``G``,
-    ``G_scale``: over outputs. The inputs of an embedding are uncorrelated: it has no A.
+    ``A``: eigenvectors of the inputs' covariance as columns, ``(*stack, *blocks, n, n)``: n
+    channels, the same at every kernel offset (n rows of ``K̄``, bias last, in eigenbases of dense
+    layers). ``A_scale``: ``(*stack, *blocks, n)``. ``mean``: c, the same shape. With ``A_rest``,
+    the scale of all other directions ``(*stack, *blocks)``, A has k columns. ``G``, ``G_scale``:
+    the same for outputs. The inputs of an embedding are uncorrelated: it has no A.
 
     Source: Desjardins et al. 2015, section 3.
 
@@ -56,7 +56,7 @@ class Coordinates(NamedTuple):
     def U(self) -> jax.Array:  # noqa: N802 the paper's letter
         """The whitening matrix ``diag(σ + ε)^{-1/2} Ũᵀ``: whitened inputs are ``U (h − c)``.
 
-        Raises ValueError where these coordinates whiten no inputs.
+        Raises ValueError if these coordinates whiten no inputs.
         """
         if self.A is None or self.A_scale is None:
             raise ValueError("these coordinates whiten no inputs: there is no U.")
@@ -71,9 +71,9 @@ def white_inputs(
 ) -> Solving[Coordinates]:
     """``c = E[h]``, ``E[(h−c)(h−c)ᵀ] = Ũ diag(σ) Ũᵀ``, ``L_A = Ũ diag(σ + ε)^{-1/2}``.
 
-    A layer without bias cannot take a centre back: there c = 0. Where the last coordinates have k
-    directions, so many are followed from there, and the others are taken at their mean variance. A
-    computation for :func:`~natgrad_jax.linalg.batched_solve.solve`, as the next two.
+    A layer without bias cannot compensate a centre: there c = 0. If the old coordinates have k
+    directions, the new ones have k too, iterated from those, and the others take their mean
+    variance. A computation for :func:`~natgrad_jax.linalg.batched_solve.solve`, as the next two.
     """
     second, mean = second_and_mean(layer, factors.A)
     if old is not None and old.A is not None and old.A_rest is not None:
@@ -87,10 +87,10 @@ def white_inputs(
 def white_sides(
     layer: Layer, factors: Any, epsilon: jax.Array, old: Coordinates | None = None
 ) -> Solving[Coordinates]:
-    """The inputs as in :func:`white_inputs`, and ``L_G`` the same of ``G = E[g gᵀ]``.
+    """Whiten inputs as :func:`white_inputs`, and output gradients likewise, from ``G = E[g gᵀ]``.
 
     ε is divided between the two as K-FAC's λ, so that plain gradient descent in these coordinates
-    is K-FAC (with inputs centred before they are damped).
+    is K-FAC (with inputs centred before damping).
     """
     del old
     second, mean = second_and_mean(layer, factors.A)
@@ -120,8 +120,8 @@ def eigenbases(
 
 
 class Choice(NamedTuple):
-    """What coordinates need: ``find`` them from the factors; whether the factors are ``centred``,
-    whether gradients are needed too (``outputs``), and whether every batch is ``rescaled``."""
+    """How coordinates are computed: ``find`` does it from the factors. Flags: the factors are
+    ``centred``; output gradients are needed (``outputs``); every batch is ``rescaled``."""
 
     find: Callable[..., Solving[Coordinates]] | None
     outputs: bool = False
@@ -140,14 +140,14 @@ CHOICES = {
 
 def applies(layer: Layer) -> bool:
     """Whether a layer has coordinates: normalizations, free parameters and embeddings that are
-    attended to keep their own."""
+    attended to have none."""
     return layer.block == "kronecker" and layer.uses == 1
 
 
 def start(layer: Layer, choice: Choice, rank: int | None = None) -> Coordinates:
-    """Coordinates in the form of ``choice`` that change nothing.
+    """Identity coordinates in the form of ``choice``.
 
-    ``rank``: how many directions of the inputs they have, where that is less than half of them.
+    ``rank``: the number of input directions that they have, if that is less than half of all.
     """
     assert choice.find is not None
     find, zeros = choice.find, zero_factors(layer, not choice.outputs)
@@ -192,7 +192,7 @@ def second_and_mean(layer: Layer, A: jax.Array) -> tuple[jax.Array, jax.Array | 
 
 
 def _eigenproblems(side: FactorStructure, factor: jax.Array) -> list[Problem]:
-    """The eigenbasis of a factor, where the coordinates are not their own."""
+    """The eigenproblem of a factor; none if its eigenbasis is known (a diagonal factor)."""
     known = side.direct_eigenbasis(factor) is not None
     return [] if known else [Problem(eigenbasis, (factor,))]
 
@@ -200,7 +200,7 @@ def _eigenproblems(side: FactorStructure, factor: jax.Array) -> list[Problem]:
 def _white(
     second: jax.Array, epsilon: jax.Array, solutions: list[Any]
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Basis and scale, of a diagonal where there is no eigenbasis among the solutions."""
+    """Basis and scale; a scale alone, of a diagonal factor, if there are no solutions."""
     if not solutions:
         return None, _root(second, epsilon)
     basis, values = solutions[0]
@@ -208,7 +208,7 @@ def _white(
 
 
 def _others(second: jax.Array, values: jax.Array) -> jax.Array:
-    """The mean variance of all directions but those of the variances given."""
+    """The mean variance of all directions except those whose variances are given."""
     left = trace_of(second) - values.sum(-1)
     return jnp.maximum(left, 0) / (second.shape[-1] - values.shape[-1])
 

@@ -1,4 +1,4 @@
-"""Flax layers whose parameters are the whitened ones."""
+"""Flax layers with whitened parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ class WhitenedDense(nn.Module):
     """A dense layer of whitened inputs, ``s = (U (h − c)) V + d``.
 
     ``kernel`` V and ``bias`` d are parameters; U ``(n, n)`` and c ``(n,)`` are statistics, in the
-    collection ``"whitening"``, the identity and zero at first.
+    collection ``"whitening"``, initially the identity and zero.
 
     Source: Desjardins et al. 2015, section 3.
 
@@ -41,8 +41,8 @@ class WhitenedDense(nn.Module):
 class WhitenedConv(nn.Module):
     """A convolution of whitened feature maps: a 1 × 1 convolution by U, then the kernel.
 
-    What is padded is whitened too: a pixel outside the image is a zero of the canonical network.
-    With groups there is one U for the channels of each, ``(groups, n, n)``. Otherwise as
+    The padding is whitened too: a pixel outside the image is a zero of the canonical network. With
+    groups there is one U for the channels of each, ``(groups, n, n)``. Otherwise as
     :class:`WhitenedDense`; arguments as those of ``flax.linen.Conv``, for one batch axis.
 
     Source: Desjardins et al. 2015, section 3.2.
@@ -86,8 +86,8 @@ class WhitenedConv(nn.Module):
 
 
 def _channels_last(rank: int) -> jax.lax.ConvDimensionNumbers:
-    places = tuple(range(1, rank - 1))
-    image = (0, rank - 1, *places)
+    spatial = tuple(range(1, rank - 1))
+    image = (0, rank - 1, *spatial)
     kernel = (rank - 1, rank - 2, *range(rank - 2))
     return jax.lax.ConvDimensionNumbers(image, kernel, image)
 

@@ -1,4 +1,4 @@
-"""Parameters of the whitened network: there and back."""
+"""Whitening of a network's parameters, and its inverse."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def whitening(
     """The centred whitening of each layer's inputs on these statistics, by layer path.
 
     ``c = E[h]``, ``E[(h−c)(h−c)ᵀ] = Ũ diag(σ) Ũᵀ``, ``U = diag(σ + ε)^{-1/2} Ũᵀ``. Convolutions
-    whiten across channels, every place of the kernel alike. Layers that have no coordinates
+    whiten across channels, with the same U at every kernel offset. Layers without coordinates
     (normalizations, free parameters) are left out.
 
     Args:
@@ -61,13 +61,13 @@ def whitening(
 def whiten(
     params: Any, layers: Mapping[Path, Layer], coordinates: Mapping[Path, Coordinates]
 ) -> Any:
-    """Parameters in the coordinates: ``V = U⁻ᵀ K``, ``d = b + cᵀ K``; the function stays.
+    """Parameters in the coordinates: ``V = U⁻ᵀ K``, ``d = b + cᵀ K``; the function is unchanged.
 
     Args:
-      params: a parameter tree, or one of updates.
+      params: a tree of parameters, or of updates.
       layers: from :func:`natgrad_jax.find_layers`.
       coordinates: from :func:`whitening`, or ``ng.bases(opt_state)`` of :func:`in_coordinates`;
-        layers without an entry stay as they are.
+        layers without an entry are unchanged.
 
     Returns:
       A tree of the same structure, shapes and dtypes, for the network of :class:`WhitenedDense`
@@ -117,7 +117,7 @@ def whitening_variables(coordinates: Mapping[Path, Coordinates]) -> dict[str, An
       coordinates: from :func:`whitening`.
 
     Returns:
-      Nested dicts like the parameters: ``U (n, n)`` and ``c (n,)`` where a layer's kernel is.
+      Nested dicts like the parameters, with ``U (n, n)`` and ``c (n,)`` in place of each kernel.
 
     Raises:
       ValueError: coordinates that whiten no inputs.
@@ -143,7 +143,7 @@ def _with_coordinates(
     strange = set(coordinates) - set(layers)
     if strange:
         raise ValueError(
-            f"there are coordinates for {sorted(strange)}, and no such layers: pass the Layers "
-            "that they were found with."
+            f"there are coordinates for {sorted(strange)}, but no such layers: pass the Layers "
+            "that they were computed with."
         )
     return {path: layers[path] for path in coordinates}

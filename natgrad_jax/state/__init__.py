@@ -1,1 +1,1 @@
-"""Optimizer states: the clock in each, the walk that finds them, readers and checks."""
+"""Optimizer states: the clock in each, the walk that finds them, accessors, checkpoints."""

@@ -10,7 +10,7 @@ from natgrad_jax.utils.tree_paths import Path
 
 @runtime_checkable
 class HasFactors(Protocol):
-    """The factors of one layer, as every state of this library has them."""
+    """The factors of one layer, as in every state of this library."""
 
     @property
     def A(self) -> Float[Array, "..."]: ...  # noqa: N802 the factor's name
@@ -29,8 +29,8 @@ def factors(opt_state: PyTree) -> dict[Path, HasFactors]:
 
     Returns:
       A dict from layer path to ``A (*stack, *blocks, inputs + bias, inputs + bias)`` and
-      ``G (*stack, *blocks, outputs, outputs)``. An embedding has the diagonal of A, a block that is
-      one matrix F has A = F and no G, and other approximations have factors of other shapes.
+      ``G (*stack, *blocks, outputs, outputs)``. An embedding has the diagonal of A, a block of one
+      matrix F has A = F and no G, and other approximations have factors of other shapes.
 
     Raises:
       ValueError: ``opt_state`` contains no state with factors.
@@ -89,12 +89,12 @@ def damping(opt_state: PyTree) -> Float[Array, ""]:
 
 
 def _merged(opt_state: PyTree, field: str) -> dict[Path, Any]:
-    """That field, a dict by layer path, of all states of this library together."""
+    """``field``, a dict by layer path, merged over all states of this library."""
     return {path: x for found in _states(opt_state, field) for path, x in found.items()}
 
 
 def _states(opt_state: PyTree, field: str) -> list[Any]:
-    """That field of every state of this library inside ``opt_state``."""
+    """``field`` of every state of this library inside ``opt_state``."""
     values = [getattr(x, field) for x in states(plain(opt_state)) if hasattr(x, field)]
     if not values:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""States on disk: whether a saved one is of this transformation, and how it comes back."""
+"""Saved states: checking that one fits a transformation, and restoring it."""
 
 import re
 from collections import Counter
@@ -14,18 +14,18 @@ from natgrad_jax.utils.tree_paths import join, normalize
 
 SHOWN = 5  # differences in a message
 
-# States are a file format: whatever a field, or a word of a request, was called in a version before
-# has a line here, oldest first. A regular expression for its path then, such as "/clock/step$" or
-# "/request/stride=", and what that is now.
+# States are a file format: each former name of a field, or of a word in a request, has a line here,
+# oldest first: a regular expression for its old path, such as "/clock/step$" or "/request/stride=",
+# and its replacement.
 RENAMED: tuple[tuple[str, str], ...] = ()
 
-# Fields that some version did not have, which begin as tx.init makes them; fields of then that
-# nothing needs.
+# Fields that some older version lacks, which start as in tx.init; fields of older versions that are
+# no longer needed.
 ADDED: frozenset[str] = frozenset()
 REMOVED: frozenset[str] = frozenset()
 
-# Where a loss has several terms, 0.1.0 had no axis of terms in these: it kept the sum over them
-# (True), of which each now takes an equal part, or what holds for each of them.
+# For a loss of several terms, 0.1.0 had no axis of terms in these fields: it kept the sum over them
+# (True), of which each term now gets an equal part, or a value that holds for each of them.
 OF_TERMS = {
     "shares": True,
     "moments": True,
@@ -36,33 +36,33 @@ OF_TERMS = {
     "statistics_due": False,
     "examples": False,
 }
-# Where it kept what now stands in the factors of such a layer.
+# Where 0.1.0 kept what is now in the factors of such a layer.
 WITHOUT_TERMS = (
     (r"/factors/([^/]+)/shares/", r"/factors/\1/"),
     (r"/factors/([^/]+)/weights$", r"/weights/\1"),
 )
 
-# By layer or parameter: of these 0.1.0 also kept what optax.masked takes away.
+# Fields by layer or parameter: 0.1.0 also kept those that optax.masked takes away.
 BY_LAYER = frozenset(
     ("factors", "weights", "bases", "moments", "moment_weights", "diagonal", "diagonal_weights")
 )
 
 
 def check_state(saved: Any, state: Any) -> None:
-    """Raise unless what was saved has the arrays of ``state``, path by path and shape by shape.
+    """Raise unless the saved state has the arrays of ``state``, with the same paths and shapes.
 
-    Fields of this library's states are named tuples by layer path, and checkpoints keep the names:
-    so a state of other Layers, of other keywords or of another version tells itself.
+    This library's states are named tuples of dicts by layer path, and checkpoints keep the names:
+    so a checkpoint from other Layers, options or versions is detected.
 
     Args:
       saved: the metadata of a checkpoint, ``manager.item_metadata(step).tree`` of orbax, or any
         tree whose leaves have shapes; named tuples may have become dicts.
-      state: the state (or dict of states) that it is to replace, fresh from ``tx.init``.
+      state: the state (or dict of states) to be replaced, fresh from ``tx.init``.
 
     Raises:
       ValueError: names the first paths where the two differ, and how.
 
-    Source: orbax-checkpoint restores by the same paths, and stops at the first shape without it.
+    Source: orbax-checkpoint restores by the same paths, and stops at the first wrong shape.
 
     >>> import jax.numpy as jnp, natgrad_jax as ng
     >>> state = ng.kfac(0.1, ng.Layers({})).init({})
@@ -79,34 +79,34 @@ def check_state(saved: Any, state: Any) -> None:
         for path, shape in now.items()
         if before.get(path, shape) != shape
     ]
-    _refuse(differences, "A state of an older version comes back by ng.restore_state.")
+    _refuse(differences, "To load a state of an older version, use ng.restore_state.")
 
 
 def restore_state(saved: Any, state: Any) -> Any:
     """The saved state in the structure of ``state``, whichever version of this library saved it.
 
-    For what comes back from disk without its structure: of orbax without a target, of
-    ``flax.serialization.msgpack_restore``. States of every version since 0.1.0 come back, those of
-    now too; then training goes on as it would have. Nothing is guessed: every array of either side
-    has its place on the other, or this raises. (0.1.0 kept one average where there is now one for
-    each of several terms of a loss: each takes an equal part. What it kept of layers that
-    ``optax.masked`` or ``optax.partition`` takes away is left out.)
+    For states that were read from disk without their structure, by orbax without a target or by
+    ``flax.serialization.msgpack_restore``. States of every version since 0.1.0, the current one
+    included, are restored, and training continues as it would have. Nothing is guessed: every array
+    of either state has a counterpart in the other, or this raises. (0.1.0 kept one average where
+    several terms of a loss now have one each: each gets an equal part. What it kept of layers that
+    ``optax.masked`` or ``optax.partition`` takes away is dropped.)
 
     Args:
       saved: nested dicts, lists and tuples of arrays, by field names or their numbers.
-      state: the state (or dict of states, of parameters and states) that it is to replace, fresh
-        from ``tx.init``.
+      state: the state (or dict of states, of parameters and states) to be replaced, fresh from
+        ``tx.init``.
 
     Returns:
-      What was saved, in the classes of ``state`` and on its devices; no buffer is shared with
+      The saved values, in the classes of ``state`` and on its devices; no buffer is shared with
       ``saved``.
 
     Raises:
-      TypeError: shapes where arrays are to be (metadata of a checkpoint, ``jax.eval_shape``).
-      ValueError: names the first paths that are missing, too many or of another shape or dtype; or
-        where numbers are not finite which are so in ``state``.
+      TypeError: shapes instead of arrays (metadata of a checkpoint, ``jax.eval_shape``).
+      ValueError: names the first paths that are missing, superfluous or of another shape or dtype,
+        or that have non-finite numbers where those of ``state`` are finite.
 
-    Source: ``flax.serialization.from_state_dict`` restores by the same names, of one version alone.
+    Source: ``flax.serialization.from_state_dict`` restores by the same names, within one version.
 
     >>> import flax.serialization, natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}))
@@ -122,9 +122,11 @@ def restore_state(saved: Any, state: Any) -> Any:
     for path, leaf in now.items():
         if path not in before:
             if ADDED.isdisjoint(path.split("/")):
-                differences.append(f"{path}: not in what was saved, now {_told(leaf)}")
+                differences.append(f"{path}: not in what was saved, now {_described(leaf)}")
         elif not _fits(before[path], leaf):
-            differences.append(f"{path}: saved as {_told(before[path])}, now {_told(leaf)}")
+            differences.append(
+                f"{path}: saved as {_described(before[path])}, now {_described(leaf)}"
+            )
         elif not _finite(before[path]) and _finite(leaf):
             infinite.append(path)
         elif not _is_empty(leaf):
@@ -134,38 +136,38 @@ def restore_state(saved: Any, state: Any) -> Any:
     _refuse(differences + [f"{path}: saved, and not there now" for path in extra])
     if infinite:
         raise ValueError(
-            f"the saved state has numbers that are not finite, in {_listed(infinite)}. Restore an "
-            "earlier checkpoint, or start from tx.init."
+            f"the saved state has non-finite numbers in {_listed(infinite)}. Restore an earlier "
+            "checkpoint, or start from tx.init."
         )
     return jax.tree_util.tree_map_with_path(lambda p, x: values.get(_name(p), x), state)
 
 
 def _renamed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What was saved by the paths of now; what has its place keeps it."""
+    """The saved values by their current paths; a path that still exists is kept."""
     found = {}
     for path, x in before.items():
         name = path
-        for then, later in RENAMED:
-            name = re.sub(then, later, name)
+        for old, new in RENAMED:
+            name = re.sub(old, new, name)
         found[path if path in now or name in before else name] = x
     return found
 
 
 def _with_terms(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """With what 0.1.0 kept for all terms of a loss told apart, where there are several."""
+    """The saved values, with what 0.1.0 kept for all terms of a loss divided among them."""
     clocks = [path for path in now if path.endswith("/clock/statistics_due") and path in before]
     without = [path for path in clocks if _shape(before[path]) != _shape(now[path])]
     states = tuple(path.removesuffix("clock/statistics_due") for path in without)
     found = dict(before)
     for path, leaf in now.items():
         origin, shape = path, _shape(leaf)
-        for now_at, then_at in WITHOUT_TERMS:
-            origin = re.sub(now_at, then_at, origin)
+        for now_at, old_at in WITHOUT_TERMS:
+            origin = re.sub(now_at, old_at, origin)
         fields = [name for name in path.split("/") if name in OF_TERMS]
         if not (path.startswith(states) and fields and shape and origin in before):
             continue
         x = np.asarray(before[origin])
-        # of a Kronecker product A ⊗ G the one side is divided
+        # of a Kronecker product A ⊗ G only G is divided
         whole = not OF_TERMS[fields[-1]] or (path.endswith("/A") and f"{path[:-1]}G" in now)
         if shape[1:] == x.shape:
             found[path] = np.stack([x if whole else x / shape[0]] * shape[0])
@@ -173,25 +175,25 @@ def _with_terms(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def _left_out(state: Any) -> Callable[[str], bool]:
-    """Whether what was saved at a path is needed no more."""
+    """A predicate: whether the value saved at a path is no longer needed."""
     is_masked = lambda x: isinstance(x, optax.MaskedState)
     flat = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_masked)[0]
     under = tuple(f"{_name(path)}/" for path, x in flat if is_masked(x))
 
-    def told(path: str) -> bool:
+    def is_left_out(path: str) -> bool:
         fields = path.split("/")
         masked = path.startswith(under) and not BY_LAYER.isdisjoint(fields)
         return masked or not REMOVED.isdisjoint(fields)
 
-    return told
+    return is_left_out
 
 
 def _refuse(differences: list[str], more: str = "") -> None:
     if differences:
         raise ValueError(
-            "the saved state is of other Layers, of a transformation with other keywords, or of "
-            f"another version of this library: {_listed(differences)}. Make the model and the "
-            f"transformation as the run that saved it did, or start from tx.init. {more}".rstrip()
+            "the saved state is from other Layers, from a transformation with other keywords, or "
+            f"from another version of this library: {_listed(differences)}. Make the model and the "
+            f"transformation as in the run that saved it, or start from tx.init. {more}".rstrip()
         )
 
 
@@ -201,7 +203,7 @@ def _listed(parts: list[str]) -> str:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """By path; also of what a state asks for, which is spelled in keys without arrays."""
+    """The leaves by path; also the words of a request, which are keys without arrays."""
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)[0]
     twice = [p for p, count in Counter(_name(path) for path, _ in flat).items() if count > 1]
     if twice:
@@ -222,12 +224,12 @@ def _check_arrays(**trees: dict[str, Any]) -> None:
 
 
 def _is_empty(x: Any) -> bool:
-    """A word of a request, or a state without arrays: () is {} in Flax's bytes."""
+    """A word of a request, or a state without arrays; Flax's bytes have {} for ()."""
     return x is None or (isinstance(x, tuple | list | dict) and not x)
 
 
 def _name(key_path: tuple[Any, ...]) -> str:
-    """``/clock/step``; without what NNX variables, also in dicts, have their array under."""
+    """A path such as ``/clock/step``, without the key of the array in an NNX variable."""
     path = normalize(key_path)
     return "/" + join(path[:-1] if path[-1:] == ("value",) else path)
 
@@ -244,14 +246,14 @@ def _shape(x: Any) -> tuple[int, ...]:
     return tuple(getattr(_raw(x), "shape", ()))
 
 
-def _told(x: Any) -> str:
+def _described(x: Any) -> str:
     if _is_empty(x):
-        return "asked for"
+        return "requested"
     return f"{_raw(x).dtype if hasattr(x, 'dtype') else type(x).__name__} of shape {_shape(x)}"
 
 
 def _fits(x: Any, leaf: Any) -> bool:
-    """Of one shape and dtype; of one kind of number where one is Python's."""
+    """Whether shape and dtype agree; for a Python number, the kind of number."""
     if _is_empty(x) or _is_empty(leaf):
         return _is_empty(x) and _is_empty(leaf)
     x, leaf = _raw(x), _raw(leaf)
@@ -267,14 +269,14 @@ def _finite(x: Any) -> bool:
 
 
 def _placed(x: Any, leaf: Any) -> Any:
-    """A copy of a saved array, where ``leaf`` is."""
+    """A copy of a saved array, on the devices of ``leaf``."""
     if not hasattr(leaf, "dtype"):
         return type(leaf)(x)
     if not isinstance(leaf, jax.Array):
         return np.array(x)
     x = _raw(x)
     if not leaf.committed:
-        x = jnp.array(np.asarray(x), _raw(leaf).dtype)  # as little bound to a device
+        x = jnp.array(np.asarray(x), _raw(leaf).dtype)  # uncommitted to a device, as the leaf is
     if _raw(leaf) is not leaf:
         x = jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(leaf))
     return jax.device_put(x, leaf.sharding, may_alias=False) if leaf.committed else x

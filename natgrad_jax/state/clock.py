@@ -1,4 +1,4 @@
-"""When statistics and refreshes are due: one small state that every transformation carries."""
+"""When statistics and refreshes are due: one small state inside every transformation's."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from natgrad_jax.utils.hyperparams import Scalar
 
 class Clock(NamedTuple):
     """``step``: updates so far, int32 ``()``; ``statistics_due``: whether the next step's
-    statistics will be used, bool ``()``; of several terms of a loss those of each, ``(terms,)``."""
+    statistics will be used, bool ``()``, or ``(terms,)`` for several terms of a loss."""
 
     step: jax.Array
     statistics_due: jax.Array
@@ -22,14 +22,14 @@ def start(terms: int = 1) -> Clock:
 
 
 def due(step: jax.Array, period: Scalar) -> jax.Array:
-    """Whether step ``step`` (from 0) falls on a period."""
+    """Whether ``step`` (from 0) is a multiple of the period."""
     return step % jnp.asarray(period, jnp.int32) == 0
 
 
 def tick(clock: Clock, wanted: jax.Array, examples: jax.Array) -> Clock:
-    """The clock after one more step; ``wanted``: whether statistics of the next one are.
+    """The clock after one more step; ``wanted``: whether the next one needs statistics.
 
-    Of several terms one that had no ``examples`` on its step waits for a batch that has some.
+    With several terms, one that had no ``examples`` when due stays due until a batch has some.
     """
     if clock.statistics_due.ndim:
         wanted = wanted | (clock.statistics_due & (examples == 0))

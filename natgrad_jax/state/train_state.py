@@ -1,11 +1,11 @@
-"""Flax's TrainState, with statistics and what else a transformation reads."""
+"""Flax's TrainState, with statistics and other extra arguments of transformations."""
 
 from typing import Any
 
 import optax
 from flax.training import train_state
 
-# Keywords that are read by transformations, of ours and of optax; the others replace fields.
+# Keywords for transformations, of this library and of optax; all others replace fields.
 EXTRA = ("args", "grad", "value", "value_fn")
 
 
@@ -26,7 +26,7 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads, statistics: from :func:`natgrad_jax.value_and_grad`.
-          value, value_fn, grad, args: where the transformation asks for them.
+          value, value_fn, grad, args: if the transformation needs them.
         """
         tx = optax.with_extra_args_support(self.tx)
         extra = {key: kwargs.pop(key) for key in EXTRA if key in kwargs}

@@ -12,7 +12,7 @@ from natgrad_jax.state.clock import Clock
 
 
 def states(opt_state: Any) -> list[Any]:
-    """Every state of this library inside an optimizer state, however deep: those with a clock."""
+    """Every state of this library inside an optimizer state, at any depth: those with a clock."""
 
     def is_ours(x: Any) -> bool:
         return isinstance(getattr(x, "clock", None), Clock)
@@ -21,7 +21,7 @@ def states(opt_state: Any) -> list[Any]:
 
 
 def instances(opt_state: Any, kind: type) -> list[Any]:
-    """Every state of that class inside an optimizer state, however deep."""
+    """Every state of that class inside an optimizer state, at any depth."""
     return _nodes(opt_state, lambda x: isinstance(x, kind))
 
 
@@ -30,21 +30,21 @@ def _nodes(tree: Any, wanted: Callable[[Any], bool]) -> list[Any]:
 
 
 def plain(opt_state: Any) -> Any:
-    """The state with its arrays out of the variables that NNX optimizers wrap them in."""
+    """The state with arrays in place of the variables that NNX optimizers wrap them in."""
     is_variable = lambda x: isinstance(x, nnx.Variable)
     unwrap = lambda x: x[...] if is_variable(x) else x
     return jax.tree.map(unwrap, opt_state, is_leaf=is_variable)
 
 
 def statistics_due(opt_state: Any) -> jax.Array:
-    """Whether any transformation in ``opt_state`` wants statistics from the next step: ``()``, or
+    """Whether any transformation in ``opt_state`` needs statistics in the next step: ``()``, or
     ``(terms,)`` for each term."""
     found = states(opt_state)
     if not found:
         raise ValueError(
-            "opt_state holds no natgrad_jax transformation, so it cannot tell when statistics are "
-            "due. Pass the state of a chain with scale_by_kfac (or another of this library) in "
-            "it, or leave opt_state out to measure on every call."
+            "opt_state holds no natgrad_jax transformation that determines when statistics are "
+            "due. Pass the state of a chain that contains scale_by_kfac or another transformation "
+            "of this library, or leave opt_state out to measure on every call."
         )
     # NNX optimizers wrap the arrays of their state in variables: a pytree of one leaf each
     wanted = [jax.tree.leaves(s.clock.statistics_due)[0] for s in found]

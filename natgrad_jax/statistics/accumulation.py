@@ -24,29 +24,29 @@ def accumulate(
 ) -> GradFn:
     """:func:`value_and_grad` of a large batch, one micro-batch after another.
 
-    With k micro-batches, and term t of the loss over ``N_ti`` examples of micro-batch i (weighted:
-    masks may leave each another number)::
+    With k micro-batches, and term t of the loss over ``N_ti`` examples of micro-batch i (weighted;
+    masks may make the numbers differ)::
 
         loss = Σᵢ Σₜ (N_ti / Σⱼ N_tj) loss_ti,    statistics = Σᵢ statisticsᵢ
 
     A ``lax.scan`` over the leading axis of every array in ``args`` adds gradients (in at least
-    float32) and statistics. What comes out is what :func:`value_and_grad` gives for the k
-    micro-batches laid end to end, up to rounding: labels are sampled by the example's index in
-    the large batch. But for what mixes examples: batch normalization, and the squared sums that
-    leftover diagonals, free parameters and the moments of layers called several times come from;
-    those are estimates of the same thing, and here have k samples of it in place of one.
-    ``statistics_fraction`` takes every k-th example of each micro-batch.
+    float32) and statistics. The results are those of :func:`value_and_grad` for the k
+    micro-batches concatenated, up to rounding: labels are sampled by the example's index in the
+    large batch. The exceptions mix examples: batch normalization, and the squared sums that give
+    leftover diagonals, free parameters and the moments of layers called several times; these
+    estimate the same quantity, here from k samples instead of one. ``statistics_fraction`` takes
+    every k-th example of each micro-batch.
 
-    Arguments, results and errors are those of :func:`value_and_grad`, but for these.
+    Arguments, results and errors are those of :func:`value_and_grad`, except for these.
 
     Returns:
       ``grad_fn(params, *args, rng=None, opt_state=None)``. Every array in ``args`` is
-      ``(k, *its shape in a micro-batch)``; split a key for dropout into k. ``aux`` is that of each
-      micro-batch, stacked. The state of an NNX model passes from one micro-batch to the next. Of
-      a batch sharded under jit the second axis should be: ``PartitionSpec(None, "data")``.
+      ``(k, *shape in a micro-batch)``; split a key for dropout into k. ``aux`` is that of each
+      micro-batch, stacked. The state of an NNX model passes from one micro-batch to the next. Under
+      jit, shard a batch along its second axis: ``PartitionSpec(None, "data")``.
 
     Raises:
-      ValueError: arrays in ``args`` of different leading axes, or without.
+      ValueError: arrays in ``args`` with different leading axes, or none.
 
     Source: Ba et al. 2016 (sums over workers; here one after another).
 
@@ -74,7 +74,7 @@ def accumulate(
             out, _ = frontend.instrument(loss_fn, tree, rest, {}, args)
             return [term.count for term in as_loss(out, has_aux).terms]
 
-        # the sums of the masks alone: the compiler drops the model, of which nothing is used
+        # only sums of masks: the compiler drops the model, none of whose results are used
         examples = [counts.sum(0) for counts in jax.lax.map(count, args)]
 
         def one(rest: Any, index: jax.Array, args: Any) -> Any:
@@ -105,7 +105,7 @@ def accumulate(
 
 
 def _zeros(shapes: Any) -> Any:
-    """Of at least float32: sums of many micro-batches."""
+    """Zeros in at least float32, for sums over many micro-batches."""
     wide = lambda s: jnp.zeros(s.shape, at_least_float32(s.dtype))
     return jax.tree.map(wide, shapes)
 
@@ -117,6 +117,6 @@ def _number(args: Any) -> int:
         raise ValueError(
             "accumulate scans over the leading axis, the micro-batches, of every array that "
             f"grad_fn gets after params; got shapes {shapes}. Write x.reshape(k, -1, *x.shape[1:]) "
-            "for k micro-batches, and put into loss_fn itself what is the same for all of them."
+            "for k micro-batches, and put into loss_fn itself what they all share."
         )
     return shapes[0][0]

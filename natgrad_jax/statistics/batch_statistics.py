@@ -1,4 +1,4 @@
-"""What one backward pass measured: sums over the examples of a batch, which add."""
+"""What one backward pass measured: sums over the examples of a batch, which can be added."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,18 @@ from natgrad_jax.utils.tree_paths import Path
 
 
 class Statistics(NamedTuple):
-    """Raw sums over examples; they add: ``jax.tree.map(jnp.add, s1, s2)`` has seen both batches.
+    """Raw sums over examples; ``jax.tree.map(jnp.add, s1, s2)`` gives those of both batches.
 
-    ``examples``: how many, weighted, ``()``; zero means that nothing was measured. ``sums``: by
-    weight sharing, ``"expand"`` and ``"reduce"``, the sums of each layer by path; of layers with
-    positions "reduce" is measured where a transformation asks for it, or without ``opt_state``.
+    ``examples``: their number, weighted, ``()``; zero means that nothing was measured. ``sums``: by
+    weight sharing, ``"expand"`` and ``"reduce"``, the sums of each layer by path; for layers with
+    positions "reduce" is measured if a transformation needs it, or without ``opt_state``.
     ``leftover``: for each parameter with a diagonal block the squared sum of the examples'
     gradients, in the parameter's shape (None without a Fisher pass). ``moments``: for each layer
-    ``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²`` in the bases of ``opt_state``, where its transformation asks.
+    ``Σₙ (Q_Aᵀ ∇K̄ₙ Q_G)²`` in the bases of ``opt_state``, if its transformation needs them.
 
-    Of a loss of several terms each counts its own examples, ``(terms,)``. What is made of gradients
-    then has an axis in front in those layers and parameters that more than one term depends on
-    (``layer.terms``): G is ``(terms, *stack, *blocks, outputs, outputs)`` there.
+    In a loss of several terms each counts its own examples, ``(terms,)``. What is computed from
+    gradients then has a leading axis of terms for layers and parameters that more than one term
+    depends on (``layer.terms``): their G is ``(terms, *stack, *blocks, outputs, outputs)``.
 
     >>> import jax, jax.numpy as jnp, natgrad_jax as ng
     >>> half = ng.Statistics(jnp.asarray(4.0), {"expand": {}, "reduce": {}}, {}, None)

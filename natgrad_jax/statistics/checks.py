@@ -17,11 +17,11 @@ from natgrad_jax.utils.tree_paths import Path, join
 def check_statistics(
     statistics: Any, layers: Mapping[Path, Layer], name: str, outputs: bool = True
 ) -> None:
-    """Raise unless ``statistics`` were measured for ``layers``; with a Fisher pass (``outputs``),
-    or else for those of them at least that have inputs."""
+    """Raise unless ``statistics`` were measured for ``layers``, and, with ``outputs``, by a Fisher
+    pass."""
     if statistics is None:
         raise ValueError(
-            f"{name} needs this batch's curvature: write loss, grads, statistics = "
+            f"{name} needs the statistics of this batch: write loss, grads, statistics = "
             "ng.value_and_grad(loss_fn, layers)(params, batch, rng=key, opt_state=opt_state), then "
             "tx.update(grads, opt_state, params, statistics=statistics)."
         )
@@ -40,7 +40,7 @@ def check_statistics(
     if outputs and statistics.leftover is None:
         raise ValueError(
             f'{name} needs output statistics, and value_and_grad(fisher="none") measures '
-            'inputs alone. Use fisher="mc" (the default), "exact" or "empirical".'
+            'inputs only. Use fisher="mc" (the default), "exact" or "empirical".'
         )
     for path, layer in layers.items():
         for own in statistics.sums.values():
@@ -49,7 +49,7 @@ def check_statistics(
 
 
 def _check_shapes(layer: Layer, sums: Sums) -> None:
-    """Raise unless the sums are of this layer: its own factors, or whole ones."""
+    """Raise unless the sums have the shapes of this layer's own factors, or of whole ones."""
     sides = {"A": layer.input_side, "G": layer.output_side}
     own = layer.stack_sizes + ((layer.uses,) if layer.uses > 1 else ()) + layer.factor_blocks
     terms = (len(layer.terms),) if len(layer.terms) > 1 else ()
@@ -68,7 +68,7 @@ def _check_shapes(layer: Layer, sums: Sums) -> None:
 
 
 def check_params(layers: Layers, tree: Any) -> None:
-    """Raise where the layers are not of these parameters."""
+    """Raise unless the layers belong to these parameters."""
     given = tree_paths.leaves(tree)
     wanted = [p for layer in layers.values() for p in layer.parameters]
     wanted += [u.parameter for u in layers.leftover]
@@ -84,20 +84,20 @@ def check_params(layers: Layers, tree: Any) -> None:
 
 
 def check_terms(layers: Layers, loss: Loss) -> None:
-    """Raise where the loss has other terms than the one that the layers were found on."""
+    """Raise if the loss has another number of terms than the one that the layers were found on."""
     if len(layers.terms) != len(loss.terms) and (layers or layers.leftover):
         names = lambda terms: ", ".join(type(t.distribution).__name__ for t in terms)
         before = ", ".join(term.distribution for term in layers.terms)
         raise ValueError(
             f"these Layers were found on a loss of {len(layers.terms)} terms ({before}), and "
             f"loss_fn returned one of {len(loss.terms)} ({names(loss.terms)}). Each term has "
-            "curvature of its own: return the same terms always, and leave a task out of a batch "
+            "its own curvature: always return the same terms, and leave a task out of a batch "
             "by nll(targets, where=mask)."
         )
 
 
 def check_axes(tree: Any, args: Any, axes: tuple[str, ...]) -> None:
-    """Raise where the batch varies over a mesh axis that ``axis_name`` does not name."""
+    """Raise if the batch varies over a mesh axis that ``axis_name`` does not name."""
 
     def varying(values: Any) -> set[Any]:
         leaves = (x for x in jax.tree.leaves(values) if isinstance(x, jax.Array))

@@ -1,4 +1,4 @@
-"""The backward passes of the Fisher: which cotangents go in, and what the passes sum to."""
+"""The Fisher's backward passes: their output cotangents, and the sums of their results."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,25 +19,25 @@ from natgrad_jax.utils.sharding import psum, vary
 def measure(
     samples: int, rng: Any, loss: Loss, plan: Plan, pull: Any, axes: tuple[str, ...]
 ) -> Statistics:
-    """The global statistics of this batch by the Fisher's own seeds."""
-    no_seeds = tuple(jnp.zeros_like(t.distribution.natural) for t in loss.terms)
+    """The global statistics of this batch, by backward passes of the Fisher's own cotangents."""
+    no_cotangents = tuple(jnp.zeros_like(t.distribution.natural) for t in loss.terms)
     if plan.fisher == "none":
-        alone = measurement.separate(plan, pull(no_seeds))[0]
+        alone = measurement.separate(plan, pull(no_cotangents))[0]
         return _statistics(loss, plan, Measured(alone, Squares({}, {}, {})), axes, True)
     passes: list[Measured] = []
     inputs: Any = None
     for terms in plan.passes:
-        work = _seeds(samples, rng, loss, plan, axes, terms)
+        work = _cotangents(samples, rng, loss, plan, axes, terms)
         if len(work) == 1 and work[0][0] == 1:
             inputs, rest = measurement.separate(plan, pull(work[0][1](jnp.zeros((), jnp.int32))))
         else:
             rest = _sum_over(
-                work, lambda seed: measurement.separate(plan, pull(seed))[1], no_seeds, axes
+                work, lambda given: measurement.separate(plan, pull(given))[1], no_cotangents, axes
             )
         passes.append(rest)
     # the inputs are the same in every pass: sum them once, and the rest over passes
     if inputs is None:
-        inputs = measurement.separate(plan, pull(no_seeds))[0]
+        inputs = measurement.separate(plan, pull(no_cotangents))[0]
     found = measurement.join_parts(inputs, measurement.by_terms(plan, passes))
     return _statistics(loss, plan, found, axes)
 
@@ -45,10 +45,10 @@ def measure(
 Work = list[tuple[int, Callable[[jax.Array], output_cotangents.Cotangents]]]
 
 
-def _seeds(
+def _cotangents(
     samples: int, rng: Any, loss: Loss, plan: Plan, axes: tuple[str, ...], terms: tuple[int, ...]
 ) -> Work:
-    """The backward passes that measure these terms: how many, and the seeds of each by number."""
+    """The backward passes that measure these terms: their number, and the cotangents of each."""
     of, signs = plan.examples, jax.random.key(0) if rng is None else rng
     if plan.fisher == "empirical":
         return [(1, lambda _: output_cotangents.observed(loss, axes, signs, of, terms))]
@@ -60,16 +60,16 @@ def _seeds(
 
 
 def _sum_over(
-    work: Work, measured: Callable[[Any], Measured], no_seeds: Any, axes: tuple[str, ...]
+    work: Work, measured: Callable[[Any], Measured], no_cotangents: Any, axes: tuple[str, ...]
 ) -> Measured:
-    """What the passes measure in all, one after another."""
+    """The sum of what the passes measure, one after another."""
     zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-    layers, squares = zeros(jax.eval_shape(measured, no_seeds))
+    layers, squares = zeros(jax.eval_shape(measured, no_cotangents))
     total = Measured(vary(layers, axes), squares)
-    for count, seed in work:
+    for count, cotangents in work:
 
-        def body(total: Any, index: jax.Array, seed: Any = seed) -> Any:
-            return jax.tree.map(jnp.add, total, measured(seed(index))), None
+        def body(total: Any, index: jax.Array, cotangents: Any = cotangents) -> Any:
+            return jax.tree.map(jnp.add, total, measured(cotangents(index))), None
 
         total, _ = jax.lax.scan(body, total, jnp.arange(count))
     return total
@@ -78,7 +78,7 @@ def _sum_over(
 def shares_training_pass(loss: Loss, plan: Plan) -> bool:
     """Whether training cotangents are the examples' own gradients up to one common factor.
 
-    What comes from squared sums needs a pass of its own, with a sign for each example.
+    Squared sums need a pass of their own, with a random sign for each example.
     """
     one_factor = len(loss.terms) == 1 and loss.terms[0].weight is None and loss.scalar is None
     mixed = any(reader.layer.uses > 1 for reader in plan.readers.values())

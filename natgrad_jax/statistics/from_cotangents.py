@@ -21,7 +21,7 @@ from natgrad_jax.utils.tree_paths import Path
 
 
 class Squares(NamedTuple):
-    """Products of summed gradients, in the sums' forms: ``w wᵀ``, ``(Q_Aᵀ W Q_G)²``, ``w²``."""
+    """Products of summed gradients, shaped as the sums: ``w wᵀ``, ``(Q_Aᵀ W Q_G)²``, ``w²``."""
 
     blocks: dict[Path, Sums]
     moments: dict[Path, jax.Array]
@@ -29,9 +29,9 @@ class Squares(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one pass measured: ``layers`` of this device, ``squares`` over all of them.
+    """What one pass measured: ``layers`` on this device, ``squares`` over all devices.
 
-    Of several terms (:func:`by_terms`), what depends on gradients has an axis of terms in front.
+    With several terms (:func:`by_terms`), what depends on gradients has a leading axis of terms.
     """
 
     layers: dict[Path, LayerStatistics]
@@ -41,13 +41,13 @@ class Measured(NamedTuple):
 def measured(
     of: Plan, axes: Sequence[str], grads: Any, values: dict[Path, LayerStatistics]
 ) -> Measured:
-    """What a pullback's cotangents of parameters and slots say."""
+    """The measurement from a pullback's cotangents of parameters and slots."""
     layers = {path: of.readers[path].from_slot(r) for path, r in values.items()}
     return Measured(layers, _squares(of, axes, grads))
 
 
 def _squares(of: Plan, axes: Sequence[str], grads: Any) -> Squares:
-    """Squares of the Fisher pass' gradients, summed over examples and devices.
+    """Squares of the Fisher pass's gradients, which are sums over examples and devices.
 
     Examples' gradients are independent with mean zero (sampled labels, or random signs), so
     that the square of their sum estimates the sum of their squares.
@@ -86,10 +86,10 @@ def _wide(parameter: Parameter) -> Any:
 
 
 def separate(of: Plan, found: Measured) -> tuple[dict[Path, LayerStatistics], Measured]:
-    """What is the same for every seed (input factors and counts), and the rest of a pass."""
+    """What every pass has in common (input factors and counts), and the rest of one pass."""
 
     def outputs(keep: bool, layer: Layer, sums: Sums) -> Sums:
-        if layer.mixed:  # all of it varies
+        if layer.mixed:  # all of it depends on the cotangents
             return sums if keep else Sums(None, None, None)  # type: ignore[arg-type]
         return Sums(None, sums.G, None) if keep else sums._replace(G=None)  # type: ignore[arg-type]
 
@@ -113,7 +113,7 @@ def join_parts(inputs: dict[Path, LayerStatistics], rest: Measured) -> Measured:
 
 
 def by_terms(of: Plan, passes: Sequence[Measured]) -> Measured:
-    """What the passes found (:func:`separate`), by the terms that each parameter depends on."""
+    """The passes' results (:func:`separate`), by the terms that each parameter depends on."""
 
     def pick(terms: tuple[int, ...], found: Callable[[Measured], Any]) -> Any:
         own = [found(passes[i]) for t in terms for i, group in enumerate(of.passes) if t in group]
@@ -139,7 +139,7 @@ def by_terms(of: Plan, passes: Sequence[Measured]) -> Measured:
 def scale_gradients(
     of: Plan, found: dict[Path, LayerStatistics], factor: jax.Array
 ) -> dict[Path, LayerStatistics]:
-    """The statistics with everything of second order in the gradients multiplied."""
+    """The statistics with everything quadratic in the gradients multiplied by ``factor``."""
     times = partial(jax.tree.map, lambda x: (x * factor).astype(x.dtype))
 
     def sums(layer: Layer, s: Sums) -> Sums:

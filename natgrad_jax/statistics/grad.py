@@ -53,21 +53,21 @@ def value_and_grad(
     """Like ``jax.value_and_grad`` of the loss, with the layers' curvature statistics.
 
     One forward pass. Its pullback is called with the loss's cotangent for the gradients, and with
-    the Fisher's seeds for the statistics: ``Σ ā āᵀ`` and ``Σ g gᵀ`` over the examples and positions
-    that each layer saw, ``g = ∂(−log p)/∂s`` of one example, not divided by the batch size.
+    the Fisher's output cotangents for the statistics: ``Σ ā āᵀ`` and ``Σ g gᵀ`` over each layer's
+    examples and positions, ``g = ∂(−log p)/∂s`` of one example, not divided by the batch size.
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a :class:`Loss`, or ``(Loss, aux)``.
       layers: from :func:`find_layers` on the same model.
       fisher: where labels come from. ``"mc"``: sampled from the model's own predictive
         distribution. ``"exact"``: all of them, by the columns of a root of the output Hessian
-        (one backward pass for each class, and for each position where examples have several).
-        Where examples depend on one another (contrastive losses, batch normalization in training),
-        or :func:`find_layers` cannot tell that they do not, it takes a pass for each example and
-        class; ``print(layers)`` says so. Use ``"mc"`` there, whose one pass is right in
-        expectation. ``"empirical"``: the true labels, in the training backward pass; not the
-        Fisher. ``"none"``: input statistics alone. It is also used where the transformations in
-        ``opt_state`` need no gradients (:func:`natgrad_jax.prong`).
+        (one backward pass for each class, and for each position if examples have several). If
+        examples depend on one another (contrastive losses, batch normalization in training), or
+        :func:`find_layers` cannot rule that out, it takes a pass for each example and class;
+        ``print(layers)`` says so. Use ``"mc"`` there, whose one pass is right in expectation.
+        ``"empirical"``: the true labels, in the training backward pass; not the Fisher.
+        ``"none"``: input statistics only; also used automatically if the transformations in
+        ``opt_state`` need no output gradients (:func:`natgrad_jax.prong`).
       samples: labels drawn for each example, for ``"mc"``.
       has_aux: whether ``loss_fn`` returns ``(Loss, aux)``.
       axis_name: named axis (or axes) of the surrounding ``pmap`` or ``shard_map`` over which the
@@ -78,13 +78,13 @@ def value_and_grad(
       ``grad_fn(params, *args, rng=None, opt_state=None)`` → ``loss, grads, statistics``, with
       has_aux ``(loss, aux), grads, statistics``. ``rng`` is a key, needed by ``"mc"``; ``"exact"``
       and ``"empirical"`` draw from it the signs for the diagonal of leftover parameters (one fixed
-      draw without it). With ``opt_state`` statistics are measured only on the steps for which the
-      transformation in it asks; without, on every call. For NNX, ``params`` is the model: its
-      batch statistics and rng counts are updated in place.
+      draw without it). With ``opt_state`` statistics are measured only on the steps on which its
+      transformation needs them; without, on every call. For NNX, ``params`` is the model: its batch
+      statistics and rng counts are updated in place.
 
     Raises:
       ValueError: unknown ``fisher``, fewer than one sample, a missing rng, layers of another model.
-      TypeError: ``loss_fn`` returns something else than a Loss; ``rng`` is no key.
+      TypeError: ``loss_fn`` does not return a Loss; ``rng`` is no key.
 
     Source: Martens & Grosse 2015, sections 3 and 5 (the sampled Fisher); Eschenhagen et al. 2023.
 
@@ -123,7 +123,7 @@ def of_one_part(
         if plan.fisher == "mc" and rng is None:
             raise ValueError(
                 'fisher="mc" samples labels from the model and needs a key: call '
-                "grad_fn(params, batch, rng=key), with another key each step."
+                "grad_fn(params, batch, rng=key), with a new key each step."
             )
         output_cotangents.check_key(rng)
         frontend = frontend_of(params)
@@ -136,15 +136,15 @@ def of_one_part(
         plan = planning.with_examples(plan, first_outputs)
         values = vary(planning.empty(plan), axes)
         with_slots = lambda tree, values: forward(tree, planning.slots(plan, values))
-        (value, naturals), pullback, (loss, aux, state) = jax.vjp(
+        (value, outputs), pullback, (loss, aux, state) = jax.vjp(
             with_slots, vary(tree, axes), values, has_aux=True
         )
         frontend.propagate(params, state)
         check_terms(layers, loss)
-        one, none = jnp.ones_like(value), jax.tree.map(jnp.zeros_like, naturals)
+        one, none = jnp.ones_like(value), jax.tree.map(jnp.zeros_like, outputs)
 
-        def pull(seeds: Any) -> Measured:
-            return measurement.measured(plan, axes, *pullback((jnp.zeros_like(value), seeds)))
+        def pull(cotangents: Any) -> Measured:
+            return measurement.measured(plan, axes, *pullback((jnp.zeros_like(value), cotangents)))
 
         due = True if opt_state is None else _due(opt_state, loss, axes)
         if plan.fisher == "empirical" and shares_training_pass(loss, plan):
@@ -177,15 +177,15 @@ def _forward(
     tree: Any,
     slots: Any,
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], tuple[Loss, Any, Any]]:
-    """The scalar and the natural outputs, which have cotangents; the loss, aux and state."""
+    """The loss's scalar and outputs, which take cotangents; and the loss, aux and state."""
     out, state = frontend.instrument(loss_fn, tree, rest, slots, args)
     loss = as_loss(out, has_aux)
-    naturals = tuple(t.distribution.natural for t in loss.terms)
-    return (loss.contribution(axes), naturals), (loss, out[1] if has_aux else None, state)
+    outputs = tuple(t.distribution.natural for t in loss.terms)
+    return (loss.contribution(axes), outputs), (loss, out[1] if has_aux else None, state)
 
 
 def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:
-    """Whether to measure now: of several terms, where one that is due has examples."""
+    """Whether to measure now; with several terms, whether one that is due has examples."""
     due = statistics_due(opt_state)
     if not due.ndim:
         return due
@@ -193,9 +193,9 @@ def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _when(due: Any, measure: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-    """``measure()`` → (first, statistics) where due, else ``skip()`` → first and zero statistics.
+    """``measure()`` → (first, statistics) if due, else ``skip()`` → first and zero statistics.
 
-    No branch at all where that is known.
+    Without a branch if measuring is always due.
     """
     if due is True:
         return measure()

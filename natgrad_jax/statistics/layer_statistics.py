@@ -1,4 +1,4 @@
-"""One layer's statistics: what a call of it adds in the backward pass, and their empty forms."""
+"""One layer's statistics: what each call adds in the backward pass, and their initial zeros."""
 
 from typing import Any, NamedTuple
 
@@ -21,22 +21,22 @@ from natgrad_jax.statistics.spec import usual_stride
 
 
 class LayerStatistics(NamedTuple):
-    """``sums``: :class:`Sums` by weight sharing, ``"expand"`` or ``"reduce"``; inside a slot those
-    of a layer that is called several times are :class:`Rows`, where positions are summed first.
-    ``moments``: squares of examples' gradients in the current eigenbasis, or None."""
+    """``sums``: :class:`Sums` by weight sharing, ``"expand"`` or ``"reduce"``; inside a slot the
+    ``"reduce"`` sums of a layer that is called several times are :class:`Rows`. ``moments``:
+    squares of examples' gradients in the current eigenbasis, or None."""
 
     sums: dict[str, Any]
     moments: jax.Array | None = None
 
 
 class LayerReader(NamedTuple):
-    """Static: which statistics the backward pass reads off each call of a layer.
+    """Static: which statistics the backward pass takes from each call of a layer.
 
-    ``forms``: the layer as each weight sharing sees it. ``moments``: the layer whose moments are
-    measured, an array of ``moments_shape``; None for none. ``examples``: of one call, for
-    ``"reduce"`` of a layer that is called several times. ``stride``: every how many examples are
-    measured, None where their number decides; for which ``parts`` is of how many equal parts of a
-    batch, on other devices or in other micro-batches, a call sees one.
+    ``forms``: the layer in the form of each weight sharing. ``moments``: the layer whose moments
+    are measured, an array of ``moments_shape``; None: no moments. ``examples``: their number in one
+    call, for ``"reduce"`` of a layer that is called several times. ``stride``: k, to measure every
+    k-th example; None: the number of examples in the batch decides. For that, ``parts`` is the
+    number of equal parts (devices, micro-batches) into which the batch is divided.
     """
 
     forms: tuple[tuple[str, Layer], ...]
@@ -51,13 +51,13 @@ class LayerReader(NamedTuple):
         return self.forms[0][1]
 
     def keeps_rows(self, sharing: str) -> bool:
-        """Whether calls of one example are added up before products are taken."""
+        """Whether the rows of one example are added up over calls before products are taken."""
         return sharing == "reduce" and self.layer.calls != 1
 
     def read(self, call: Any, x: Any, g: jax.Array, bases: Any) -> LayerStatistics:
         """What one call with input ``x`` and output cotangent ``g`` adds.
 
-        With a stride: what every such example adds, times all examples over those.
+        With a stride: what the measured examples add, scaled up to all examples.
         """
         call = regrouped(call, self.layer.example_axis, g)
         n = jax.eval_shape(call.outputs, g).shape[0]
@@ -86,7 +86,7 @@ class LayerReader(NamedTuple):
         return LayerStatistics(sums, None if self.moments is None else self.moments_shape)  # type: ignore[arg-type]
 
     def zeros(self) -> LayerStatistics:
-        """Empty statistics, as a slot: stack axes are where the layer's parameters have them."""
+        """Zero statistics, as a slot: stack axes are where the layer's parameters have them."""
         layer = self.layer
         return jax.tree.map(
             lambda shape: to_slot(
@@ -97,7 +97,7 @@ class LayerReader(NamedTuple):
         )
 
     def from_slot(self, slot: LayerStatistics) -> LayerStatistics:
-        """A slot's cotangent with its stack axes in front, and rows of examples multiplied."""
+        """A slot's cotangent with its stack axes in front, and :class:`Rows` multiplied."""
         layer = self.layer
         axes = [axis for axis, _ in layer.stack]
 
@@ -114,7 +114,7 @@ class LayerReader(NamedTuple):
         return plain._replace(sums=sums)
 
     def own_bases(self, bases: Any) -> Any:
-        """Bases in their own shapes: a slot's arrays may have unit axes in front."""
+        """Bases in their own shapes, without the unit axes that a slot's arrays may have."""
         if bases is None or self.moments is None:
             return bases
         outputs = self.moments.output_factor_shape
@@ -125,7 +125,7 @@ class LayerReader(NamedTuple):
 
 
 class ExamplesCount:
-    """In place of a reader: notes how many examples each call of a layer has."""
+    """Used in place of a reader: records the number of examples in each call of a layer."""
 
     def __init__(self, layer: Layer):
         self.layer, self.examples = layer, set[int]()
@@ -138,7 +138,7 @@ class ExamplesCount:
 def to_slot(x: jax.Array, layer: Layer) -> jax.Array:
     """``(*stack, …)`` with the stack axes where the layer's parameters have them.
 
-    Unit axes make room where an array has fewer axes than the parameters.
+    Unit axes are inserted if an array has fewer axes than the parameters.
     """
     lead = len(layer.stack)
     room = max((axis for axis, _ in layer.stack), default=0) + 1 - x.ndim

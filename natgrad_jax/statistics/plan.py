@@ -1,4 +1,4 @@
-"""What one backward pass measures, from what the transformations ask for."""
+"""What one backward pass measures, given what the transformations need."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,13 +23,13 @@ from natgrad_jax.utils.tree_paths import Path, join
 class Plan(NamedTuple):
     """What one backward pass measures, by layer path.
 
-    ``readers``: what is read off each call of a layer. ``bases``: eigenbases for moments.
-    ``blocks``, ``moments``: layers whose examples' gradients are out of reach, so that full blocks
-    and moments come from squared sums. ``diagonals``: parameters with a diagonal block.
-    ``in_bases``: whether a transformation asks for moments at all. ``fisher``: where labels come
-    from, ``"none"`` also where no transformation asks for more than inputs. ``examples``: for each
-    term of the loss which axis of its outputs counts examples. ``passes``: the terms of each
-    backward pass; those that depend on one parameter have passes of their own.
+    ``readers``: which statistics are taken from each call of a layer. ``bases``: eigenbases for
+    moments. ``blocks``, ``moments``: layers whose examples' gradients are not available, so that
+    full blocks and moments come from squared sums. ``diagonals``: parameters with a diagonal block.
+    ``in_bases``: whether a transformation needs moments at all. ``fisher``: where labels come from,
+    ``"none"`` also if no transformation needs more than inputs. ``examples``: for each term of the
+    loss, the axis of its outputs that counts examples. ``passes``: the terms of each backward pass;
+    terms that depend on the same parameter are in different passes.
     """
 
     readers: dict[Path, LayerReader]
@@ -49,34 +49,35 @@ class Plan(NamedTuple):
 
 
 def make_plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Plan:
-    """What to measure for the transformations in ``opt_state``, in one of equal parts of a batch.
+    """What to measure for the transformations in ``opt_state``, in one of ``parts`` of a batch.
 
-    Only of layers that they keep: not of parameters that are masked out there. Without a state, or
-    where several ask for different forms, whole factors are measured, and both ways of treating
-    positions: every other form can be cut out of those. (But for layers called several times,
-    where "reduce" has to be asked for.)
+    Only layers that they keep are measured, not parameters that are masked out. Without a state, or
+    if several transformations need different forms, whole factors are measured, with both weight
+    sharings: every other form can be cut out of those. (Except that layers called several times
+    have "reduce" measured only if a transformation needs it.)
     """
-    asked = [] if opt_state is None else specs(opt_state)
-    if asked:
-        kept = lambda field: {path for _, s in asked for path in getattr(s, field, ())}
+    requested = [] if opt_state is None else specs(opt_state)
+    if requested:
+        kept = lambda field: {path for _, s in requested for path in getattr(s, field, ())}
         layers = layers.within(kept("factors"), kept("diagonal"))
-    if asked and all(spec.inputs_only for spec, _ in asked):
+    if requested and all(spec.inputs_only for spec, _ in requested):
         fisher = "none"
     examples = tuple(term.examples for term in layers.terms)
     if fisher == "exact" and None in examples:  # a pass for each example, of every term
         examples = (None,) * len(examples)
     alone = fisher == "exact" and None in examples
-    forms = {spec.approximation for spec, _ in asked}
-    strides = [spec.stride for spec, _ in asked]
+    forms = {spec.approximation for spec, _ in requested}
+    strides = [spec.stride for spec, _ in requested]
     stride = min(strides, key=lambda s: 1.5 if s is None else s, default=1)  # None is 1 or 2
     whole = len(forms) != 1
     own = layers.approximate(Approximation() if whole else forms.pop())
     reduced = layers.approximate(Approximation(weight_sharing="reduce")) if whole else {}
-    with_moments = [(spec, state) for spec, state in asked if spec.moments]
+    with_moments = [(spec, state) for spec, state in requested if spec.moments]
     if len(with_moments) > 1:
         raise ValueError(
-            "opt_state holds several transformations that measure squares in their own eigenbases, "
-            'and a backward pass has room for one. Use moments="running_average" in the others.'
+            "opt_state holds several transformations that measure squared gradients in their own "
+            "eigenbases, and a backward pass can measure one of them. Use "
+            'moments="running_average" in the others.'
         )
     readers, blocks, moments, bases = {}, {}, {}, {}
     for path, layer in own.items():
@@ -84,10 +85,10 @@ def make_plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Pl
             if fisher != "none":
                 blocks[path] = layer
             continue
-        seen_as: tuple[tuple[str, Layer], ...] = ((layer.approximation.weight_sharing, layer),)
+        own_forms: tuple[tuple[str, Layer], ...] = ((layer.approximation.weight_sharing, layer),)
         if whole and layer.shares and layer.calls == 1:
-            seen_as += (("reduce", reduced[path]),)
-        readers[path] = LayerReader(seen_as, stride=stride, parts=parts)
+            own_forms += (("reduce", reduced[path]),)
+        readers[path] = LayerReader(own_forms, stride=stride, parts=parts)
     for spec, state in with_moments if fisher != "none" else []:
         for path, layer in layers.approximate(spec.approximation).items():
             if layer.block == "kronecker" and path in state.bases:
@@ -106,7 +107,7 @@ def make_plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Pl
 
 
 def _apart(terms: int, together: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:
-    """The terms in as few passes as go, so that no two of one set are in one pass."""
+    """The terms in few passes, such that no two terms of one set share a pass."""
     passes: list[set[int]] = []
     for term in range(terms):
         others = set().union(*(own for own in together if term in own)) - {term}
@@ -119,9 +120,9 @@ def _apart(terms: int, together: Sequence[set[int]]) -> tuple[tuple[int, ...], .
 
 
 def with_examples(of: Plan, run: Callable[[dict[Path, Slot]], Any]) -> Plan:
-    """The plan with the number of examples where rows of single examples are kept.
+    """The plan with the number of examples, for layers that keep rows of single examples.
 
-    ``run(slots)`` runs the model, to its outputs with the examples first; it is traced once more,
+    ``run(slots)`` runs the model and returns its outputs, examples first; it is traced once more,
     abstractly, if there are such layers.
     """
     several = {
@@ -139,13 +140,13 @@ def with_examples(of: Plan, run: Callable[[dict[Path, Slot]], Any]) -> Plan:
         if count.examples == {1} and out.shape[0] > 1:
             raise ValueError(
                 f'weight_sharing="reduce" adds up the calls of layer {join(path)} example by '
-                "example, and the model is mapped over single examples. Call it on the batch, or "
+                "example, but the model is mapped over single examples. Call it on the batch, or "
                 'use weight_sharing="expand".'
             )
         if len(count.examples) != 1:
             raise ValueError(
                 f'weight_sharing="reduce" adds up the calls of layer {join(path)} example by '
-                f"example, and they have {sorted(count.examples)} examples. Call it with the same "
+                f"example, but they have {sorted(count.examples)} examples. Call it with the same "
                 'number each time, or use weight_sharing="expand".'
             )
         readers[path] = readers[path]._replace(examples=next(iter(count.examples)))
@@ -153,7 +154,7 @@ def with_examples(of: Plan, run: Callable[[dict[Path, Slot]], Any]) -> Plan:
 
 
 def slots(of: Plan, values: dict[Path, LayerStatistics]) -> dict[Path, Slot]:
-    """The slots around their differentiable part."""
+    """The slots around ``values``, their differentiable part."""
     found = {}
     for path, own_values in values.items():
         reader = of.readers[path]

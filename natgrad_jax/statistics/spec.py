@@ -1,7 +1,7 @@
-"""What a transformation asks of the next backward pass, readable from its state under jit.
+"""Which statistics a transformation needs next, readable from its state under jit.
 
-A specification is static, and a state must be made of arrays that any checkpoint or optimizer
-wrapper takes: so it is encoded in the keys of a dict without leaves,
+A specification is static, but a state must consist of arrays that any checkpoint or optimizer
+wrapper takes. So it is encoded in the keys of a dict without leaves,
 ``{"weight_sharing=reduce": ()}``, the field ``request`` of a state.
 """
 
@@ -14,15 +14,14 @@ from natgrad_jax.state.walk import plain, states
 
 EncodedSpec = dict[str, tuple[()]]
 
-ENOUGH = 256  # examples to measure, where no fraction is given: all of fewer than twice as many
+ENOUGH = 256  # a half of the batch is measured if that is at least so many examples, else all
 
 
 class StatisticsSpec(NamedTuple):
-    """``approximation`` of the factors; ``moments``: whether squares in the current bases too;
-    ``inputs_only``: whether input factors alone, for which no Fisher pass is needed; ``stride``: of
-    the examples that are measured, None for :func:`usual_stride` of their number. ``split``: how
-    damping is divided between factors, which the backward pass need not know, and diagnostics
-    ask."""
+    """``approximation`` of the factors; ``moments``: whether to measure squared gradients in the
+    current bases too; ``inputs_only``: whether input factors suffice, which need no Fisher pass;
+    ``stride``: k, to measure every k-th example; None: :func:`usual_stride`. ``split``: how damping
+    is divided between factors (for diagnostics; the backward pass does not need it)."""
 
     approximation: Approximation = Approximation()
     moments: bool = False
@@ -32,7 +31,7 @@ class StatisticsSpec(NamedTuple):
 
 
 def encode(spec: StatisticsSpec) -> EncodedSpec:
-    """The specification as keys of a dict; what is default is left out.
+    """The specification as keys of a dict, without default values.
 
     >>> encode(StatisticsSpec(Approximation(group_size=32), moments=True))
     {'group_size=32': (), 'moments': ()}
@@ -57,28 +56,28 @@ def decode(encoded: EncodedSpec) -> StatisticsSpec:
 
 
 def stride_of(fraction: Any, period: Any) -> int | None:
-    """``statistics_fraction`` as a stride; raises ValueError where it is none.
+    """``statistics_fraction`` as a stride; raises ValueError for anything else.
 
-    Without one all examples count where every step measures, else :func:`usual_stride` decides.
+    Without one, all examples are measured if every step measures, else :func:`usual_stride`.
     """
     if fraction is None:
         return 1 if isinstance(period, int | float) and period == 1 else None
     known = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if not known or not 0 < fraction <= 1:
         raise ValueError(
-            "statistics_fraction is the part of a batch that statistics are measured on, a number "
-            f"in (0, 1], known when the transformation is made; got {fraction!r}. (Under "
-            "optax.inject_hyperparams name it in static_args.)"
+            "statistics_fraction, the part of a batch that statistics are measured on, must be a "
+            "number in (0, 1], known when the transformation is made; got "
+            f"{fraction!r}. (Under optax.inject_hyperparams name it in static_args.)"
         )
     return max(round(1 / fraction), 1)
 
 
 def usual_stride(examples: int) -> int:
-    """2 where a half are as many examples as the factors need, else 1."""
+    """2 if half of the examples are enough for the factors, else 1."""
     return 2 if examples >= 2 * ENOUGH else 1
 
 
 def specs(opt_state: Any) -> list[tuple[StatisticsSpec, Any]]:
-    """The specifications in an optimizer state, each with the state that has it."""
+    """The specifications in an optimizer state, each with the state that holds it."""
     found = states(plain(opt_state))
     return [(decode(s.request), s) for s in found if hasattr(s, "request")]

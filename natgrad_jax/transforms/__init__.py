@@ -1,1 +1,1 @@
-"""Optax transformations, one a file."""
+"""Optax transformations, one per file."""

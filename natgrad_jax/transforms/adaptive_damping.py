@@ -21,11 +21,11 @@ HISTORY = 1000
 
 
 class DampingRule(NamedTuple):
-    """How λ follows ρ, the actual change of the loss over the predicted one.
+    """How λ follows ρ, the actual change of the loss divided by the predicted one.
 
-    Every ``period`` steps ``λ ← λ · up`` where ``ρ < low`` and ``λ ← λ · down`` where ``ρ > high``.
-    ``alpha``: predict by the curvature that the update itself inverts, ``(1 − α/2) ∇ᵀδ`` for
-    ``δ = −α F⁻¹∇``; None to predict by the exact Fisher, whatever made the update.
+    Every ``period`` steps ``λ ← λ · up`` if ``ρ < low`` and ``λ ← λ · down`` if ``ρ > high``.
+    ``alpha``: predict with the curvature that the update itself inverts, ``(1 − α/2) ∇ᵀδ`` for
+    ``δ = −α F⁻¹∇``; None: predict with the exact Fisher, however the update was computed.
 
     >>> import natgrad_jax as ng
     >>> ng.DampingRule(period=1, up=2.0, down=0.5).low
@@ -44,9 +44,9 @@ def bernacchia(alpha: float | None = None) -> DampingRule:
     """``λ ← 3λ/2`` if ρ < 1/4, ``2λ/3`` if ρ > 3/4, every step.
 
     Args:
-      alpha: the learning rate of :func:`natgrad_jax.ngd` (without momentum): then the prediction is
-        theirs, ``(−α + α²/2) Σ tr(dᵢᵀ∇ᵢ)``, d the natural gradient, for one forward pass a step;
-        None for that of the exact Fisher.
+      alpha: the learning rate of :func:`natgrad_jax.ngd` (without momentum): the prediction is then
+        the paper's, ``(−α + α²/2) Σ tr(dᵢᵀ∇ᵢ)`` with d the natural gradient, at one forward pass
+        per step; None: predict with the exact Fisher.
 
     Source: Bernacchia et al. 2018, section 5.
 
@@ -60,7 +60,7 @@ def levenberg_marquardt(period: int = 5, omega: float = 19 / 20) -> DampingRule:
     """``λ ← λ ω^{−T₁}`` if ρ < 1/4, ``λ ω^{T₁}`` if ρ > 3/4, every T₁ = ``period`` steps.
 
     Args:
-      period: T₁, steps from one look to the next; omega: ω in (0, 1), the factor of one step.
+      period: T₁, steps between updates of λ; omega: ω in (0, 1), the factor of one step.
 
     Raises:
       ValueError: a period that is no whole number, ω out of range.
@@ -80,9 +80,9 @@ class AdaptiveDampingState(NamedTuple):
     """State of :func:`adaptive_damping`.
 
     ``step``: int32 ``()``. ``level``: λ of the next step, ``()``. ``ratio``: the last ρ, ``()``.
-    ``history``: the λ that were used, ``(HISTORY,)``: step t at t modulo its length, NaN before.
-    ``refused``: how many steps were taken back, int32 ``()``. ``inner``: the state of what ``make``
-    made.
+    ``history``: the λ used, ``(HISTORY,)``: that of step t at index t modulo HISTORY, NaN where
+    there is none yet. ``refused``: how many updates were replaced by zeros, int32 ``()``.
+    ``inner``: the state of the transformation that ``make`` returned.
 
     >>> import natgrad_jax as ng
     >>> make = lambda damping: ng.kfac(0.1, ng.Layers({}), damping=damping)
@@ -107,23 +107,23 @@ def adaptive_damping(
     initial: float = 1.0,
     bounds: tuple[float, float] = (1e-8, 1e8),
 ) -> optax.GradientTransformationExtraArgs:
-    """Run a transformation with a damping λ that rises where its model fails and falls else.
+    """Adapt a transformation's damping λ to how well its quadratic model predicts the loss.
 
     With δ the update that ``make(λ)`` gives at parameters θ, on the same batch::
 
         ρ = (h(θ + δ) − h(θ)) / (∇ᵀδ + ½ δᵀFδ)
 
-    F the exact Fisher (a forward pass and one through ``value_fn``, on the steps where the rule
-    looks), so that momentum, trust regions and learning rates in ``make`` are allowed for; or, with
-    the rule's ``alpha``, the F that the update inverts. On those steps an update that would raise
-    the loss, or makes it no finite number, or comes of gradients that are not, is taken back
-    (zeros), and λ rises; what momentum ``make`` has, keeps.
+    F is the exact Fisher (a forward pass, and one through ``value_fn``, on the steps where the rule
+    updates λ), so that momentum, trust regions and learning rates in ``make`` are accounted for;
+    with the rule's ``alpha``, F is the curvature that the update inverts. On those steps an update
+    that would raise the loss or make it non-finite, or that comes from non-finite gradients, is
+    replaced by zeros, and λ rises; the momentum in ``make`` is kept.
 
     Args:
-      make: from λ to a transformation with final updates (learning rate and sign included):
-        ``lambda damping: ng.kfac(0.1, layers, damping=damping)``; :func:`ekfac`, :func:`ngd` or any
-        chain with one of them likewise.
-      rule: :func:`bernacchia`, :func:`levenberg_marquardt`, or one's own :class:`DampingRule`.
+      make: a function from λ to a transformation whose updates are final (learning rate and sign
+        included), such as ``lambda damping: ng.kfac(0.1, layers, damping=damping)``; also with
+        :func:`ekfac`, :func:`ngd` or any chain that contains one of them.
+      rule: :func:`bernacchia`, :func:`levenberg_marquardt`, or your own :class:`DampingRule`.
       loss_fn: as for :func:`natgrad_jax.find_layers`.
       initial: the first λ.
       bounds: the least and the largest λ.
@@ -131,14 +131,14 @@ def adaptive_damping(
     Returns:
       A transformation with ``update(grads, state, params, *, statistics, value, args)``: ``value``
       the loss at ``params``, ``args`` the arguments of ``loss_fn`` after the parameters,
-      ``(batch,)``. For a ``loss_fn`` of an NNX model also ``split=nnx.split(model)``, beside which
-      ``loss_fn`` and ``value_fn`` are given a copy of the model; with dropout take it before the
-      gradients, ``before = nnx.as_pure(nnx.split(model))``, for its random numbers to be theirs.
-      ``value_fn`` (from parameters to the loss) and ``grad`` are ``loss_fn`` on this batch and the
-      gradients, where they are not given. ``ng.damping(opt_state)`` is λ of the last step.
+      ``(batch,)``. For a ``loss_fn`` of an NNX model also ``split=nnx.split(model)``: ``loss_fn``
+      and ``value_fn`` are then called with a copy of the model. With dropout, split it before
+      computing the gradients, ``before = nnx.as_pure(nnx.split(model))``, so that both draw the
+      same random numbers. ``value_fn`` (from parameters to the loss) defaults to ``loss_fn`` on
+      this batch, ``grad`` to the gradients. ``ng.damping(opt_state)`` is λ of the last step.
 
     Raises:
-      TypeError: a loss of an NNX model without ``split``, or with another.
+      TypeError: a loss of an NNX model, and ``split`` missing or not ``nnx.split(model)``.
       ValueError: a missing ``params``, ``value`` or ``args``, with the call to write; parameters
         masked out; numbers out of range.
 
@@ -168,7 +168,7 @@ def adaptive_damping(
         zero, history = jnp.zeros((), jnp.int32), jnp.full(HISTORY, jnp.nan, float)
         inner = make(level).init(params)
         state = AdaptiveDampingState(zero, level, jnp.ones((), float), history, zero, inner)
-        return jax.tree.map(jnp.copy, state)  # λ stands in several places: no two share a buffer
+        return jax.tree.map(jnp.copy, state)  # λ occurs several times: no two may share a buffer
 
     def update_fn(
         updates: optax.Updates,
@@ -191,14 +191,17 @@ def adaptive_damping(
         extra |= {"value": value, "value_fn": value_of, "args": args, "split": split, "grad": grad}
         new, inner_state = inner.update(updates, state.inner, params, **extra)
 
-        def look() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+        def judged() -> tuple[Any, jax.Array, jax.Array, jax.Array]:
             actual = value_of(optax.apply_updates(params, new)) - value
-            actual = jnp.where(only_finite(grad)[1], jnp.nan, actual)  # a zero step proves nothing
+            # non-finite gradients give a zero update, which says nothing about λ
+            actual = jnp.where(only_finite(grad)[1], jnp.nan, actual)
             predicted = _predicted(rule, inner_state, loss_of, params, grad, new)
             return judge(rule, new, state, actual, predicted)
 
         kept = (new, state.level, state.ratio, state.refused)
-        new, level, ratio, refused = jax.lax.cond(due(state.step, rule.period), look, lambda: kept)
+        new, level, ratio, refused = jax.lax.cond(
+            due(state.step, rule.period), judged, lambda: kept
+        )
         return new, AdaptiveDampingState(
             step=state.step + 1,
             level=jnp.clip(level, low, high),
@@ -218,8 +221,8 @@ def judge(
     actual: jax.Array,
     predicted: jax.Array,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-    """The update or zeros, the next λ, ρ, and how many were refused so far."""
-    # no step at all is as good as it was predicted to be
+    """The update or zeros, the next λ, ρ, and the number of refused updates so far."""
+    # a zero step changes the loss exactly as predicted
     still = (predicted == 0) & (actual == 0)
     ratio = jnp.where(still, 1, actual / jnp.where(predicted == 0, -jnp.inf, predicted))
     bad = ~jnp.isfinite(actual) | ~jnp.isfinite(predicted) | (predicted > 0)
@@ -240,7 +243,7 @@ def _predicted(
     grad: Any,
     updates: Any,
 ) -> jax.Array:
-    """``∇ᵀδ + ½ δᵀFδ``; as the quadratic model found it where there is one."""
+    """``∇ᵀδ + ½ δᵀFδ``; from the quadratic model's state if ``inner`` has one."""
     models = instances(inner, QuadraticModelState)
     if models:
         return models[-1].predicted

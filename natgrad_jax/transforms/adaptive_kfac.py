@@ -33,16 +33,16 @@ def adaptive_kfac(
     """K-FAC without a learning rate: the whole method of Martens & Grosse.
 
     :func:`scale_by_kfac`, then :func:`scale_by_quadratic_model` with the same λ, inside
-    :func:`adaptive_damping`. Nothing has to be tuned; meant for full batches, or batches that are
-    large or grow, since the quadratic model sees one batch only.
+    :func:`adaptive_damping`. Nothing has to be tuned. Meant for full, large or growing batches,
+    since the quadratic model sees one batch only.
 
     Args:
       layers: from :func:`natgrad_jax.find_layers`.
       loss_fn: the same loss, of parameters or of an NNX model.
-      rule: how λ follows, :func:`levenberg_marquardt` by default.
-      initial, bounds: of λ.
+      rule: how λ is adapted, :func:`levenberg_marquardt` by default.
+      initial, bounds: the first λ, and its least and largest values.
       l2: coefficient of ``½ l2 ‖θ‖²`` in the objective.
-      refresh_period: steps from one inversion to the next; None: 5.
+      refresh_period: steps between inversions; None: 5.
       decay, statistics_period, trust_radius, inverse, approximation, refresh, statistics_fraction,
         factor_dtype: as in :func:`scale_by_kfac`.
 
@@ -51,7 +51,7 @@ def adaptive_kfac(
       model also ``split=nnx.split(model)``: as :func:`adaptive_damping`.
 
     Raises:
-      TypeError, ValueError: as those three.
+      TypeError, ValueError: as those three functions.
 
     Source: Martens & Grosse 2015, algorithm 2.
 

@@ -38,13 +38,15 @@ MOMENTS = ("intra_batch", "running_average")
 class EKFACState(NamedTuple):
     """State of :func:`scale_by_ekfac`; dictionaries by layer path, or parameter path if leftover.
 
-    ``damping``: λ of the last step, ``()``. ``bases``: eigenvectors of the factors as of the last
-    refresh, in their columns: all, or the leading ones. ``moments``: S, at the packed coordinates
-    of the bases, ``(*stack, *blocks, rows, columns)``, or at those of the leading directions and
-    then the mean of all others; ``moment_weights``: how much each has seen, ``(*stack,)``.
-    Where several terms of the loss have each an S of its own, both have an axis of terms in front.
-    ``examples``: of the last measured batch, ``()`` or ``(terms,)``. ``request``: what it asks of
-    the backward pass, without arrays. The other fields are those of
+    ``damping``: λ of the last step, ``()``. ``bases``: eigenvectors of the factors at the last
+    refresh, as columns: all, or the leading ones. ``moments``: S in the packed coordinates of the
+    bases, ``(*stack, *blocks, rows, columns)``, or in those of the leading directions, followed by
+    the mean of all others; ``moment_weights``: the accumulated weight of each S, ``(*stack,)``. If
+    several terms of the loss each have their own S, both have a leading axis of terms.
+    ``examples``: number of examples of the last measured batch, ``()`` or ``(terms,)``.
+    ``request``: which statistics the next backward pass must measure, without arrays.
+
+    The other fields are those of
     :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
 
     >>> import natgrad_jax as ng
@@ -83,52 +85,53 @@ def scale_by_ekfac(
 
         S = E[(Q_Aᵀ ∇K̄ₙ Q_G)²],   Δ = Q_A [(Q_Aᵀ ∇K̄ Q_G) / (S + λ)] Q_Gᵀ
 
-    Of all diagonals in that basis S is the one nearest to the Fisher, K-FAC's ``d_A d_Gᵀ`` among
-    them. Scaling before S is known and after a refresh: the first step finds the bases and takes
-    ``S = d_A d_Gᵀ``, which counts as one measurement. At each later refresh S is carried over,
+    Among all diagonals in that basis, K-FAC's ``d_A d_Gᵀ`` included, S is nearest to the Fisher.
+    The first step computes the bases and starts from ``S = d_A d_Gᵀ``, which counts as one
+    measurement. At each later refresh S is transported to the new basis,
     ``S ← (Q'_AᵀQ_A)² S (Q_GᵀQ'_G)²`` (squares elementwise): the diagonal, in the new basis, of the
     same approximate Fisher, so that a step changes as little as the basis does.
 
-    By default a factor of more than 128 rows has 64 leading eigenvectors V, and all directions that
-    are orthogonal to them are one coordinate (``basis``). There S is the mean of what each of them
-    has, ``E[‖∇K̄ₙ‖² − ‖Vᵀ∇K̄ₙ‖²] / (n − 64)`` and likewise on the other side: of all diagonals that
-    are equal in those directions the one nearest to the Fisher.
+    By default, of a factor of more than 128 rows only the 64 leading eigenvectors V are kept, and
+    all directions orthogonal to them share one coordinate (``basis``). Its S is the mean of their
+    second moments, ``E[‖∇K̄ₙ‖² − ‖Vᵀ∇K̄ₙ‖²] / (n − 64)``, and likewise on the other side: the
+    diagonal nearest to the Fisher among those that are equal in these directions.
 
-    A block with one matrix F has ``Δ = (F + λ I)⁻¹ ∇``; leftover parameters are divided by the
-    diagonal of their Fisher plus λ. Before anything was measured, gradients pass unchanged. What is
-    not finite never enters the state; ``state.rejected`` counts the events.
+    For a block with one matrix F, ``Δ = (F + λ I)⁻¹ ∇``; gradients of leftover parameters are
+    divided by the diagonal of their Fisher plus λ. Before the first measurement, gradients pass
+    unchanged. Non-finite values never enter the state; ``state.rejected`` counts them.
 
     Args:
       layers: from :func:`natgrad_jax.find_layers`.
-      damping: λ > 0, in the units of the Fisher (loss per parameter squared); not divided between
-        factors as K-FAC's.
+      damping: λ > 0, in the units of the Fisher (loss per parameter squared); unlike K-FAC's
+        it is not divided between the factors.
       decay: of factors and of S, at each measurement: new = decay · old + (1 − decay) · batch,
-        bias-corrected; 0 is this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps from one measurement to the next; the first step always measures.
-      refresh_period: steps from one basis to the next; the first step always finds one. None:
-        20, staggered (see ``refresh``).
+        bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
+      statistics_period: steps between measurements; the first step always measures.
+      refresh_period: steps between refreshes of the bases; the first step always computes them.
+        None: 20, staggered (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
-        ``ΔᵀFΔ = Δᵀ∇``. The learning rate counts as 1 here (:func:`ekfac` includes its own).
+        ``ΔᵀFΔ = Δᵀ∇``. The learning rate is taken as 1 here (:func:`ekfac` uses its own).
       moments: ``"intra_batch"``: squares of the examples' gradients in the current bases, each time
-        statistics are measured; value_and_grad needs this state as ``opt_state``. (A layer called
-        several times in a forward pass takes the square of the summed Fisher gradients instead,
-        the same in expectation.) ``"running_average"``: N times the squared mini-batch gradient, on
-        every step, nothing more measured; larger than the Fisher by ``N E[∇]²``.
+        statistics are measured; value_and_grad needs this state as ``opt_state``. (For a layer
+        called several times in a forward pass the square of the summed Fisher gradients is used
+        instead, the same in expectation.) ``"running_average"``: N times the squared mini-batch
+        gradient, on every step, without further measurements; larger than the Fisher by
+        ``N E[∇]²``.
       basis: ``"low_rank"`` or :class:`~natgrad_jax.LowRank`: of a dense factor of more than twice
-        the rank only the leading eigenvectors, and all other directions as one. (Channels' matrices
-        under ``"sua"`` and those of groups stay whole.) ``"eigh"``, ``"qr"`` or
+        the rank only the leading eigenvectors, and all other directions as one. (Factors over
+        channels under ``"sua"`` and factors of groups keep all.) ``"eigh"``, ``"qr"`` or
         :class:`~natgrad_jax.Eigenbasis`: all eigenvectors of every factor.
       approximation: ``"kfc"``, ``"sua"`` or an :class:`~natgrad_jax.Approximation`: how factors
         of convolutions are simplified, groups of channels, how positions are treated. It
-        chooses the basis; S is measured with positions summed in any case.
+        determines the basis; S is always measured with positions summed.
       refresh: :func:`~natgrad_jax.every` or :func:`~natgrad_jax.staggered`: whether all layers are
-        refreshed in one step or in turn, and which devices share the work. None: staggered where
-        no ``refresh_period`` is given, else all in one step.
-      statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
-        example, k the nearest whole number to its inverse. None: half of 512 examples or more, all
-        of fewer, and all where ``statistics_period`` is 1.
-      factor_dtype: of stored factors, which are averaged and inverted in float32 all the same;
-        ``jnp.bfloat16`` halves their memory; None for float32 (float64 with float64 parameters).
+        refreshed in one step or at different steps, and which devices share the work. None:
+        staggered if no ``refresh_period`` is given, else all in one step.
+      statistics_fraction: fraction of the batch that statistics are measured on, in (0, 1]: every
+        k-th example, k the nearest whole number to its inverse. None: half of a batch of 512
+        examples or more, all of a smaller one, and all if ``statistics_period`` is 1.
+      factor_dtype: of stored factors; they are averaged and inverted in float32 regardless.
+        ``jnp.bfloat16`` halves their memory; None: float32 (float64 with float64 parameters).
 
     All numbers may be floats, arrays or schedules (periods: whole numbers). Under
     ``optax.inject_hyperparams`` every number becomes a traced value.
@@ -137,8 +140,8 @@ def scale_by_ekfac(
       A transformation with ``update(grads, state, params, *, statistics)``.
 
     Raises:
-      ValueError: numbers or choices out of range; no ``statistics``; statistics or gradients of
-        other layers; statistics without a Fisher pass, or without moments where they are needed.
+      ValueError: numbers or choices out of range; missing ``statistics``; statistics or gradients
+        of other layers; statistics without a Fisher pass, or without moments if they are needed.
 
     Source: George et al. 2018, sections 3 and 4; Laurent et al. 2018 for SUA and groups.
 
@@ -174,7 +177,7 @@ def _in_eigenbases(
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by the Fisher's diagonal in each layer's Kronecker eigenbasis.
 
-    ``rank``: of partial bases, None where all are whole.
+    ``rank``: number of eigenvectors in partial bases; None: all eigenvectors.
     """
     intra_batch = config.request.moments
 
@@ -227,7 +230,7 @@ def ekfac(
     """EKFAC with momentum, decoupled weight decay and a trust region.
 
     :func:`scale_by_ekfac`, then ``optax.trace(momentum, nesterov)``, then ``weight_decay · params``
-    added, then the learning rate; no momentum where ``momentum`` is None.
+    added, then the learning rate; no momentum if ``momentum`` is None.
 
     Args:
       learning_rate: η, a float, an array or a schedule.

@@ -1,4 +1,4 @@
-"""Any optax transformation, run in coordinates of each layer: whitened, or an eigenbasis."""
+"""Run any optax transformation in coordinates of each layer: whitened, or an eigenbasis."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -38,67 +38,68 @@ def in_coordinates(
     on_refresh: str = "transport", approximation: Approximation | str = "sua",
     refresh: Refresh | str | None = None, rank: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """Run an optax transformation in coordinates of each layer; the model stays as it is.
+    """Run an optax transformation in coordinates of each layer, without changing the model.
 
     With ``K̄ = [K; b]`` of a layer, ``K̄ = L_A K̂ L_Gᵀ``::
 
         ∇̂ = L_Aᵀ ∇K̄ L_G,    K̂ = L_A⁻¹ K̄ L_G⁻ᵀ,    Δ̂ = inner(∇̂, K̂),    Δ = L_A Δ̂ L_Gᵀ
 
-    The inner transformation sees gradients and parameters in the coordinates, in trees of the same
-    structure and shapes: weight decay acts on ``K̂``, masks by path work. ``value_fn`` and ``grad``
-    among the extra arguments (line searches) are taken into the coordinates too. Layers without
-    them (normalizations, free parameters, embeddings that are attended to) and leftover parameters
-    stay canonical. What is not finite never enters the state: of a gradient that is not, the inner
-    transformation sees zeros. ``state.rejected`` counts the events.
+    The inner transformation sees gradients and parameters in these coordinates, in trees of the
+    same structure and shapes: weight decay acts on ``K̂``, masks by path work. ``value_fn`` and
+    ``grad`` among the extra arguments (line searches) are converted too. Layers without coordinates
+    (normalizations, free parameters, embeddings that are attended to) and leftover parameters stay
+    canonical. Non-finite values never enter the state: the inner transformation sees zeros in place
+    of a non-finite gradient. ``state.rejected`` counts such events.
 
     ``coordinates``:
 
     - ``"whitening"`` (PRONG): inputs centred and white, ``L_A = [[Uᵀ, 0], [−cᵀUᵀ, 1]]``,
-      ``U = diag(σ + ε)^{-1/2} Ũᵀ``; convolutions whiten across feature maps, every place of the
-      kernel alike. It needs no Fisher pass: ``grad_fn`` does none, whatever its ``fisher``.
-    - ``"whitening_plus"`` (PRONG+): the same, σ measured again in the basis Ũ on every batch, so
+      ``U = diag(σ + ε)^{-1/2} Ũᵀ``; convolutions whiten across feature maps, with the same U at
+      every kernel offset. It needs no Fisher pass: ``grad_fn`` makes none, whatever its ``fisher``.
+    - ``"whitening_plus"`` (PRONG+): the same, with σ measured in the basis Ũ on every batch, so
       that each whitened unit keeps variance 1.
     - ``"both_sides"``: gradients of the outputs white too; with SGD inside this is K-FAC.
     - ``"eigenbasis"``: the Kronecker eigenbasis; with ``optax.adam`` inside much like SOAP.
     - ``"identity"``: the inner transformation as it is.
 
-    At a refresh the coordinates change, and ``on_refresh`` says what becomes of those parts of the
-    inner state that have the parameters' structure and shapes. ``"transport"``: they are averages
-    of gradients (momentum, Adam's mean) and are written in the new coordinates,
-    ``L'_Aᵀ L_A⁻ᵀ m̂ L_G⁻¹ L'_G``: the canonical gradients that they stand for stay; in the fields
-    ``nu``, ``nu_max``, ``sum_of_squares``, ``e_g``, ``e_x`` they are averages of squares and take
-    the squares of that map's entries. ``"keep"``: the numbers stay. ``"reset"``: ``inner.init`` of
-    the parameters in the new coordinates; for inner states that hold parameters (lookahead,
-    schedule-free) or pairs of steps (L-BFGS) this is the right one.
+    At a refresh the coordinates change, and ``on_refresh`` determines what happens to those parts
+    of the inner state that have the parameters' structure and shapes. ``"transport"`` treats them
+    as averages of gradients (momentum, Adam's mean) and writes them in the new coordinates,
+    ``L'_Aᵀ L_A⁻ᵀ m̂ L_G⁻¹ L'_G``, so that the canonical gradients they represent do not change; the
+    fields ``nu``, ``nu_max``, ``sum_of_squares``, ``e_g``, ``e_x`` are averages of squares and are
+    mapped by the squared entries of that map. ``"keep"`` leaves the numbers unchanged. ``"reset"``
+    calls ``inner.init`` on the parameters in the new coordinates; use it for inner states that hold
+    parameters (lookahead, schedule-free) or pairs of steps (L-BFGS).
 
     Args:
       inner: any optax transformation.
       layers: from :func:`natgrad_jax.find_layers`.
       coordinates: see above.
       epsilon: ε > 0, added to variances of activations; for ``"both_sides"`` K-FAC's λ, divided
-        between the sides.
+        between inputs and outputs.
       decay: of the factors: factor = decay · old + (1 − decay) · batch, bias-corrected.
-      statistics_period: steps from one measurement to the next, 10 by default and 1 for
-        ``"whitening_plus"``; the first step always measures, and so does a step that refreshes.
-      refresh_period: T, steps from one set of coordinates to the next, None: 100. The first step
-        always finds them (whitened initialization). To whiten by more than its batch, give the
+      statistics_period: steps between measurements, 10 by default and 1 for ``"whitening_plus"``;
+        the first step always measures, and so does a step that refreshes.
+      refresh_period: T, steps between refreshes of the coordinates; None: 100. The first step
+        always computes them (whitened initialization). To whiten by more than its batch, give the
         first update the sum of several batches' statistics.
-      samples: Nₛ, instead of ``decay`` and ``statistics_period``: the mean over about the last Nₛ
-        examples before a refresh, measured then and only then.
+      samples: Nₛ, instead of ``decay`` and ``statistics_period``: factors are the mean over about
+        the last Nₛ examples before a refresh, and only those are measured.
       on_refresh: see above.
-      approximation: ``"sua"``, channels alone, ``"kfc"``, whole patches, or an
+      approximation: ``"sua"`` (channels alone), ``"kfc"`` (whole patches), or an
         :class:`~natgrad_jax.Approximation` without groups.
       refresh: :func:`~natgrad_jax.every`, with the devices that share the work (``over``). All
-        coordinates change in one step, since the inner state is transported over in one.
-      rank: k, for the two whitenings of inputs: the k leading directions of a layer, warm-started,
-        and the others at their mean variance, ``L = V diag(s) Vᵀ + r (I − V Vᵀ)``, where that is
-        cheaper (2 k less than the inputs); None for all directions.
+        coordinates change in one step, since the inner state is transported as a whole.
+      rank: k, for ``"whitening"`` and ``"whitening_plus"``: whiten the k leading directions of a
+        layer (warm-started) and all others by their mean variance,
+        ``L = V diag(s) Vᵀ + r (I − V Vᵀ)``, where that is cheaper (2 k less than the number of
+        inputs); None: all directions.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``.
 
     Raises:
-      ValueError: unknown choices, numbers out of range, no ``statistics`` or those of other layers;
+      ValueError: unknown choices, numbers out of range, ``statistics`` missing or of other layers;
         ``on_refresh="reset"`` without ``params``.
 
     Source: Desjardins et al. 2015, sections 3 and 4 (PRONG, PRONG+) and its footnote 4; Fujimoto &
@@ -119,8 +120,8 @@ def in_coordinates(
     form = dataclasses.replace(approximation_of(approximation), centred=choice.centred)
     if schedule.staggered or form.group_size is not None:
         raise ValueError(
-            "coordinates change in one step and keep correlations between all channels: "
-            "refresh=ng.every(100), and an approximation without group_size."
+            "all coordinates change in one step, and correlations between all channels are kept: "
+            "use refresh=ng.every(100), and an approximation without group_size."
         )
     config = coordinate_state.CoordinateConfig(
         choice, epsilon, decay, statistics_period, schedule, samples, on_refresh
@@ -134,7 +135,7 @@ def in_coordinates(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> InCoordinatesState:
-        # of params only which there are: shapes come from the layers
+        # params only say which layers to keep; shapes come from the layers
         kept = all_own.within(approximated.of(params))
         state = jax.jit(lambda: coordinate_state.initial_state(kept, choice, request, rank))()
         return estimators.for_params(state, params)._replace(inner=inner.init(params))
@@ -164,7 +165,7 @@ def _check_inner(inner: Any) -> None:
     if isinstance(inner, Layers) or not hasattr(inner, "update"):
         raise TypeError(
             "inner must be an optax transformation; got "
-            f"{type(inner).__name__}. The order is in_coordinates(optax.adam(1e-3), layers)."
+            f"{type(inner).__name__}. Write in_coordinates(optax.adam(1e-3), layers)."
         )
 
 
@@ -177,7 +178,7 @@ def _followed(
     layers: Mapping[Path, Layer],
     config: coordinate_state.CoordinateConfig,
 ) -> InCoordinatesState:
-    """The coordinates of this step, and the inner state in them."""
+    """The state with this step's coordinates, and its inner state in them."""
     old, before = state.bases, state
     state = coordinate_state.average(state, statistics, layers, config)
     refresh = due(state.clock.step, at(config.refresh.period, state.clock.step))
@@ -194,7 +195,7 @@ def _followed(
 
 
 def _choice(coordinates: str, on_refresh: str, rank: Any, samples: Any) -> charts.Choice:
-    """The checked coordinates; raises ValueError, also where keywords do not go together."""
+    """The checked choice; raises ValueError, also for keywords that exclude each other."""
     for name, value, known in (
         ("coordinates", coordinates, tuple(CHOICES)),
         ("on_refresh", on_refresh, ON_REFRESH),
@@ -205,8 +206,8 @@ def _choice(coordinates: str, on_refresh: str, rank: Any, samples: Any) -> chart
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     if rank is not None and not (whole and choice.find is charts.white_inputs):
         raise ValueError(
-            'rank= counts directions, a whole number, of coordinates="whitening" or '
-            f'"whitening_plus"; got rank={rank!r} with {coordinates!r}.'
+            "rank counts directions: write a whole number of at least 1, and "
+            f'coordinates="whitening" or "whitening_plus"; got {rank!r} with {coordinates!r}.'
         )
     if choice.rescaled and samples is not None:
         raise ValueError(
@@ -223,7 +224,7 @@ def _run(
     layers: Mapping[Path, Layer],
     extra: dict[str, Any],
 ) -> tuple[optax.Updates, InCoordinatesState]:
-    """The inner transformation in the coordinates of now, and its updates out of them."""
+    """Run the inner transformation in the current coordinates; return canonical updates."""
     bases = state.bases
     into = lambda tree: gradients.map_layers(
         tree, layers, lambda path, x: change_of_basis.gradient_to(layers[path], bases[path], x)
@@ -237,17 +238,17 @@ def _run(
         )
         extra = {**extra, "value_fn": in_them}
     hat = None if params is None else whiten(params, layers, bases)
-    # the inner state must not see what is not finite, nor the parameters
+    # neither the inner state nor the parameters may see non-finite values
     seen, bad_gradient = only_finite(into(updates))
     found, inner_state = inner.update(seen, state.inner, hat, **extra)
-    # an update is a difference of parameters, and the way back is linear
+    # unwhiten is linear, so it also maps updates, which are differences of parameters
     found, bad_update = only_finite(unwhiten(found, layers, bases))
     rejected = state.rejected + bad_gradient + bad_update
     return found, state._replace(inner=inner_state, rejected=rejected)
 
 
 def _frozen(updates: optax.Updates, layers: Layers) -> optax.Updates:
-    """Zeros for the parameters that are to stay."""
+    """The updates with zeros for frozen parameters."""
     given = tree_paths.leaves(updates)
     frozen = [x.path for x in layers.leftover if x.block == "frozen" and x.path in given]
     return tree_paths.replace(updates, {path: jnp.zeros_like(given[path]) for path in frozen})

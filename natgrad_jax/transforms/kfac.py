@@ -1,4 +1,4 @@
-"""K-FAC: natural gradient with one Kronecker product a layer."""
+"""K-FAC: natural gradient with one Kronecker product per layer."""
 
 import optax
 from jaxtyping import DTypeLike
@@ -34,37 +34,37 @@ def scale_by_kfac(
 
         Δ = (A + π√λ I)⁻¹ ∇K̄ (G + (√λ/π) I)⁻¹,   π² = (tr A / dim A) / (tr G / dim G)
 
-    A block with one matrix F (normalizations, small free parameters) has ``Δ = (F + λ I)⁻¹ ∇``,
-    exactly, of whatever size. By default a factor A or G of more than 128 rows is inverted from its
-    64 leading eigenpairs alone (``inverse``). Leftover parameters are divided by the diagonal of
-    their Fisher plus λ. Before anything was measured, gradients pass unchanged. Statistics,
-    inverses or gradients that are not finite never enter the factors or the inverses: the last good
-    ones stay, and ``state.rejected`` counts the events.
+    For a block with one matrix F (normalizations, small free parameters), ``Δ = (F + λ I)⁻¹ ∇``,
+    exactly, whatever its size. By default a factor A or G of more than 128 rows is inverted from
+    its 64 leading eigenpairs alone (``inverse``). Gradients of leftover parameters are divided by
+    the diagonal of their Fisher plus λ. Before the first measurement, gradients pass unchanged.
+    Non-finite statistics, inverses or gradients never enter the factors or the inverses: the last
+    good ones are kept, and ``state.rejected`` counts the failures.
 
     Args:
       layers: from :func:`natgrad_jax.find_layers`.
       damping: λ > 0, in the units of the Fisher (loss per parameter squared).
       decay: of the factors, at each measurement: factor = decay · old + (1 − decay) · batch,
-        bias-corrected; 0 is this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps from one measurement to the next; the first step always measures.
-      refresh_period: steps from one inversion to the next; the first step always inverts. None:
-        20, staggered (see ``refresh``).
+        bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
+      statistics_period: steps between measurements; the first step always measures.
+      refresh_period: steps between inversions; the first step always inverts. None: 20, staggered
+        (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
-        ``ΔᵀFΔ = Δᵀ∇``. The learning rate counts as 1 here (:func:`kfac` includes its own).
+        ``ΔᵀFΔ = Δᵀ∇``. The learning rate is taken as 1 here (:func:`kfac` uses its own).
       inverse: how factors are inverted: ``"low_rank"``, or ``"cholesky"``, ``"eigh"`` or
-        ``"newton_schulz"``, which are exact, or a record: :class:`~natgrad_jax.LowRank`,
+        ``"newton_schulz"``, which are exact; or a record: :class:`~natgrad_jax.LowRank`,
         :class:`~natgrad_jax.Cholesky`, :class:`~natgrad_jax.Eigh`,
         :class:`~natgrad_jax.NewtonSchulz`, :class:`~natgrad_jax.Woodbury`.
       approximation: ``"kfc"``, ``"sua"`` or an :class:`~natgrad_jax.Approximation`: how factors
         of convolutions are simplified, groups of channels, how positions are treated.
       refresh: :func:`~natgrad_jax.every` or :func:`~natgrad_jax.staggered`: whether all layers are
-        refreshed in one step or in turn, and which devices share the work. None: staggered where
-        no ``refresh_period`` is given, else all in one step.
-      statistics_fraction: part of a batch that statistics are measured on, in (0, 1]: every k-th
-        example, k the nearest whole number to its inverse. None: half of 512 examples or more, all
-        of fewer, and all where ``statistics_period`` is 1.
-      factor_dtype: of stored factors, which are averaged and inverted in float32 all the same;
-        ``jnp.bfloat16`` halves their memory; None for float32 (float64 with float64 parameters).
+        refreshed in one step or at different steps, and which devices share the work. None:
+        staggered if no ``refresh_period`` is given, else all in one step.
+      statistics_fraction: fraction of the batch that statistics are measured on, in (0, 1]: every
+        k-th example, k the nearest whole number to its inverse. None: half of a batch of 512
+        examples or more, all of a smaller one, and all if ``statistics_period`` is 1.
+      factor_dtype: of stored factors; they are averaged and inverted in float32 regardless.
+        ``jnp.bfloat16`` halves their memory; None: float32 (float64 with float64 parameters).
 
     All numbers may be floats, arrays or schedules (periods: whole numbers). Under
     ``optax.inject_hyperparams`` every number becomes a traced value.
@@ -73,8 +73,8 @@ def scale_by_kfac(
       A transformation with ``update(grads, state, params, *, statistics)``.
 
     Raises:
-      ValueError: damping or periods out of range; no ``statistics``; statistics or gradients of
-        other layers; statistics without a Fisher pass (``fisher="none"``).
+      ValueError: damping or periods out of range; missing ``statistics``; statistics or gradients
+        of other layers; statistics without a Fisher pass (``fisher="none"``).
 
     Source: Martens & Grosse 2015, equations 3 to 6 and section 6.3; Grosse & Martens 2016 for
     convolutions; Laurent et al. 2018, section 2, for SUA and groups; Eschenhagen et al. 2023 for
@@ -113,7 +113,7 @@ def kfac(
     """K-FAC with momentum, decoupled weight decay and a trust region.
 
     :func:`scale_by_kfac`, then ``optax.trace(momentum, nesterov)``, then ``weight_decay · params``
-    added, then the learning rate; no momentum where ``momentum`` is None.
+    added, then the learning rate; no momentum if ``momentum`` is None.
 
     Args:
       learning_rate: η, a float, an array or a schedule.
@@ -124,9 +124,9 @@ def kfac(
         the identity, so that larger momentum tends to oscillate.
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
-      trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None
-        for no bound. Smaller for noisier gradients and rougher factors (1e-3 for small batches or
-        ``"sua"``); an autoencoder at batch 512 gains up to 1e-2.
+      trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None:
+        no bound. Use a smaller one for noisier gradients and rougher factors (1e-3 for small
+        batches or ``"sua"``); an autoencoder at batch 512 gains from values up to 1e-2.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``.

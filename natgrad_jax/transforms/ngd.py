@@ -41,7 +41,7 @@ def ngd(
 
     With λ = 0 and a linear network this is the natural gradient itself, although the Fisher is
     singular and not block-diagonal, and the excess loss falls as ``e^{−2αt}`` whatever the depth or
-    the conditioning. Each step measures its own batch and inverts (a batch of about 1000 examples).
+    the conditioning. Each step inverts the factors of its own batch (of about 1000 examples).
 
     Args:
       learning_rate: α, 1 in the paper's nonlinear networks.
@@ -49,10 +49,10 @@ def ngd(
       damping: λ ≥ 0, in the units of the Fisher; 0 only with ``inverse="eigh"``.
       decay, statistics_period, approximation, refresh, statistics_fraction, factor_dtype: as in
         :func:`natgrad_jax.scale_by_kfac`.
-      refresh_period: steps from one inversion to the next; None: 1.
+      refresh_period: steps between inversions; None: 1.
       inverse: as in :func:`natgrad_jax.scale_by_kfac`; ``"eigh"`` gives Moore–Penrose inverses,
         :class:`~natgrad_jax.Woodbury` needs a ``decay``.
-      momentum: decay of the trace of natural gradients; None for none.
+      momentum: decay of the trace of natural gradients; None: no momentum.
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, per step, times α.
       trust_radius: κ, as in :func:`natgrad_jax.kfac`.
@@ -76,7 +76,7 @@ def ngd(
             'damping=0 needs Moore–Penrose inverses: use inverse="eigh", or a positive damping.'
         )
     if isinstance(method, Woodbury) and isinstance(decay, int | float) and decay == 0:
-        raise ValueError("ng.Woodbury updates a running inverse: give a decay, as 0.95.")
+        raise ValueError("ng.Woodbury updates a running inverse: give a decay, such as decay=0.95.")
     count = max(sum(layer.block == "kronecker" for layer in layers.values()), 1)
     config = PreconditionerConfig(
         "ngd",
@@ -108,12 +108,12 @@ def linear_natural_gradient(
 ) -> list[jax.Array]:
     """The natural gradient of a deep linear network, through pseudo-inverses of its weights.
 
-    For ``ŷ = x W₁ ⋯ W_L`` with Gaussian outputs of variance 1 and the error ``ε = ŷ − y``, exactly
-    what ``A⁺ ∇ G⁺`` of the exact expectations is::
+    For ``ŷ = x W₁ ⋯ W_L`` with Gaussian outputs of variance 1 and the error ``ε = ŷ − y``, this
+    is exactly ``A⁺ ∇ G⁺`` with the exact expectations::
 
         (1 / L) (C_iᵀ Σ C_i)⁺ C_iᵀ ⟨x ε⟩ B_i⁺,   C_i = W₁ ⋯ W_{i−1},   B_i = W_{i+1} ⋯ W_L
 
-    the error propagated back through ``B_i⁺`` instead of ``B_iᵀ``.
+    that is, the error is propagated back through ``B_i⁺`` instead of ``B_iᵀ``.
 
     Args:
       kernels: ``W_i (n_{i−1}, n_i)``, in Flax's layout; x: ``(N, n₀)``; error: ``(N, n_L)``.

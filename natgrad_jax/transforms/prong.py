@@ -22,13 +22,13 @@ def prong(
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Gradient descent with momentum in coordinates in which every layer's inputs are white.
 
-    ``V ← V − η ∂ℓ/∂V``, ``d ← d − η ∂ℓ/∂d`` in ``s = (U (h − c)) V + d``; in canonical coordinates
-    the gradient of ``K̄ = [K; b]`` times ``Ā⁻¹`` (ε = 0): K-FAC with ``G = I``, and momentum that
-    lives in the whitened space. ``plus`` (PRONG+) also keeps each whitened unit's variance at 1 on
-    every batch. No Fisher pass is needed, and with ``opt_state`` none is made.
+    ``V ← V − η ∂ℓ/∂V``, ``d ← d − η ∂ℓ/∂d`` in ``s = (U (h − c)) V + d``. In canonical coordinates
+    this multiplies the gradient of ``K̄ = [K; b]`` by ``Ā⁻¹`` (for ε = 0): K-FAC with ``G = I``,
+    with momentum in the whitened space. ``plus`` (PRONG+) also keeps each whitened unit's variance
+    at 1 on every batch. No Fisher pass is needed, and with ``opt_state`` none is made.
 
-    :func:`in_coordinates` of ``optax.trace(momentum)``, ``weight_decay · params`` added (in the
-    coordinates) and the learning rate.
+    :func:`in_coordinates` around ``optax.trace(momentum)``, then ``weight_decay · params`` added
+    (in the coordinates), then the learning rate.
 
     Args:
       learning_rate: η, a float, an array or a schedule.
@@ -36,7 +36,7 @@ def prong(
       epsilon, decay, statistics_period, refresh_period, samples, on_refresh, approximation,
         refresh, rank: as in :func:`in_coordinates`.
       plus: PRONG+ instead of PRONG.
-      momentum: decay of the trace of whitened gradients; None for none.
+      momentum: decay of the trace of whitened gradients; None: no momentum.
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: per step, times the learning rate.
 

@@ -17,9 +17,9 @@ class QuadraticModelState(NamedTuple):
     """State of :func:`scale_by_quadratic_model`.
 
     ``step``: int32 ``()``. ``last``: δ₀, the last update. ``learning_rate``, ``momentum``: the α
-    and μ that made it. ``predicted``: ``M(δ)``, what the model expected of it, without damping:
-    negative for a decrease. ``rejected``: how many steps were not finite and were not taken, int32.
-    All ``()`` but ``last``.
+    and μ that made it. ``predicted``: ``M(δ)``, the change that the model predicts for it, without
+    damping: negative for a decrease. ``rejected``: how many non-finite steps were replaced by
+    zeros, int32. All are ``()`` except ``last``.
 
     >>> import natgrad_jax as ng
     >>> ng.scale_by_quadratic_model(lambda params, batch: None).init({}).last
@@ -43,28 +43,27 @@ def scale_by_quadratic_model(
     momentum: Scalar | None = None,
     curvature: str = "fisher",
 ) -> optax.GradientTransformationExtraArgs:
-    """Choose the step along a direction, and how much of the last step, by the exact curvature.
+    """Choose step size and momentum by minimising the exact quadratic model of the loss.
 
-    With the incoming direction ``d`` (a preconditioned gradient; it is descended) and the last
+    With the incoming direction ``d`` (a preconditioned gradient, to be descended) and the last
     update δ₀, ``δ = −α d + μ δ₀`` minimises::
 
         M(δ) = ∇ᵀδ + ½ δᵀ(F + (λ + l2) I) δ
 
-    a system of two equations, with ``dᵀFd``, ``dᵀFδ₀``, ``δ₀ᵀFδ₀`` from products of the network's
-    Jacobian with d and δ₀ (two forward passes, no backward pass). The result is the update itself:
-    no learning rate after it. ∇ is of the whole objective, l2 included.
+    This is a system of two equations, with ``dᵀFd``, ``dᵀFδ₀``, ``δ₀ᵀFδ₀`` from products of the
+    network's Jacobian with d and δ₀ (two forward passes, no backward pass). The result is the
+    update itself: chain no learning rate after it. ∇ is that of the whole objective, l2 included.
 
-    On a full batch it needs no tuning at all. On mini-batches the model sees one batch only and
+    On a full batch nothing has to be tuned. On mini-batches the model sees one batch only and
     trusts it too far: keep λ large enough, average the parameters, or let the batch grow (Martens &
     Grosse 2015, section 13).
 
     Args:
-      loss_fn: as for :func:`natgrad_jax.find_layers`; with the batch from the extra argument
-        ``args``.
+      loss_fn: as for :func:`natgrad_jax.find_layers`; its batch is the extra argument ``args``.
       damping: λ ≥ 0, the same as the preconditioner's.
       l2: coefficient of ``½ l2 ‖θ‖²`` in the objective, whose curvature is added.
-      learning_rate: a fixed α instead of the best.
-      momentum: a fixed μ instead of the best; 0 for none.
+      learning_rate: a fixed α instead of the optimal one.
+      momentum: a fixed μ instead of the optimal one; 0: no momentum.
       curvature: ``"fisher"`` or ``"gauss_newton"``.
 
     Returns:
@@ -73,7 +72,7 @@ def scale_by_quadratic_model(
       ``(batch,)``. For a ``loss_fn`` of an NNX model also ``split=nnx.split(model)``.
 
     Raises:
-      TypeError: a loss of an NNX model without ``split``, or with another.
+      TypeError: a loss of an NNX model, and ``split`` missing or not ``nnx.split(model)``.
       ValueError: a missing ``params``, ``grad`` or ``args``; parameters masked out; numbers out of
         range.
 
@@ -90,7 +89,7 @@ def scale_by_quadratic_model(
 
     def init_fn(params: optax.Params) -> QuadraticModelState:
         last = jax.tree.map(jnp.zeros_like, params)
-        zero = lambda dtype: jnp.zeros((), dtype)  # each of its own: states are donated
+        zero = lambda dtype: jnp.zeros((), dtype)  # separate buffers, since states are donated
         numbers = zero(float), zero(float), zero(float)
         return QuadraticModelState(zero(jnp.int32), last, *numbers, zero(jnp.int32))
 
@@ -118,7 +117,7 @@ def scale_by_quadratic_model(
         new = jax.tree.map(
             lambda d, last: (chosen[0] * d + chosen[1] * last).astype(last.dtype), *vectors
         )
-        # no step that is not finite, nor one of which nobody knows what to expect
+        # reject a step if it, or its predicted change, is non-finite
         (new, chosen, predicted), bad = only_finite((new, chosen, predicted))
         rejected = state.rejected + bad
         alpha, mu = chosen
@@ -128,7 +127,7 @@ def scale_by_quadratic_model(
 
 
 def _minimise(B: jax.Array, slopes: jax.Array, fixed: list[jax.Array | None]) -> jax.Array:
-    """The (α, μ) that minimise ``slopesᵀx + ½ xᵀBx``; the fixed ones stay as they are."""
+    """The (α, μ) that minimise ``slopesᵀx + ½ xᵀBx``; fixed values are kept."""
     alpha, mu = fixed
     if alpha is not None and mu is not None:
         return jnp.stack([alpha, mu])
@@ -136,7 +135,7 @@ def _minimise(B: jax.Array, slopes: jax.Array, fixed: list[jax.Array | None]) ->
         return jnp.stack([alpha, -_over(slopes[1] + B[0, 1] * alpha, B[1, 1])])
     if mu is not None:
         return jnp.stack([-_over(slopes[0] + B[0, 1] * mu, B[0, 0]), mu])
-    # where the last step is zero or along the direction, the direction alone
+    # if the last step is zero or parallel to the direction, use the direction alone
     scale = jnp.sqrt(jnp.maximum(jnp.diag(B), 0))
     scale = jnp.where(scale > 0, scale, 1)
     cosine = B[0, 1] / (scale[0] * scale[1])
@@ -149,7 +148,7 @@ def _minimise(B: jax.Array, slopes: jax.Array, fixed: list[jax.Array | None]) ->
 
 
 def _over(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b``, 0 where there is no curvature."""
+    """``a / b``, or 0 without curvature (b ≤ 0)."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 

@@ -19,23 +19,23 @@ def clip_by_trust_radius(
     """Scale an update Δ by ``min(1, √(κ / ΔᵀFΔ))``, F the exact Fisher of the batch.
 
     ``½ ΔᵀFΔ`` is how far the predictive distribution moves, in nats (KL divergence, to second
-    order). Put it where updates have their final size, after momentum and the learning rate: it
-    takes any of them. (The ``trust_radius`` of :func:`natgrad_jax.kfac` has K-FAC's F, at no cost;
-    this one costs a forward pass.) An update that is not finite, or whose length is not, is no step
-    at all (zeros).
+    order). Place it where updates have their final size, after momentum and the learning rate; it
+    takes any update. (The ``trust_radius`` of :func:`natgrad_jax.kfac` uses K-FAC's F, at no cost;
+    this one costs a forward pass.) An update that is non-finite, or whose length is, is replaced
+    by zeros.
 
     Args:
       trust_radius: κ > 0; a float, an array or a schedule.
-      loss_fn: as for :func:`natgrad_jax.find_layers`; with the batch from the extra argument
-        ``args``: ``tx.update(grads, state, params, args=(batch,))``.
+      loss_fn: as for :func:`natgrad_jax.find_layers`; its batch is the extra argument ``args``:
+        ``tx.update(grads, state, params, args=(batch,))``.
 
     Returns:
       A transformation with ``update(updates, state, params, *, args)``; for a ``loss_fn`` of an NNX
       model also ``split=nnx.split(model)``.
 
     Raises:
-      TypeError: a loss of an NNX model without ``split``, or with another.
-      ValueError: κ not positive; no ``params`` or ``args``; parameters masked out.
+      TypeError: a loss of an NNX model, and ``split`` missing or not ``nnx.split(model)``.
+      ValueError: κ not positive; missing ``params`` or ``args``; parameters masked out.
 
     Source: Ba et al. 2016, section 5; Martens & Grosse 2015, section 6.4 (exact products).
 

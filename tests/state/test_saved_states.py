@@ -164,12 +164,12 @@ OURS = ("opt_state", "0")
                 "opt_state/0/factors/('wide',)/A: saved as float32 of shape (20, 20), now float32 "
                 "of shape (132, 132)",
                 "('head_1',)/A: saved, and not there now",
-                "; and 8 more. Make the model and the transformation as the run that saved it did",
+                "; and 8 more. Make the model and the transformation as in the run that saved it",
             ],
         ),
         (
             lambda: from_bytes()["ngd"],
-            ["request/stride=None: not in what was saved, now asked for", "and 15 more"],
+            ["request/stride=None: not in what was saved, now requested", "and 15 more"],
         ),
         (lambda: {}, ["not in what was saved", "start from tx.init"]),
         (
@@ -198,11 +198,11 @@ OURS = ("opt_state", "0")
         ),
         (
             lambda: changed(*OURS, "weights", "('wide',)", to=np.full((), np.nan, np.float32)),
-            ["not finite, in opt_state/0/weights/('wide',). Restore an earlier checkpoint"],
+            ["non-finite numbers in opt_state/0/weights/('wide',). Restore an earlier checkpoint"],
         ),
         (
             lambda: changed("params", "wide", "kernel", to=np.full((132, 2), np.inf, np.float32)),
-            ["not finite, in params/wide/kernel"],
+            ["non-finite numbers in params/wide/kernel"],
         ),
     ],
 )

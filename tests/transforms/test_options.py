@@ -111,9 +111,9 @@ def test_what_one_takes_all_take() -> None:
     [
         (lambda x: ng.kfac(0.1, x, ranks=3), "unexpected keyword argument 'ranks'"),
         (lambda x: ng.ekfac(0.1, x, cutoff=0.1), "unexpected keyword argument 'cutoff'"),
-        (lambda x: ng.kfac(0.1, x, inverse=3), "a record as ng.LowRank"),
+        (lambda x: ng.kfac(0.1, x, inverse=3), "a record such as ng.LowRank"),
         (lambda x: ng.kfac(0.1, x, inverse="cholesky", rank=3), "does not go with"),
-        (lambda x: ng.kfac(0.1, x, approximation="kfac"), "a record as ng.Approximation"),
+        (lambda x: ng.kfac(0.1, x, approximation="kfac"), "a record such as ng.Approximation"),
         (lambda x: ng.kfac(0.1, x, refresh=20), "A number goes into refresh_period"),
         (lambda x: ng.kfac(0.1, x, refresh=ng.every(3), refresh_period=3), "leave one of them out"),
         (lambda x: ng.every(lambda step: 3), "go into the keyword refresh_period"),

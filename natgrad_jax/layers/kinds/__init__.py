@@ -1,1 +1,1 @@
-"""One file a layer kind: how one call of a layer becomes rows; ``base.py`` says what is asked."""
+"""One file per kind of layer: how a call becomes rows; the interface is ``layers/calls.py``."""

@@ -1,7 +1,7 @@
 """Convolutions of any rank: the calls and layouts of Flax's layers.
 
-Transposed and locally connected ones are convolutions too, with patches of another kind; what those
-are stands in ``patches.py``.
+Transposed and locally connected ones are convolutions too, with other patches; ``patches.py``
+defines these.
 """
 
 import math
@@ -58,8 +58,8 @@ def transpose(
 ) -> tuple[ConvCall, Layout, Layout | None]:
     """A transposed convolution: one over the input dilated by its strides.
 
-    With ``transpose_kernel`` the kernel is that of the forward convolution: ``(…, out, in)``, and
-    read backwards.
+    With ``transpose_kernel`` the kernel is that of the forward convolution, ``(…, out, in)``, with
+    its spatial axes reversed.
     """
     size = kernel_shape[:-2]
     rank = len(size)

@@ -1,6 +1,6 @@
 """Dense layers in the wide sense: any contraction of an input with a kernel.
 
-Dense, Linear, DenseGeneral, LinearGeneral and Einsum are one thing: axes of the kernel are
+Dense, Linear, DenseGeneral, LinearGeneral and Einsum are all alike: axes of the kernel are
 contracted with the input (inputs), kept in the output only (outputs), or run along both
 (blocks). All other axes of the input are rows: the first is the example axis, the rest are
 positions that share the kernel.
@@ -50,7 +50,7 @@ class DenseCall(NamedTuple):
         return normal_form(g, self.s_rows, self.s_blocks, self.s_outputs)
 
     def width(self, x: jax.Array) -> int:
-        return 0  # a view of what the gradient keeps anyway: never worth chunking
+        return 0  # a view of an array that the gradient keeps anyway: chunks save nothing
 
     def positions(self, x: jax.Array) -> int:
         return math.prod(x.shape[a] for a in self.x_rows[1:])
@@ -65,7 +65,7 @@ def normal_form(
     examples, positions = (shape or [1])[0], math.prod(shape[1:])
     kept = [x.shape[a] for a in blocks]
     own = [x.shape[a] for a in features]
-    # in two steps: a sharded array is not reshaped by merging and adding axes at once
+    # in two steps: a sharded array cannot be reshaped by merging and adding axes at once
     x = x.transpose(*rest, *rows, *blocks, *features).reshape(examples, positions, *kept, *own)
     return x.reshape(examples, positions, *kept, math.prod(own)) if len(own) != 1 else x
 

@@ -1,7 +1,7 @@
 """Embeddings: the input is a one-hot row, so that the factor over tokens is diagonal.
 
 ``A = diag(token frequencies)``. Attending to the same matrix (tied embeddings, ``s = h Eᵀ``) is a
-second use of it, in which the output gradients are on the side of the tokens.
+second use of it, in which the rows of tokens belong to the outputs.
 """
 
 import math
@@ -15,7 +15,7 @@ from natgrad_jax.utils.precision import HIGHEST
 
 
 class EmbedCall(NamedTuple):
-    """A lookup of ids of any shape; the first axis is that of the examples."""
+    """A lookup of ids of any shape; the first axis counts examples."""
 
     tokens: int
 
@@ -24,7 +24,7 @@ class EmbedCall(NamedTuple):
         return False
 
     def examples(self, x: jax.Array) -> jax.Array:
-        x = jnp.where(x < 0, x + self.tokens, x)  # as jnp.take reads them
+        x = jnp.where(x < 0, x + self.tokens, x)  # as jnp.take does
         return x.reshape(x.shape[0] if x.ndim else 1, -1)
 
     def inputs(self, examples: jax.Array) -> jax.Array:
@@ -45,20 +45,20 @@ class EmbedCall(NamedTuple):
         return math.prod(x.shape[1:])
 
     def frequencies(self, examples: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """How often each token came: the diagonal of ``Σ ā āᵀ``."""
+        """How often each token occurs: the diagonal of ``Σ ā āᵀ``."""
         return jnp.zeros(self.tokens, dtype).at[examples.ravel()].add(1)
 
     def second_moments(self, examples: jax.Array, rotated: jax.Array) -> jax.Array:
         """``Σₙ (Σₜ āₙₜ g̃ₙₜᵀ)²`` without one-hot rows: occurrences of one token are added first."""
         same = (examples[:, :, None] == examples[:, None, :]).astype(rotated.dtype)
         sums = jnp.einsum("ntu,nuo->nto", same, rotated, precision=HIGHEST)
-        shares = jnp.square(sums) / same.sum(-1, keepdims=True)  # one share an occurrence
+        shares = jnp.square(sums) / same.sum(-1, keepdims=True)  # one share per occurrence
         zero = jnp.zeros((self.tokens, rotated.shape[-1]), rotated.dtype)
         return zero.at[examples.ravel()].add(shares.reshape(-1, shares.shape[-1]))
 
 
 class AttendCall(NamedTuple):
-    """``s = x Eᵀ``: outputs are on the rows of E, inputs on its columns."""
+    """``s = x Eᵀ``: outputs index the rows of E, inputs its columns."""
 
     @property
     def swapped(self) -> bool:

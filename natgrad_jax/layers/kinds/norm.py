@@ -15,7 +15,7 @@ from natgrad_jax.layers.kinds.dense import normal_form
 
 
 class NormCall(NamedTuple):
-    """``features``: the axes of the units; ``scale``, ``bias``: which parameters there are."""
+    """``features``: the axes of the units; ``scale``, ``bias``: whether it has that parameter."""
 
     ndim: int
     features: tuple[int, ...]
@@ -55,7 +55,7 @@ def norm(
 ) -> tuple[Any, ...]:
     """The call of a normalization over an input of ``ndim`` axes, and the layouts of its arrays."""
     axes = (features,) if isinstance(features, int) else tuple(features)
-    # Flax orders the axes of its parameters as a set does: ascending
+    # Flax puts the axes of its parameters in ascending order
     call = NormCall(ndim, tuple(sorted(a % ndim for a in axes)), scale, bias)
     layout = Layout((*shape, 1), tuple(range(len(shape))), (len(shape),), ())
     return call, *[layout] * (scale + bias)

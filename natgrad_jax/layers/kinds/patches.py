@@ -1,7 +1,7 @@
-"""Patches: what a convolution's kernel sees at each position of the output map.
+"""Patches: the receptive field of a convolution at each position of the output map.
 
 ``ā_t`` is the patch under output position t, flattened (kernel axes, channels), plus 1. Strides,
-both dilations, every padding of Flax and groups change what a patch is.
+both dilations, every padding of Flax and groups affect the patches.
 Source: Grosse & Martens 2016 (KFC).
 """
 
@@ -20,8 +20,8 @@ Padding = str | tuple[tuple[int, int], ...]
 class ConvCall(NamedTuple):
     """Geometry of one call: channels last, any number of batch axes before the spatial ones.
 
-    ``flipped``: kernel elements count from the other end. ``wrapped``: the output map is added up
-    over windows, after this padding. ``local``: every position has a kernel of its own.
+    ``flipped``: kernel elements are in reverse order. ``wrapped``: the output map, after this
+    padding, is summed over windows. ``local``: every position has its own kernel.
     """
 
     kernel_size: tuple[int, ...]
@@ -40,14 +40,14 @@ class ConvCall(NamedTuple):
         return False
 
     def examples(self, x: jax.Array) -> jax.Array:
-        """``x`` as ``(N, M, *spatial, channels)``: more batch axes than one are positions."""
+        """``x`` as ``(N, M, *spatial, channels)``: further batch axes are positions."""
         lead = x.ndim - len(self.kernel_size) - 1
-        if lead == 1:  # the usual case without a reshape, which sharded arrays may not have
+        if lead == 1:  # the usual case, without a reshape, which may fail on sharded arrays
             return jnp.expand_dims(x, 1)
         return x.reshape(x.shape[0] if lead else 1, -1, *x.shape[lead:])
 
     def row_axes(self, ndim: int) -> tuple[int, ...]:
-        """The output's axes of examples and of what else shares the kernel, places apart."""
+        """The output's batch axes: examples first, the others count as positions."""
         return tuple(range(ndim - len(self.kernel_size) - 1))
 
     def inputs(self, examples: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ class ConvCall(NamedTuple):
         return jnp.concatenate([patches, jnp.ones_like(patches[..., :1])], axis=-1)
 
     def patches(self, examples: jax.Array) -> jax.Array:
-        """What every kernel element sees: ``(N, M, *positions, kernel elements, channels)``."""
+        """The input at every kernel element: ``(N, M, *positions, kernel elements, channels)``."""
         flat = _flat(examples)
         x = padded(flat, self)
         starts = list(itertools.product(*(range(k) for k in self.kernel_size)))
@@ -80,11 +80,11 @@ class ConvCall(NamedTuple):
         return patches.reshape(*examples.shape[:2], *patches.shape[1:])
 
     def channel_rows(self, examples: jax.Array, with_one: bool = False) -> jax.Array | None:
-        """Rows of channels ``(N, ·, *groups, channels)`` whose products add up to those of all
-        patches' places: pixels times the root of how often the kernel sees them.
+        """Rows of channels ``(N, ·, *groups, channels)`` whose sum of products is that of the
+        patches over all places: pixels times the square root of how often the kernel covers them.
 
-        ``with_one``: with one more channel, of ones. None where every position has a kernel of its
-        own: then its patches do not add up."""
+        ``with_one``: append a channel of ones. None if every position has its own kernel, since
+        patches are not summed then."""
         if self.local:
             return None
         if self.wrapped:
@@ -120,7 +120,7 @@ def _flat(examples: jax.Array) -> jax.Array:
 
 
 def _dilated(call: ConvCall) -> tuple[int, ...]:
-    """The extent of the kernel with its dilation."""
+    """The extent of the dilated kernel."""
     return tuple(
         (k - 1) * d + 1 for k, d in zip(call.kernel_size, call.kernel_dilation, strict=True)
     )
@@ -155,7 +155,7 @@ def _output_size(call: ConvCall, padded: Sequence[int]) -> list[int]:
 
 
 def _slice(x: jax.Array, call: ConvCall, offset: Sequence[int]) -> jax.Array:
-    """What the kernel element at ``offset`` sees at every output position."""
+    """The input at the kernel element ``offset``, for every output position."""
     out = _output_size(call, x.shape[1:-1])
     start = [o * d for o, d in zip(offset, call.kernel_dilation, strict=True)]
     ends = zip(start, out, call.strides, strict=True)
@@ -165,7 +165,7 @@ def _slice(x: jax.Array, call: ConvCall, offset: Sequence[int]) -> jax.Array:
 
 
 def _visits(call: ConvCall, padded: Sequence[int]) -> np.ndarray:
-    """At how many pairs of kernel element and output position each padded pixel is seen."""
+    """How many pairs of kernel element and output position use each padded pixel."""
     counts = np.ones((), int)
     outputs = _output_size(call, padded)
     for n, out, k, stride, dilation in zip(
@@ -177,7 +177,7 @@ def _visits(call: ConvCall, padded: Sequence[int]) -> np.ndarray:
 
 
 def _wrap(patches: jax.Array, call: ConvCall, size: Sequence[int]) -> jax.Array:
-    """What Flax does after a CIRCULAR ConvTranspose: add the map up over periods of its size."""
+    """As Flax after a CIRCULAR ConvTranspose: sum the map over periods of its size."""
     periods = [n * s for n, s in zip(size, call.input_dilation, strict=True)]
     pads = []
     for n, period in zip(patches.shape[1:], periods, strict=False):

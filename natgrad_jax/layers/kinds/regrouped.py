@@ -1,4 +1,4 @@
-"""A layer's call whose examples do not lie on its leading axis."""
+"""A layer's call whose examples are not on its leading axis."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from natgrad_jax.layers.layer_call import LayerCall, Wrapped
 class Regrouped(Wrapped):
     """Any kind of call, its rows grouped by another axis.
 
-    ``axis``: which of the call's row axes counts examples; −1 where none does: all rows are of one
+    ``axis``: which of the call's row axes counts examples; −1 if none does: all rows belong to one
     example, as inside ``vmap`` over examples. ``sizes``: of the row axes.
     """
 
@@ -31,7 +31,7 @@ class Regrouped(Wrapped):
         return self.call.width(x) * own // (self.sizes[self.axis] if self.axis >= 0 else 1)
 
     def _group(self, rows: jax.Array) -> jax.Array:
-        """``(examples, positions, …)`` from the call's own grouping, which has rows in order."""
+        """``(examples, positions, …)`` from the call's own grouping, which keeps rows in order."""
         if self.axis < 0:
             return rows.reshape(1, -1, *rows.shape[2:])
         count, own = math.prod(self.sizes), rows.shape[0] * rows.shape[1]

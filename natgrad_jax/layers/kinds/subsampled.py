@@ -1,4 +1,4 @@
-"""A layer's call with fewer examples: what ``statistics_fraction`` measures."""
+"""A layer's call with fewer examples, for ``statistics_fraction``."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from natgrad_jax.layers.layer_call import LayerCall, Wrapped
 
 
 class Thinned(Wrapped):
-    """Any kind of call, of which every ``stride``-th example is seen."""
+    """Any kind of call, with every ``stride``-th example only."""
 
     def __init__(self, call: LayerCall, stride: int):
         super().__init__(call)

@@ -1,5 +1,4 @@
-"""What every transformation does around its own mathematics: blocks of a gradient tree, the trust
-region, and the checks of what came in."""
+"""What all transformations share: mapping the blocks of a gradient tree, and the trust region."""
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,11 @@ from natgrad_jax.utils.tree_paths import Path
 def map_blocks(
     updates: optax.Updates, layers: Layers, of_layer: BlockMap, of_diagonal: BlockMap
 ) -> tuple[optax.Updates, jax.Array]:
-    """Map each layer's packed ``K̄`` and each diagonal parameter; also ``Σ new · old`` over them.
+    """Map each layer's packed ``K̄`` and each diagonal parameter; also return ``Σ new · old``.
 
     Layers whose parameters are all masked out (``optax.masked``, ``optax.partition``) are skipped.
-    Results keep the dtypes of ``updates``; the mathematics runs in the factors' dtype. Where a
-    result is not finite all of them are zero, so that no momentum sees it, and the sum is NaN.
+    Results keep the dtypes of ``updates``; the mathematics runs in the factors' dtype. If any
+    result is non-finite, all results are zero, to keep it out of momentum, and the sum is NaN.
     """
     given = tree_paths.leaves(updates)
     check_paths(given, layers)
@@ -47,16 +46,16 @@ def map_blocks(
             new[path] = mapped.astype(given[path].dtype)
         else:
             finite &= jnp.all(jnp.isfinite(given[path]))
-    finite &= jnp.isfinite(inner)  # what is not finite makes its product with the old so
+    finite &= jnp.isfinite(inner)  # a non-finite result makes the sum of products non-finite
     return zeros_unless(finite, tree_paths.replace(updates, new)), jnp.where(finite, inner, jnp.nan)
 
 
 def trust_region(
     updates: optax.Updates, layers: Layers, quadratic: jax.Array, radius: jax.Array
 ) -> optax.Updates:
-    """Scale by ``min(1, √(κ / ΔᵀFΔ))``; plain gradients, of unknown F, stay as they are.
+    """Scale by ``min(1, √(κ / ΔᵀFΔ))``; plain gradients, whose F is unknown, are not scaled.
 
-    A quadratic form that is NaN belongs to updates that are zero."""
+    Where the quadratic form is NaN, the updates are zero already."""
     positive = jnp.where(quadratic > 0, quadratic, 1)
     scale = jnp.where(quadratic > 0, jnp.minimum(1, jnp.sqrt(radius / positive)), 1)
     plain = {x.path for x in layers.leftover if x.block == "gradient"}

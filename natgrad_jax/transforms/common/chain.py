@@ -1,4 +1,4 @@
-"""What every alias chains after its own preconditioner."""
+"""What each alias (:func:`natgrad_jax.kfac`, …) chains after its preconditioner."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ def descent(
 
 
 def trace(decay: Scalar | None, nesterov: bool = False) -> optax.GradientTransformation:
-    """``optax.trace``, whose decay may be a schedule; nothing for None."""
+    """``optax.trace`` with a decay that may be a schedule; the identity for None."""
     if decay is None:
         return optax.identity()
-    # optax.trace takes a number; inject_hyperparams is optax's way from a number to a schedule
+    # optax.trace takes a number only; with inject_hyperparams it takes a schedule
     make = optax.inject_hyperparams(optax.trace) if callable(decay) else optax.trace
     return make(decay=decay, nesterov=nesterov)
 
@@ -49,7 +49,7 @@ def _weight_decay(rate: Scalar, layers: Layers) -> optax.GradientTransformation:
 
 
 def per_squared_rate(trust_radius: Scalar | None, learning_rate: Scalar) -> Scalar | None:
-    """κ / η²: the trust region of a direction that the learning rate has yet to scale."""
+    """κ / η²: the trust radius of an update before the learning rate scales it."""
     if trust_radius is None:
         return None
     if callable(trust_radius) or callable(learning_rate):

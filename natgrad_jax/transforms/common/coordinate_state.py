@@ -29,13 +29,13 @@ from natgrad_jax.utils.tree_paths import Path
 class InCoordinatesState(NamedTuple):
     """State of :func:`in_coordinates`; dictionaries by layer path.
 
-    ``factors``: averages of what the coordinates are made of; ``weights``: how much each has seen,
-    ``(*stack,)``. ``bases``: the :class:`~natgrad_jax.Coordinates` of now. ``gathered``: examples
-    averaged since the last refresh, ``examples``: of the last measured batch, both ``()``.
-    ``rejected``: measurements, coordinates and gradients that were not finite and were dropped,
-    int32 ``()``.
-    ``clock``: steps so far. ``inner``: the inner transformation's state, in the coordinates.
-    ``request``: what is asked of the backward pass, without arrays.
+    ``factors``: the averages that the coordinates are computed from; ``weights``: the accumulated
+    weight of each, ``(*stack,)``. ``bases``: the current :class:`~natgrad_jax.Coordinates`.
+    ``gathered``: number of examples averaged since the last refresh, ``examples``: that of the last
+    measured batch, both ``()``. ``rejected``: number of non-finite measurements, coordinates and
+    gradients that were dropped, int32 ``()``. ``clock``: steps so far. ``inner``: the inner
+    transformation's state, in the coordinates. ``request``: which statistics the next backward
+    pass must measure, without arrays.
 
     >>> import optax, natgrad_jax as ng
     >>> state = ng.in_coordinates(optax.sgd(0.1), ng.Layers({})).init({})
@@ -55,7 +55,7 @@ class InCoordinatesState(NamedTuple):
 
 
 class CoordinateConfig(NamedTuple):
-    """The choices of one :func:`in_coordinates`; static but for schedules and arrays."""
+    """The options of one :func:`in_coordinates`; static except for schedules and arrays."""
 
     choice: Choice
     epsilon: Scalar
@@ -89,7 +89,7 @@ def average(
     layers: Mapping[Path, Layer],
     config: CoordinateConfig,
 ) -> InCoordinatesState:
-    """The state after this batch's factors, averaged by decay or evenly since the last refresh."""
+    """The state with this batch averaged in, by decay or evenly since the last refresh."""
     step, examples = state.clock.step, jnp.max(statistics.examples)
     by_decay = partial(factor_averages.rate, decay=at(config.decay, step))
 
@@ -118,7 +118,7 @@ def refresh(
     config: CoordinateConfig,
     is_due: jax.Array,
 ) -> InCoordinatesState:
-    """Coordinates of the current factors, where due; the last ones where that fails."""
+    """The state with coordinates of the current factors, if due; failures keep the old ones."""
     epsilon, find = at(config.epsilon, state.clock.step), config.choice.find
     assert find is not None
 
@@ -138,7 +138,7 @@ def refresh(
         return bases, rejected
 
     bases, rejected = jax.lax.cond(is_due, refreshed, lambda: (state.bases, state.rejected))
-    gathered = jnp.where(is_due, 0, state.gathered)  # the next window begins
+    gathered = jnp.where(is_due, 0, state.gathered)  # the next averaging window begins
     return state._replace(bases=bases, rejected=rejected, gathered=gathered)
 
 
@@ -148,7 +148,7 @@ def rescaled(
     layers: Mapping[Path, Layer],
     config: CoordinateConfig,
 ) -> InCoordinatesState:
-    """The variances of this batch in the bases that there are."""
+    """The state with this batch's variances as scales, in the current bases."""
     epsilon = at(config.epsilon, state.clock.step)
 
     def measured() -> tuple[dict[Path, Coordinates], jax.Array]:
@@ -177,7 +177,7 @@ def transported(
     config: CoordinateConfig,
     is_due: jax.Array,
 ) -> InCoordinatesState:
-    """The inner state after a refresh, by the rule that was chosen."""
+    """The state with its inner state treated as ``on_refresh`` says, after a refresh."""
     if config.on_refresh == "keep":
         return state
     if config.on_refresh == "reset":
@@ -195,12 +195,12 @@ def transported(
 def advance(
     state: InCoordinatesState, config: CoordinateConfig, examples: jax.Array
 ) -> InCoordinatesState:
-    """The state after the step; a refresh has statistics of its own batch at least."""
+    """The state after the step; a step that refreshes always measures its own batch."""
     step = state.clock.step + 1
     period = at(config.refresh.period, step).astype(jnp.int32)
     if config.samples is None:
         wanted = due(step, at(config.statistics_period, step)) | due(step, period)
-    else:  # as many steps before the next refresh as it takes to see enough examples
+    else:  # measure in as many steps before the next refresh as give `samples` examples
         left = (-step) % period
         wanted = left * state.examples < at(config.samples, step)
     return state._replace(clock=tick(state.clock, wanted, examples))

@@ -21,10 +21,10 @@ from natgrad_jax.utils.tree_paths import Path, join
 class Estimates(NamedTuple):
     """Dictionaries by layer path, or by parameter path for diagonals.
 
-    ``factors``: bias-corrected averages. ``weights``: how much each has seen, ``(*stack,)``, 0
-    before the first measurement. ``diagonal``: averaged squared gradients of leftover parameters,
-    in their shapes; ``diagonal_weights``: ``()`` each. ``rejected``: how many measurements, bases,
-    inverses and updates were not finite and were dropped, int32 ``()``.
+    ``factors``: bias-corrected averages. ``weights``: the accumulated weight of each,
+    ``(*stack,)``, 0 before the first measurement. ``diagonal``: averaged squared gradients of
+    leftover parameters, in their shapes; ``diagonal_weights``: ``()`` each. ``rejected``: number of
+    non-finite measurements, bases, inverses and updates that were dropped, int32 ``()``.
     """
 
     factors: dict[Path, Factors]
@@ -37,12 +37,12 @@ class Estimates(NamedTuple):
 State = TypeVar("State", bound=Any)
 Rate = Callable[..., tuple[jax.Array, jax.Array]]
 
-# What is averaged: one batch's factors of a layer, from its statistics.
+# Computes what is averaged: a layer's factors on one batch, from the statistics.
 Estimator = Callable[[Layer, Statistics], Batch]
 
 
 def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
-    """Before anything was measured."""
+    """The estimates before the first measurement."""
     return Estimates(
         factors={path: loss_terms.initial(x, dtype=factor_dtype) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
@@ -56,17 +56,17 @@ def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
 
 
 def _placeholder() -> Any:
-    """What ``optax.tree.map_params`` calls ``init`` with."""
+    """The placeholder that ``optax.tree.map_params`` passes to ``init``."""
     seen: list[Any] = []
     optax.tree.map_params(lambda params: seen.append(params), lambda x: x, None)
     return seen[0]
 
 
 def for_params(state: State, params: Any) -> State:
-    """The initial state; its dictionaries as single leaves where ``params`` is a placeholder.
+    """The initial state; its dictionaries as single leaves if ``params`` is a placeholder.
 
-    ``optax.tree.map_params`` so finds the copies of the parameters in a state: which layers that
-    state keeps, under ``optax.masked``, the placeholder does not tell.
+    ``optax.tree.map_params`` uses one to find the copies of the parameters in a state. It does not
+    show which layers the state keeps under ``optax.masked``.
     """
     if type(params) is not type(_placeholder()):
         return state
@@ -75,7 +75,7 @@ def for_params(state: State, params: Any) -> State:
 
 
 def _terms(parameter: Parameter) -> tuple[int, ...]:
-    """The axis in front of what each of several terms has its own of."""
+    """The shape of the leading axis of terms: empty unless there are several."""
     return (len(parameter.terms),) if len(parameter.terms) > 1 else ()
 
 
@@ -85,7 +85,7 @@ def fisher_factors(layer: Layer, statistics: Statistics) -> Batch:
 
 
 def input_factors(layer: Layer, statistics: Statistics) -> Batch:
-    """The factor of the inputs alone, whatever else was measured for other transformations."""
+    """The factor of the inputs alone, even if other transformations measured more."""
     sums = sums_for(layer, statistics)._replace(G=None)
     return loss_terms.batch_factors(layer, sums, statistics.examples)
 
@@ -97,7 +97,7 @@ def update(
     decay: jax.Array,
     estimator: Estimator = fisher_factors,
 ) -> State:
-    """A state with these fields after this batch; untouched where it brought no information."""
+    """The state with this batch averaged in; unchanged if no example was measured."""
 
     def measured() -> State:
         rate = partial(factor_averages.rate, decay=decay)
@@ -122,9 +122,10 @@ def update_factors(
     rate: Rate,
     estimator: Estimator = fisher_factors,
 ) -> State:
-    """A state with factors, weights and rejected after this batch's factors were averaged in.
+    """The state with this batch's factors averaged in; non-finite ones are counted as rejected.
 
-    ``rate(weight, informative=good)`` → how far an average moves, and its weight after that.
+    ``rate(weight, informative=good)`` → how far an average moves to the new value, and its new
+    weight.
     """
     factors, weights, rejected = {}, {}, state.rejected
     for path, layer in layers.items():
@@ -137,7 +138,7 @@ def update_factors(
 
 
 def sums_for(layer: Layer, statistics: Statistics) -> Sums:
-    """The sums that this layer's factors are made of."""
+    """The sums that this layer's factors are computed from."""
     found = statistics.sums[layer.approximation.weight_sharing]
     if layer.path not in found:
         raise ValueError(
@@ -151,8 +152,8 @@ def sums_for(layer: Layer, statistics: Statistics) -> Sums:
 def _diagonals(
     state: Any, statistics: Statistics, layers: Layers, decay: jax.Array
 ) -> tuple[dict[Path, jax.Array], dict[Path, jax.Array], jax.Array]:
-    """The averages after this batch, their weights, and how many were not finite and dropped."""
-    assert statistics.leftover is not None  # checked where statistics come in
+    """The averages after this batch, their weights, and how many non-finite values were dropped."""
+    assert statistics.leftover is not None  # by check_statistics
     new, later, rejected = {}, {}, jnp.zeros((), jnp.int32)
     for parameter in layers.diagonals:
         path = parameter.path
@@ -168,7 +169,7 @@ def _diagonals(
 
 
 def diagonal_of(state: Any, path: Path) -> jax.Array:
-    """The diagonal of a leftover parameter's Fisher, of all terms of the loss."""
+    """The diagonal of a leftover parameter's Fisher, summed over the terms of the loss."""
     diagonal = state.diagonal[path]
     return diagonal.sum(0) if state.diagonal_weights[path].ndim else diagonal
 
@@ -187,7 +188,7 @@ def over_diagonal(state: Any, damping: jax.Array) -> Any:
 
 
 def first_seen(before: Any, after: Any) -> jax.Array:
-    """Whether anything was measured for the first time between two states, of any term."""
+    """Whether any average, of any term, got its first measurement between two states."""
     pairs = zip(_weights(before), _weights(after), strict=True)
     news = [jnp.any((old == 0) & (new > 0)) for old, new in pairs]
     return jnp.any(jnp.stack(news)) if news else jnp.zeros((), bool)

@@ -1,4 +1,4 @@
-"""Extra arguments of ``update``: how they are read, and what to write where one is missing."""
+"""Extra arguments of ``update``: how they are used, and errors that show the call to write."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import optax
 from flax import nnx
 
-# How each of them is had.
+# How each of them is written in a call.
 HOW = {
     "params": "params",
     "args": "args=(batch,)",
@@ -19,8 +19,8 @@ WITH_MODEL = "optimizer.update(model, grads, …, split=nnx.split(model))"
 
 
 def needed(name: str, **given: Any) -> None:
-    """Raise where one of ``given`` is None, with the call to write, or where parameters are masked
-    out, on which no loss can be computed."""
+    """Raise if one of ``given`` is None, showing the call to write, or if parameters are masked
+    out, so that no loss can be computed."""
     missing = [key for key, value in given.items() if value is None]
     if missing:
         call = ", ".join(HOW[key] for key in given if key != "params")
@@ -31,17 +31,17 @@ def needed(name: str, **given: Any) -> None:
     if any(map(is_masked, jax.tree.leaves(given["params"], is_leaf=is_masked))):
         raise ValueError(
             f"{name} needs all parameters, to run loss_fn on them; some are masked out. Keep it "
-            "out of optax.masked and optax.partition, and mask what stands before or inside it: "
+            "out of optax.masked and optax.partition, and mask what comes before or inside it: "
             "optax.chain(optax.masked(ng.scale_by_kfac(layers), mask), …), or "
             "make=lambda damping: optax.masked(ng.kfac(0.1, layers, damping=damping), mask)."
         )
 
 
 def on_parameters(fn: Callable[..., Any], args: Any, split: Any) -> Callable[[Any], Any]:
-    """From parameters to ``fn(params, *args)``; with the extra argument ``split``, which is
-    ``nnx.split(model)``, to ``fn(model, *args)`` on a copy of the model that holds them.
+    """A function from parameters to ``fn(params, *args)``; with ``split``, ``nnx.split(model)``, to
+    ``fn(model, *args)`` on a copy of the model that has these parameters.
 
-    What ``fn`` changes in the copy (batch statistics, rng counts) stays in it.
+    Changes that ``fn`` makes to the copy (batch statistics, rng counts) are dropped.
     """
     if split is None:
         return lambda params: _on_state(fn, params, args)
@@ -56,7 +56,7 @@ def on_parameters(fn: Callable[..., Any], args: Any, split: Any) -> Callable[[An
 
 
 def _on_state(fn: Callable[..., Any], params: Any, args: Any) -> Any:
-    """``fn(params, *args)``; where it fails on an ``nnx.State``, it is the model that it wants."""
+    """``fn(params, *args)``; an error on an ``nnx.State`` says how to pass the model instead."""
     try:
         return fn(params, *args)
     except (TypeError, AttributeError) as e:
@@ -64,12 +64,12 @@ def _on_state(fn: Callable[..., Any], params: Any, args: Any) -> Any:
             raise
         raise TypeError(
             f"the loss was given an nnx.State of parameters and raised {type(e).__name__}: {e}. "
-            f"Where it takes the model, write {WITH_MODEL}."
+            f"If it takes the model, write {WITH_MODEL}."
         ) from e
 
 
 def _call(params: Any, extra: str) -> str:
-    """The call to write, of an NNX optimizer or of the transformation itself."""
+    """The call to write, for an NNX optimizer or for the transformation itself."""
     if isinstance(params, nnx.State):
         return WITH_MODEL.replace("…", f"statistics=statistics, {extra}")
     return f"tx.update(grads, opt_state, params, statistics=statistics, {extra})"

@@ -1,4 +1,4 @@
-"""What K-FAC and exact natural gradient share: damped inverses of one Kronecker product a layer."""
+"""What K-FAC and NGD share: damped inverses of one Kronecker product per layer."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -36,9 +36,9 @@ from natgrad_jax.utils.tree_paths import Path
 class KFACState(NamedTuple):
     """State of :func:`scale_by_kfac`; dictionaries by layer path, or parameter path if leftover.
 
-    ``damping``: λ of the last step, ``()``. ``bases``: damped inverses of the factors as of the
-    last refresh. ``request``: what it asks of the backward pass, without arrays. The other fields
-    are those of :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
+    ``damping``: λ of the last step, ``()``. ``bases``: damped inverses of the factors at the last
+    refresh. ``request``: which statistics the next backward pass must measure, without arrays. The
+    other fields are those of :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
     """
 
     clock: Clock
@@ -70,13 +70,13 @@ def kronecker(
 
 
 def _absorb(state: KFACState, layers: Layers, now: Now, rank: int) -> KFACState:
-    """Inverses that have seen this batch too, by updates of low rank.
+    """The state with this batch absorbed into the inverses, by low-rank updates.
 
-    The G of a layer that several terms depend on waits for the next refresh.
+    The G of a layer that several terms depend on changes only at the next refresh.
     """
     statistics = now.statistics
 
-    def seen() -> dict[Path, Factors]:
+    def absorbed() -> dict[Path, Factors]:
         bases = {}
         for path, layer in layers.items():
             old = state.bases[path]
@@ -86,7 +86,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, rank: int) -> KFACState:
             sums = estimators.sums_for(layer, statistics)
             batch = loss_terms.batch_factors(layer, sums, statistics.examples)
             factors, good, before = batch.factors, batch.good, now.weights[path]
-            if good.ndim > before.ndim:  # terms, whose shares move at rates of their own
+            if good.ndim > before.ndim:  # one share per term, each with its own rate
                 own = None if layer.mixed else factors.A
                 factors, good = factors._replace(A=own, G=None), good.any(0)
             rate, _ = factor_averages.rate(before, now.decay, good & (before > 0))
@@ -94,7 +94,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, rank: int) -> KFACState:
             bases[path], _ = keep_finite(layer, new, old, state.weights[path])
         return bases
 
-    bases = jax.lax.cond(estimators.any_seen(statistics), seen, lambda: state.bases)
+    bases = jax.lax.cond(estimators.any_seen(statistics), absorbed, lambda: state.bases)
     return state._replace(bases=bases)
 
 
@@ -105,7 +105,7 @@ def _refresh(
     method: InverseMethod,
     config: PreconditionerConfig,
 ) -> KFACState:
-    """Inverses of the current factors, where due; the last ones where that fails."""
+    """The state with inverses of the current factors, where due; failures keep the old ones."""
 
     def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, Factors], jax.Array]:
         bases, rejected = {}, jnp.zeros((), jnp.int32)

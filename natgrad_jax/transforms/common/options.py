@@ -1,8 +1,8 @@
 """The static choices of transformations: records, their shorthands, and 0.1.0's keywords.
 
-What is chosen once, when a transformation is made, is a small frozen record with its defaults in
-its own definition; a string is the shorthand of a record with those. Numbers that may be traced or
-scheduled stay keywords, which ``optax.inject_hyperparams`` finds in the signature.
+A choice made once, when a transformation is made, is a small frozen record that defines its own
+defaults; a string is shorthand for a record with those. Numbers that may be traced or scheduled
+remain keywords, so that ``optax.inject_hyperparams`` finds them in the signature.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ BASES: dict[str, LowRank | Eigenbasis] = {
     "qr": Eigenbasis("qr"),
 }
 
-# 0.1.0's keywords: the record that holds each now (the first that the transformation takes), and
-# its field there.
+# 0.1.0's keywords: the option whose record now holds each (the first one that the transformation
+# takes), and the field of that record.
 _MOVED = {
     "convolution": (("approximation",), "convolution"),
     "group_size": (("approximation",), "group_size"),
@@ -50,7 +50,7 @@ _MOVED = {
 
 
 def inverse_method(inverse: Inverse | str) -> Inverse:
-    """The record of ``inverse=``; raises ValueError with what there is."""
+    """The record for ``inverse=``; raises ValueError with the possible values."""
     if isinstance(inverse, str) and inverse == "woodbury":
         raise ValueError(
             'inverse="woodbury" needs the rank of its updates: write inverse=ng.Woodbury(rank=32).'
@@ -60,37 +60,37 @@ def inverse_method(inverse: Inverse | str) -> Inverse:
         return make()
     if not isinstance(inverse, Inverse):
         raise ValueError(
-            f"inverse must be {' or '.join(map(repr, METHODS))}, or a record as "
+            f"inverse must be {' or '.join(map(repr, METHODS))}, or a record such as "
             f"ng.LowRank(rank=64); got {inverse!r}."
         )
     return inverse
 
 
 def eigenbasis_method(basis: LowRank | Eigenbasis | str) -> LowRank | Eigenbasis:
-    """The record of ``basis=``; raises ValueError with what there is."""
+    """The record for ``basis=``; raises ValueError with the possible values."""
     found = BASES.get(basis) if isinstance(basis, str) else basis
     if not isinstance(found, LowRank | Eigenbasis):
         raise ValueError(
-            f"basis must be {' or '.join(map(repr, BASES))}, or a record as ng.LowRank(rank=64) or "
-            f"ng.Eigenbasis('qr', tolerance=0.1); got {basis!r}."
+            f"basis must be {' or '.join(map(repr, BASES))}, or a record such as "
+            f"ng.LowRank(rank=64) or ng.Eigenbasis('qr', tolerance=0.1); got {basis!r}."
         )
     return found
 
 
 def approximation_of(approximation: Approximation | str) -> Approximation:
-    """The record of ``approximation=``; raises ValueError with what there is."""
+    """The record for ``approximation=``; raises ValueError with the possible values."""
     if isinstance(approximation, str) and approximation in CONVOLUTIONS:
         return Approximation(approximation)  # type: ignore[arg-type]
     if not isinstance(approximation, Approximation):
         raise ValueError(
-            f"approximation must be {' or '.join(map(repr, CONVOLUTIONS))}, or a record as "
+            f"approximation must be {' or '.join(map(repr, CONVOLUTIONS))}, or a record such as "
             f"ng.Approximation(group_size=32); got {approximation!r}."
         )
     return approximation
 
 
 def renamed_keywords(make: F) -> F:
-    """``make``, which for one release also takes the keywords that records hold now.
+    """``make``, which for one release also takes the keywords that are now fields of records.
 
     They are in its signature, since ``optax.inject_hyperparams`` binds that.
     """
@@ -129,15 +129,16 @@ def _records(
     fields: Mapping[str, Mapping[str, Any]],
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The records that say what the old keywords say, with a warning that spells them.
+    """The records equivalent to the old keywords; warns, showing how to write them.
 
     ``fields``: by option, those that the old keywords set; ``given``: the options' values.
     """
     records = {option: _with_fields(option, given[option], own) for option, own in fields.items()}
     was = ", ".join(f"{k}={v!r}" for k, v in old.items())
-    now = ", ".join(f"{k}={_spelled(v)}" for k, v in records.items())
+    now = ", ".join(f"{k}={_as_written(v)}" for k, v in records.items())
     warnings.warn(
-        f"{name}({was}) is written {name}({now}) now; the old keywords go with the next release.",
+        f"{name}({was}) is deprecated: write {name}({now}). The old keywords go with the next "
+        "release.",
         DeprecationWarning,
         stacklevel=3,
     )
@@ -158,12 +159,12 @@ def _with_fields(option: str, value: Any, fields: Mapping[str, Any]) -> Any:
     known = {x.name for x in dataclasses.fields(record)}
     if not set(fields) <= known:
         wrong = ", ".join(f"{k}={v!r}" for k, v in fields.items() if k not in known)
-        raise ValueError(f"{wrong} does not go with {option}={_spelled(record)}.")
+        raise ValueError(f"{wrong} does not go with {option}={_as_written(record)}.")
     return dataclasses.replace(record, **fields)
 
 
-def _spelled(record: Any) -> str:
-    """The record as a user writes it, without what is default."""
+def _as_written(record: Any) -> str:
+    """The record as a user writes it, without default fields."""
     if isinstance(record, Refresh):
         return f"ng.{record!r}"
     own = [f"{x.name}={getattr(record, x.name)!r}" for x in dataclasses.fields(record)

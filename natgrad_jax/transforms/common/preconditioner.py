@@ -1,4 +1,4 @@
-"""One step of a preconditioner by curvature: what K-FAC, natural gradient and EKFAC share."""
+"""The step of a curvature preconditioner, shared by K-FAC, NGD and EKFAC."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from natgrad_jax.utils.tree_paths import Path
 
 
 class PreconditionerConfig(NamedTuple):
-    """The choices that all have; ``name``: in errors; ``refresh``: when bases are renewed."""
+    """The options that all have; ``name``: for errors; ``refresh``: when bases are renewed."""
 
     name: str
     request: StatisticsSpec
@@ -33,7 +33,7 @@ class PreconditionerConfig(NamedTuple):
 
 
 class Now(NamedTuple):
-    """One step: what comes in, damping and decay of now, the weights of the factors before this
+    """One step: its inputs, the current damping and decay, the weights of the factors before this
     batch, and whether anything was measured for the first time."""
 
     updates: optax.Updates
@@ -45,13 +45,13 @@ class Now(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What one preconditioner makes of the factors.
+    """How one preconditioner uses the factors.
 
     ``state``: a NamedTuple with the fields of Estimates, ``clock``, ``damping``, ``request`` and
-    its own, which ``start(layers)`` gives. ``follow(state, layers, now)`` → the state in which the
-    curvature of this step is held, the factors already being those of now. ``apply(layer, state,
-    path, gradient, damping)`` → the layer's natural gradient, packed as the gradient.
-    ``estimator``: what the factors are averages of.
+    its own, which ``start(layers)`` returns. ``follow(state, layers, now)`` → the state with this
+    step's inverses or bases, where the factors are up to date already. ``apply(layer, state, path,
+    gradient, damping)`` → the layer's natural gradient, packed as the gradient. ``estimator``:
+    computes the factors that are averaged.
     """
 
     state: Callable[..., Any]
@@ -72,7 +72,7 @@ def preconditioner(
     all_layers = layers.approximate(config.request.approximation)
 
     def init_fn(params: optax.Params) -> Any:
-        # of params only which there are: shapes come from the layers
+        # params only say which layers to keep; shapes come from the layers
         own = all_layers.of(params)
         # one compiled program: op by op, every shape would compile on its own
         state = jax.jit(lambda: _initial_state(own, config, method))()
@@ -94,7 +94,7 @@ def preconditioner(
         damping, decay = at(config.damping, step), at(config.decay, step)
         before = state
         state = estimators.update(state, statistics, layers, decay, method.estimator)
-        # what was measured for the first time is refreshed now, not a period later
+        # layers measured for the first time are refreshed now, not a period later
         first = estimators.first_seen(before, state)
         now = Now(updates, statistics, damping, decay, before.weights, first)
         state = method.follow(state, layers, now)

@@ -23,8 +23,8 @@ class Refresh:
     :func:`staggered`.
 
     ``period``: steps from one refresh of a layer to its next; None: the transformation's own, or
-    its ``refresh_period``. ``staggered``: whether the layers take turns within a period; None: as
-    the transformation's default has it, where no ``refresh_period`` is given. ``over``: devices.
+    its ``refresh_period``. ``staggered``: whether layers are refreshed at different steps of a
+    period; None: the transformation's default if no ``refresh_period`` is given. ``over``: devices.
     """
 
     period: int | None = None
@@ -35,7 +35,7 @@ class Refresh:
         known = isinstance(self.period, int | float) and not isinstance(self.period, bool)
         if self.period is not None and not known:
             raise ValueError(
-                "the period of ng.every and ng.staggered is a number, known when the "
+                "the period of ng.every and ng.staggered must be a number, known when the "
                 f"transformation is made; got {self.period!r}. Schedules and traced numbers go "
                 "into the keyword refresh_period."
             )
@@ -53,12 +53,12 @@ def every(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
 
     Args:
       period: T, in steps; None: the transformation's own, or its keyword ``refresh_period``.
-      over: the devices that divide a refresh among them: the name of the axis inside shard_map or
-        pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None where each
-        device does all of it.
+      over: the devices that share the work of a refresh: the name of an axis inside shard_map or
+        pmap, ``"data"``, or a mesh and its axis under jit, ``(mesh, "data")``; None: every device
+        does all of it.
 
     Returns:
-      What the keyword ``refresh`` of a transformation takes.
+      A value for the keyword ``refresh`` of a transformation.
 
     Raises:
       ValueError: ``period`` is no whole number of at least 1; ``over`` names no axis.
@@ -70,14 +70,14 @@ def every(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
 
 
 def staggered(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
-    """Refresh the layers in turn, each once in a period, so that steps take equally long.
+    """Refresh each layer once in a period, at different steps, so that steps take equally long.
 
     Args:
-      period, over: as in :func:`every`. With few layers a step there is little to divide among
-        devices.
+      period, over: as in :func:`every`. With few layers per step there is little to divide
+        among devices.
 
     Returns:
-      What the keyword ``refresh`` of a transformation takes.
+      A value for the keyword ``refresh`` of a transformation.
 
     Raises:
       ValueError: as :func:`every`.
@@ -94,7 +94,7 @@ USUAL = staggered(PERIOD)
 
 class RefreshSchedule(NamedTuple):
     """A checked choice. ``period``: a float, an array or a schedule, in steps; ``staggered``:
-    whether the layers take turns; ``over``: the devices that share the work."""
+    whether layers are refreshed at different steps; ``over``: the devices that share the work."""
 
     period: Scalar
     staggered: bool = False
@@ -104,7 +104,7 @@ class RefreshSchedule(NamedTuple):
 def refresh_schedule(
     refresh: Refresh | str | None, refresh_period: Scalar | None, default: Refresh
 ) -> RefreshSchedule:
-    """What the keywords ``refresh`` and ``refresh_period`` say together; raises ValueError."""
+    """The schedule given by the keywords ``refresh`` and ``refresh_period``; raises ValueError."""
     shorthands = {None: Refresh(), "every": every(), "staggered": staggered()}
     if not isinstance(refresh, Refresh):
         if refresh not in shorthands:
@@ -118,41 +118,41 @@ def refresh_schedule(
             f"refresh={refresh!r} and refresh_period={refresh_period!r} both give a period: leave "
             "one of them out."
         )
-    in_turn = refresh.staggered
-    if in_turn is None:
-        in_turn = bool(default.staggered) and refresh_period is None
+    is_staggered = refresh.staggered
+    if is_staggered is None:
+        is_staggered = bool(default.staggered) and refresh_period is None
     given = refresh_period if refresh.period is None else refresh.period
     period = default.period if given is None else given
     assert period is not None
     check_period(refresh_period=period)
-    if in_turn and not isinstance(period, int | float):
+    if is_staggered and not isinstance(period, int | float):
         raise ValueError(
             "staggered refreshes give each layer its own step of the period, which must be known "
-            f"when the transformation is made: refresh=ng.staggered(20), and not {period!r}."
+            f"when the transformation is made: write refresh=ng.staggered(20); got {period!r}."
         )
-    return RefreshSchedule(period, in_turn, devices(refresh.over))
+    return RefreshSchedule(period, is_staggered, devices(refresh.over))
 
 
 def phases(layers: Mapping[Path, Layer], when: RefreshSchedule) -> list[dict[Path, Layer]]:
-    """The layers of each step of a period: all at its first, or about equal work at each.
+    """The layers refreshed at each step of a period: all at the first, or equal work at each.
 
     Staggered refreshes begin with the second half of the period, since all layers were refreshed at
-    step 0 and factors have moved little in the first half. The first step, which measures too,
-    comes last."""
+    step 0 and factors have moved little in the first half. The period's first step, which measures
+    too, is used last."""
     if not when.staggered:
         return [dict(layers)]
     assert isinstance(when.period, int | float)
     period, half = int(when.period), int(when.period) // 2
     found: list[dict[Path, Layer]] = [{} for _ in range(period)]
     steps = [*range(half + 1, period), *range(1, half + 1), 0]
-    turn = balanced([cost(layer) for layer in layers.values()], period)
-    for (path, layer), i in zip(layers.items(), turn, strict=True):
+    shares = balanced([cost(layer) for layer in layers.values()], period)
+    for (path, layer), i in zip(layers.items(), shares, strict=True):
         found[steps[i]][path] = layer
     return found
 
 
 def cost(layer: Layer) -> float:
-    """What factorising a layer's matrices takes: the cubes of their sizes."""
+    """The work of factorising a layer's matrices: the cubes of their sizes."""
     copies = math.prod((*layer.stack_sizes, *layer.factor_blocks))
     return copies * sum(side.cost for side in (layer.input_side, layer.output_side) if side)
 
@@ -165,9 +165,9 @@ def refresh_due(
     old: Mapping[Path, T],
     renew: Callable[[Mapping[Path, Layer]], tuple[dict[Path, T], jax.Array]],
 ) -> tuple[dict[Path, T], jax.Array]:
-    """``renew`` of the layers that are due, ``old`` of the others, and how many failed.
+    """``renew`` of the layers that are due, ``old`` of the others; and the number of failures.
 
-    ``first``: whether something was measured for the first time: then all are due.
+    ``first``: whether something was measured for the first time; all layers are due then.
     """
     found: dict[Path, T] = {}
     rejected = jnp.zeros((), jnp.int32)

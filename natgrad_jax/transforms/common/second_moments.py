@@ -25,9 +25,9 @@ State = TypeVar("State", bound=Any)
 def _averaged(
     state: State, path: Path, new: jax.Array, seen: jax.Array, decay: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """S and its weight after ``new``, where there is a basis; and how many were not finite.
+    """S and its weight with ``new`` averaged in, where there is a basis; and how many failed.
 
-    ``seen``: by each term, where each has an S of its own.
+    ``seen``: whether there were examples, for each term if each has its own S.
     """
     weight = state.moment_weights[path]
     informative = seen & has_basis(state, path)
@@ -38,28 +38,28 @@ def _averaged(
 
 
 def has_basis(state: State, path: Path) -> jax.Array:
-    """Whether S is known: of any term, ``(*stack,)``."""
+    """Whether S of any term is known, ``(*stack,)``."""
     known = state.moment_weights[path] > 0
     return known.any(0) if _several(state, path) else known
 
 
 def _several(state: Any, path: Path) -> bool:
-    """Whether each term of the loss has an S of its own."""
+    """Whether each term of the loss has its own S."""
     return state.moment_weights[path].ndim > state.weights[path].ndim
 
 
 def total_moments(state: Any, path: Path) -> jax.Array:
-    """S of all terms of the loss."""
+    """S summed over the terms of the loss."""
     S = state.moments[path]
     return S.sum(0) if _several(state, path) else S
 
 
 def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Array) -> State:
-    """S after the squares of this batch's examples, measured in the current bases."""
+    """The state with this batch's squared gradients, in the current bases, averaged into S."""
     found = statistics.moments
     if found is None:
         raise ValueError(
-            'scale_by_ekfac(moments="intra_batch") needs squares measured in its current bases: '
+            'scale_by_ekfac(moments="intra_batch") needs squared gradients in its current bases: '
             "call grad_fn(params, batch, rng=key, opt_state=opt_state), or choose "
             'moments="running_average".'
         )
@@ -84,10 +84,10 @@ def average_gradient(
     layers: Layers,
     decay: jax.Array,
 ) -> State:
-    """S after N times the squared mini-batch gradient, in the current bases.
+    """The state with N times the squared mini-batch gradient, in current bases, averaged into S.
 
-    Of several terms that a layer depends on N is the largest. A gradient of zero, of a task that is
-    not in this batch, tells nothing.
+    If a layer depends on several terms, N is the largest of theirs. A zero gradient, of a task that
+    is not in this batch, is ignored.
     """
     examples = jnp.where(statistics.examples > 0, statistics.examples, state.examples)
     moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
@@ -99,7 +99,7 @@ def average_gradient(
         count = loss_terms.counts(examples, layer.terms).max()
         new = count * second_moments(layer, state.bases[path], gradient)
         seen = jnp.any(gradient != 0, axis=tuple(range(len(layer.stack), gradient.ndim)))
-        # at the first step S is K-FAC's, and this gradient has made the basis
+        # at the first step S is K-FAC's, and the basis is made from this batch
         seen &= state.clock.step > 0
         moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)
         rejected += bad
@@ -111,25 +111,25 @@ def average_gradient(
 def _renewed(
     state: State, path: Path, layer: Layer, bases: Any, products: jax.Array
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-    """New bases and S in them, each term's portion of ``products``, K-FAC's S, and how many failed.
+    """New bases, S in them, each term's portion of S, and the number of failures.
 
-    S is carried over from the last bases; where there are none it is K-FAC's.
+    S is transported from the old bases; without old bases it is K-FAC's, ``products``.
     """
     old, S = state.bases[path], state.moments[path]
     several = _several(state, path)
     portions = loss_terms.portions(layer, state.factors[path]) if several else jnp.ones(())
     wide = lambda x: jnp.expand_dims(x, tuple(range(x.ndim, products.ndim))).astype(products.dtype)
-    olds = list(S) if several else [S]
-    turned = [wide(p) * products for p in portions] if several else [products]
+    old_S = list(S) if several else [S]
+    new_S = [wide(p) * products for p in portions] if several else [products]
     if layer.block == "kronecker":
         known = wide(has_basis(state, path)) > 0
-        turned = [jnp.where(known, transport(layer, own, old, bases), first)
-                  for own, first in zip(olds, turned, strict=True)]  # fmt: skip
-    # the moments are made of all bases
-    (bases, turned), bad = keep_finite(
-        layer, (bases, turned), (old, olds), state.weights[path], told_by=turned
+        new_S = [jnp.where(known, transport(layer, own, old, bases), first)
+                 for own, first in zip(old_S, new_S, strict=True)]  # fmt: skip
+    # S is computed from all bases: it is non-finite if one of them is
+    (bases, new_S), bad = keep_finite(
+        layer, (bases, new_S), (old, old_S), state.weights[path], checked=new_S
     )
-    return bases, jnp.stack(turned) if several else turned[0], portions, bad
+    return bases, jnp.stack(new_S) if several else new_S[0], portions, bad
 
 
 def refresh(
@@ -140,7 +140,7 @@ def refresh(
     how: Eigenbasis,
     when: RefreshSchedule,
 ) -> State:
-    """Bases of the current factors, where due, with S carried over; the last where that fails."""
+    """The state with new bases, where due, and S transported to them; failures keep the old."""
 
     def unseen(path: Path) -> jax.Array:
         return ~has_basis(state, path) & (state.weights[path] > 0)

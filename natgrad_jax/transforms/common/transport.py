@@ -1,4 +1,4 @@
-"""What becomes of an inner optimizer's state when the coordinates under it change."""
+"""Writing an inner optimizer's state in new coordinates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from natgrad_jax.utils.tree_paths import Path
 
 ON_REFRESH = ("transport", "keep", "reset")
 
-# Fields in which optax keeps averages of squared gradients; all others are taken for gradients.
+# Fields in which optax keeps averages of squared gradients; all others are treated as gradients.
 SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x")
 
 
@@ -27,8 +27,8 @@ def transport(
 ) -> Any:
     """An optax state with every tree in the form of ``like`` written in the new coordinates.
 
-    Trees of gradients take the map of gradients, those in the fields of ``SECOND_MOMENTS`` the
-    squares of its entries.
+    Trees of gradients are mapped as gradients, those in the fields ``SECOND_MOMENTS`` by the
+    squared entries of that map.
     """
     given = {path: x.shape for path, x in tree_paths.leaves(like).items()}
 
