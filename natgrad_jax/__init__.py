@@ -42,10 +42,9 @@ from natgrad_jax.transforms.adaptive_damping import (
     levenberg_marquardt,
 )
 from natgrad_jax.transforms.adaptive_kfac import adaptive_kfac
-from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
 from natgrad_jax.transforms.common.kronecker import KFACState
-from natgrad_jax.transforms.common.schedule import every, staggered
-from natgrad_jax.transforms.ekfac import ekfac, scale_by_ekfac
+from natgrad_jax.transforms.common.refresh_schedule import every, staggered
+from natgrad_jax.transforms.ekfac import EKFACState, ekfac, scale_by_ekfac
 from natgrad_jax.transforms.in_coordinates import InCoordinatesState, in_coordinates
 from natgrad_jax.transforms.kfac import kfac, scale_by_kfac
 from natgrad_jax.transforms.ngd import linear_natural_gradient, ngd

@@ -36,7 +36,7 @@ import numpy as np
 from rich.console import Console
 
 import natgrad_jax as ng
-from natgrad_jax.transforms.common.schedule import PERIOD
+from natgrad_jax.transforms.common.refresh_schedule import PERIOD
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
 from lib import report

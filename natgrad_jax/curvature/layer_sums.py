@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature import partial_eigenbasis
-from natgrad_jax.layers.calls import LayerCall, OneHotCall
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.layers.layer_call import LayerCall, OneHotCall
 from natgrad_jax.linalg.gram import gram, one_axis
 from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.sharding import replicated, varying_like

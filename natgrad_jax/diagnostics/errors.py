@@ -18,9 +18,8 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.loss import LossFn
 from natgrad_jax.statistics.grad import value_and_grad
 from natgrad_jax.tagging import find_layers
-from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
 from natgrad_jax.transforms.common.second_moments import total_moments
-from natgrad_jax.transforms.ekfac import scale_by_ekfac
+from natgrad_jax.transforms.ekfac import EKFACState, scale_by_ekfac
 from natgrad_jax.utils.tree_paths import Path
 
 # Suffixes of names, and the approximations of the factors that they stand for.

@@ -8,8 +8,8 @@ from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.state.walk import plain, states
 from natgrad_jax.statistics.spec import decode
 from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
-from natgrad_jax.transforms.common.eigenbasis_diagonal import EKFACState
 from natgrad_jax.transforms.common.kronecker import KFACState
+from natgrad_jax.transforms.ekfac import EKFACState
 from natgrad_jax.utils.tree_paths import Path, join
 
 

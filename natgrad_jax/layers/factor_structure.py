@@ -2,8 +2,8 @@
 
 A factor is a matrix over the rows (inputs) or the columns (outputs) of ``K̄``. It is stored as one
 matrix over all coordinates, one for each group of them, one that all kernel offsets share, or a
-diagonal. This file is the interface; ``structures.py`` has the simple ones and chooses,
-``grouped_structures.py`` the others.
+diagonal. This file is the interface; ``simple_structures.py`` has the simple ones and
+chooses, ``grouped_structures.py`` has the others.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.calls import LayerCall
+from natgrad_jax.layers.layer_call import LayerCall
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.gram import gram
 from natgrad_jax.linalg.operators import as_operator

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from natgrad_jax.layers.calls import LayerCall
+from natgrad_jax.layers.layer_call import LayerCall
 
 
 class Layout(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.calls import LayerCall, PatchCall
 from natgrad_jax.layers.factor_structure import FactorStructure
+from natgrad_jax.layers.layer_call import LayerCall, PatchCall
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.gram import gram, one_axis
 from natgrad_jax.linalg.operators import as_operator

@@ -20,7 +20,7 @@ from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.geometry import Layout
 from natgrad_jax.layers.limits import MAX_FULL_NORM
-from natgrad_jax.layers.structures import Dense, Diagonal, input_structure, output_structure
+from natgrad_jax.layers.simple_structures import Dense, Diagonal, input_structure, output_structure
 from natgrad_jax.layers.traits import Traits, traits_of
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.tree_paths import Path

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, Real, Shaped
 
-from natgrad_jax.losses.distribution import Distribution
+from natgrad_jax.losses.distribution_base import Distribution
 from natgrad_jax.losses.likelihood import Likelihood
 from natgrad_jax.losses.loss import value_range
 from natgrad_jax.utils.hyperparams import is_concrete

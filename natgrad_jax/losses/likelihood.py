@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
-from natgrad_jax.losses.distribution import Distribution
+from natgrad_jax.losses.distribution_base import Distribution
 from natgrad_jax.losses.loss import Loss, Term, value_range
 from natgrad_jax.utils.hyperparams import is_concrete
 

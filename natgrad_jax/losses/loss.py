@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Num, Shaped
 
-from natgrad_jax.losses.distribution import Distribution
+from natgrad_jax.losses.distribution_base import Distribution
 from natgrad_jax.utils.hyperparams import is_concrete
 from natgrad_jax.utils.sharding import devices_along, psum, vary
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from natgrad_jax.curvature.term_shares import batch_factors
+from natgrad_jax.curvature.loss_terms import batch_factors
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.gradients import map_layers

@@ -13,7 +13,7 @@ from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses import output_cotangents
 from natgrad_jax.losses.loss import Loss, LossFn, as_loss, whole_count
 from natgrad_jax.state.walk import statistics_due
-from natgrad_jax.statistics import measured as measurement, plan as planning
+from natgrad_jax.statistics import from_cotangents as measurement, plan as planning
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_axes, check_params, check_terms
 from natgrad_jax.statistics.fisher_pass import (
@@ -21,7 +21,7 @@ from natgrad_jax.statistics.fisher_pass import (
     measure_in_training_pass,
     shares_training_pass,
 )
-from natgrad_jax.statistics.measured import Measured
+from natgrad_jax.statistics.from_cotangents import Measured
 from natgrad_jax.tagging import frontend_of
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
 

@@ -15,7 +15,7 @@ from natgrad_jax.transforms.adaptive_damping import (
     levenberg_marquardt,
 )
 from natgrad_jax.transforms.common.options import renamed_keywords
-from natgrad_jax.transforms.common.schedule import Refresh
+from natgrad_jax.transforms.common.refresh_schedule import Refresh
 from natgrad_jax.transforms.kfac import scale_by_kfac
 from natgrad_jax.transforms.quadratic_model import scale_by_quadratic_model
 from natgrad_jax.utils.hyperparams import Scalar

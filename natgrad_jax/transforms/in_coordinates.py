@@ -22,7 +22,7 @@ from natgrad_jax.statistics.spec import StatisticsSpec
 from natgrad_jax.transforms.common import coordinate_state, estimators
 from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
 from natgrad_jax.transforms.common.options import approximation_of, renamed_keywords
-from natgrad_jax.transforms.common.schedule import Refresh, every, refresh_schedule
+from natgrad_jax.transforms.common.refresh_schedule import Refresh, every, refresh_schedule
 from natgrad_jax.transforms.common.transport import ON_REFRESH
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import only_finite

@@ -16,7 +16,7 @@ from natgrad_jax.transforms.common.options import (
     renamed_keywords,
 )
 from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
-from natgrad_jax.transforms.common.schedule import USUAL, Refresh, refresh_schedule
+from natgrad_jax.transforms.common.refresh_schedule import USUAL, Refresh, refresh_schedule
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
 
 

@@ -20,7 +20,7 @@ from natgrad_jax.transforms.common.options import (
     renamed_keywords,
 )
 from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
-from natgrad_jax.transforms.common.schedule import Refresh, every, refresh_schedule
+from natgrad_jax.transforms.common.refresh_schedule import Refresh, every, refresh_schedule
 from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative
 
 

@@ -6,7 +6,7 @@ from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.transforms.common.chain import descent, trace
 from natgrad_jax.transforms.common.options import renamed_keywords
-from natgrad_jax.transforms.common.schedule import Refresh
+from natgrad_jax.transforms.common.refresh_schedule import Refresh
 from natgrad_jax.transforms.in_coordinates import in_coordinates
 from natgrad_jax.utils.hyperparams import Scalar
 

@@ -87,9 +87,9 @@ OTHERS = ("are those of", "Raises: as", "As for")
 def test_every_argument_is_told() -> None:
     missing = {}
     for name, x in FUNCTIONS.items():
-        doc, parameters = doc_of(x), inspect.signature(x).parameters
+        doc, parameters = doc_of(x), inspect.signature(inspect.unwrap(x)).parameters
         if not any(f"{start} :func:" in " ".join(doc.split()) for start in OTHERS):
-            missing[name] = [p for p in parameters if p not in doc and p != "deprecated"]
+            missing[name] = [p for p in parameters if p not in doc]
             missing[name] += ["Args:"] * (bool(parameters) and "Args:" not in doc)
     assert {name: left for name, left in missing.items() if left} == {}
 

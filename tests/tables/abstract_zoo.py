@@ -21,7 +21,7 @@ from natgrad_jax.curvature.layer_sums import MAX_CHUNK_BYTES
 from natgrad_jax.layers.limits import MAX_FREE, MAX_FULL, MAX_FULL_NORM
 from natgrad_jax.linalg.cholesky import LEAF, WHOLE
 from natgrad_jax.statistics.spec import ENOUGH
-from natgrad_jax.transforms.common.schedule import PERIOD
+from natgrad_jax.transforms.common.refresh_schedule import PERIOD
 
 Array = jax.Array
 KEY = jax.random.key(0)

@@ -84,7 +84,7 @@ def test_old_keywords_mean_what_the_warning_says(name: str) -> None:
 
 def test_old_keywords_under_inject_hyperparams() -> None:
     with pytest.warns(DeprecationWarning, match="LowRank"):
-        tx = optax.inject_hyperparams(ng.kfac)(0.1, setting().layers, rank=2)
+        tx = optax.inject_hyperparams(ng.kfac, static_args=("rank",))(0.1, setting().layers, rank=2)
         state = tx.init(setting().params)
     assert "rank" not in state.hyperparams and "damping" in state.hyperparams
 

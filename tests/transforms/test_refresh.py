@@ -19,7 +19,7 @@ from natgrad_jax.linalg.batched_solve import Problem, in_stacks
 from natgrad_jax.linalg.cholesky import damped_inverse
 from natgrad_jax.linalg.distributed import balanced, devices
 from natgrad_jax.linalg.eigh import eigenbasis
-from natgrad_jax.transforms.common.schedule import USUAL, refresh_schedule
+from natgrad_jax.transforms.common.refresh_schedule import USUAL, refresh_schedule
 
 PERIOD = 4
 

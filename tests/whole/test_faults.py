@@ -12,7 +12,7 @@ from transformations import BASE, Batch, Poison, batch, compiled, finite
 import natgrad_jax as ng
 from natgrad_jax.state.clock import Clock
 from natgrad_jax.state.walk import states
-from natgrad_jax.transforms.common.schedule import PERIOD
+from natgrad_jax.transforms.common.refresh_schedule import PERIOD
 
 pytestmark = pytest.mark.once
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.calls import LayerCall, Wrapped
+from natgrad_jax.layers.layer_call import LayerCall, Wrapped
 
 
 class Regrouped(Wrapped):

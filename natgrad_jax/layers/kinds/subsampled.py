@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from natgrad_jax.layers.calls import LayerCall, Wrapped
+from natgrad_jax.layers.layer_call import LayerCall, Wrapped
 
 
 class Thinned(Wrapped):

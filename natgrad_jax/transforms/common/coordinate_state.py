@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.curvature import factor_averages, term_shares
+from natgrad_jax.curvature import factor_averages, loss_terms
 from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
@@ -20,7 +20,7 @@ from natgrad_jax.state.clock import Clock, due, start, tick
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.spec import EncodedSpec, StatisticsSpec, encode
 from natgrad_jax.transforms.common import estimators
-from natgrad_jax.transforms.common.schedule import RefreshSchedule
+from natgrad_jax.transforms.common.refresh_schedule import RefreshSchedule
 from natgrad_jax.transforms.common.transport import transport
 from natgrad_jax.utils.hyperparams import Scalar, at
 from natgrad_jax.utils.tree_paths import Path
@@ -72,7 +72,7 @@ def initial_state(
     zero = jnp.zeros((), float)
     return InCoordinatesState(
         clock=start(len(layers.terms)),
-        factors={path: term_shares.initial(x, request.inputs_only) for path, x in layers.items()},
+        factors={path: loss_terms.initial(x, request.inputs_only) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         bases={path: charts.start(x, choice, rank) for path, x in layers.items()},
         gathered=zero,
@@ -155,7 +155,7 @@ def rescaled(
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
             sums = estimators.sums_for(layer, statistics)
-            factors, _, good = term_shares.batch_factors(layer, sums, statistics.examples)
+            factors, _, good = loss_terms.batch_factors(layer, sums, statistics.examples)
             new = charts.rescaled(layer, state.bases[path], factors, epsilon)
             bases[path], bad = keep_finite(layer, new, state.bases[path], good.astype(float))
             rejected += bad

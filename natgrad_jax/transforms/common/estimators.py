@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.curvature import factor_averages, term_shares
+from natgrad_jax.curvature import factor_averages, loss_terms
 from natgrad_jax.curvature.factor_averages import Batch, Factors
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers
@@ -44,7 +44,7 @@ Estimator = Callable[[Layer, Statistics], Batch]
 def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
     """The estimates before the first measurement."""
     return Estimates(
-        factors={path: term_shares.initial(x, dtype=factor_dtype) for path, x in layers.items()},
+        factors={path: loss_terms.initial(x, dtype=factor_dtype) for path, x in layers.items()},
         weights={path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()},
         diagonal={
             p.path: jnp.zeros(_terms(p) + p.shape, at_least_float32(p.dtype))
@@ -81,13 +81,13 @@ def _terms(parameter: Parameter) -> tuple[int, ...]:
 
 def fisher_factors(layer: Layer, statistics: Statistics) -> Batch:
     """The Fisher's Kronecker factors on one batch: ``E[ā āᵀ]`` and ``E[g gᵀ]``."""
-    return term_shares.batch_factors(layer, sums_for(layer, statistics), statistics.examples)
+    return loss_terms.batch_factors(layer, sums_for(layer, statistics), statistics.examples)
 
 
 def input_factors(layer: Layer, statistics: Statistics) -> Batch:
     """The factor of the inputs alone, even if other transformations measured more."""
     sums = sums_for(layer, statistics)._replace(G=None)
-    return term_shares.batch_factors(layer, sums, statistics.examples)
+    return loss_terms.batch_factors(layer, sums, statistics.examples)
 
 
 def update(
@@ -130,7 +130,7 @@ def update_factors(
     factors, weights, rejected = {}, {}, state.rejected
     for path, layer in layers.items():
         batch = estimator(layer, statistics)
-        factors[path], weights[path] = term_shares.moved(
+        factors[path], weights[path] = loss_terms.moved(
             layer, state.factors[path], batch, state.weights[path], rate
         )
         rejected += jnp.sum(batch.seen & ~batch.good, dtype=jnp.int32)
@@ -157,7 +157,7 @@ def _diagonals(
     new, later, rejected = {}, {}, jnp.zeros((), jnp.int32)
     for parameter in layers.diagonals:
         path = parameter.path
-        count = term_shares.counts(statistics.examples, parameter.terms)
+        count = loss_terms.counts(statistics.examples, parameter.terms)
         weight = state.diagonal_weights[path]
         measured = count > 0
         value = factor_averages.divide(statistics.leftover[path], jnp.where(measured, count, 1))
@@ -195,5 +195,5 @@ def first_seen(before: Any, after: Any) -> jax.Array:
 
 
 def _weights(state: Any) -> list[jax.Array]:
-    own = [f.weights for f in state.factors.values() if isinstance(f, term_shares.FactorsOfTerms)]
+    own = [f.weights for f in state.factors.values() if isinstance(f, loss_terms.FactorsOfTerms)]
     return [*state.weights.values(), *own]

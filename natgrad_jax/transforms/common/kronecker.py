@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.curvature import factor_averages, term_shares
+from natgrad_jax.curvature import factor_averages, loss_terms
 from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.curvature.inverse_methods import InverseMethod
 from natgrad_jax.curvature.inverses import (
@@ -29,7 +29,7 @@ from natgrad_jax.transforms.common.preconditioner import (
     PreconditionerConfig,
     preconditioner,
 )
-from natgrad_jax.transforms.common.schedule import refresh_due
+from natgrad_jax.transforms.common.refresh_schedule import refresh_due
 from natgrad_jax.utils.tree_paths import Path
 
 
@@ -84,7 +84,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, rank: int) -> KFACState:
                 bases[path] = old
                 continue
             sums = estimators.sums_for(layer, statistics)
-            batch = term_shares.batch_factors(layer, sums, statistics.examples)
+            batch = loss_terms.batch_factors(layer, sums, statistics.examples)
             factors, good, before = batch.factors, batch.good, now.weights[path]
             if good.ndim > before.ndim:  # one share per term, each with its own rate
                 own = None if layer.mixed else factors.A

@@ -15,9 +15,19 @@ from typing import Any, TypeVar
 from natgrad_jax.curvature.eigenbases import Eigenbasis
 from natgrad_jax.curvature.inverse_methods import METHODS, Inverse, LowRank
 from natgrad_jax.layers.approximation import CONVOLUTIONS, Approximation
-from natgrad_jax.transforms.common.schedule import Refresh
+from natgrad_jax.transforms.common.refresh_schedule import Refresh
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Deprecated:
+    """The default of a keyword that a record holds now."""
+
+    def __repr__(self) -> str:
+        return "deprecated"
+
+
+DEPRECATED = _Deprecated()
 
 BASES: dict[str, LowRank | Eigenbasis] = {
     "low_rank": LowRank(),
@@ -82,43 +92,48 @@ def approximation_of(approximation: Approximation | str) -> Approximation:
 def renamed_keywords(make: F) -> F:
     """``make``, which for one release also takes the keywords that are now fields of records.
 
-    Its signature has them as ``**deprecated``, since ``optax.inject_hyperparams`` binds it.
+    They are in its signature, since ``optax.inject_hyperparams`` binds that.
     """
     signature = inspect.signature(make)
-    moved = {k: v for k, v in _MOVED.items() if k not in signature.parameters}
+    known = signature.parameters
+    moved = {
+        keyword: next(option for option in options if option in known)
+        for keyword, (options, _) in _MOVED.items()
+        if keyword not in known and any(option in known for option in options)
+    }
 
     @functools.wraps(make)
     def wrapper(*args: Any, **given: Any) -> Any:
-        given |= given.pop("deprecated", {})  # as inject_hyperparams passes them
         old = {k: given.pop(k) for k in moved if k in given}
+        old = {k: value for k, value in old.items() if value is not DEPRECATED}
         if old:
-            given |= _records(make.__name__, signature, old, given)
+            fields: dict[str, dict[str, Any]] = {moved[k]: {} for k in old}
+            for k, value in old.items():
+                if value is not None:
+                    fields[moved[k]][_MOVED[k][1]] = value
+            defaults = {option: known[option].default for option in fields}
+            given |= _records(make.__name__, old, fields, defaults | given)
         return make(*args, **given)
 
-    rest = inspect.Parameter("deprecated", inspect.Parameter.VAR_KEYWORD)
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    also = [inspect.Parameter(k, keyword_only, default=DEPRECATED) for k in moved]
     wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), rest]
+        parameters=[*known.values(), *also]
     )
     return wrapper  # type: ignore[return-value]
 
 
 def _records(
-    name: str, signature: inspect.Signature, old: Mapping[str, Any], given: Mapping[str, Any]
+    name: str,
+    old: Mapping[str, Any],
+    fields: Mapping[str, Mapping[str, Any]],
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The records equivalent to the old keywords; warns, showing how to write them."""
-    fields: dict[str, dict[str, Any]] = {}
-    for keyword, value in old.items():
-        options, field = _MOVED[keyword]
-        option = next((x for x in options if x in signature.parameters), None)
-        if option is None:
-            raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
-        fields.setdefault(option, {})
-        if value is not None:
-            fields[option][field] = value
-    records = {
-        option: _with_fields(option, given.get(option, signature.parameters[option].default), own)
-        for option, own in fields.items()
-    }
+    """The records equivalent to the old keywords; warns, showing how to write them.
+
+    ``fields``: by option, those that the old keywords set; ``given``: the options' values.
+    """
+    records = {option: _with_fields(option, given[option], own) for option, own in fields.items()}
     was = ", ".join(f"{k}={v!r}" for k, v in old.items())
     now = ", ".join(f"{k}={_as_written(v)}" for k, v in records.items())
     warnings.warn(

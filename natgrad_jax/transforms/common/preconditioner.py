@@ -14,7 +14,7 @@ from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.spec import StatisticsSpec, encode
 from natgrad_jax.transforms.common import apply, estimators
-from natgrad_jax.transforms.common.schedule import RefreshSchedule
+from natgrad_jax.transforms.common.refresh_schedule import RefreshSchedule
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.utils.tree_paths import Path
 

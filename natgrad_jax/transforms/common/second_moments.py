@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.curvature import factor_averages, term_shares
+from natgrad_jax.curvature import factor_averages, loss_terms
 from natgrad_jax.curvature.eigenbases import Eigenbasis, eigenbases, second_moments, transport
 from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers import gradients
@@ -16,7 +16,7 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.transforms.common import estimators
-from natgrad_jax.transforms.common.schedule import RefreshSchedule, refresh_due
+from natgrad_jax.transforms.common.refresh_schedule import RefreshSchedule, refresh_due
 from natgrad_jax.utils.tree_paths import Path
 
 State = TypeVar("State", bound=Any)
@@ -67,7 +67,7 @@ def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Arr
     def measured() -> State:
         moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
         for path in found:
-            count = term_shares.counts(statistics.examples, layers[path].terms)
+            count = loss_terms.counts(statistics.examples, layers[path].terms)
             new = factor_averages.divide(found[path], jnp.where(count > 0, count, 1))
             seen = jnp.expand_dims(count > 0, tuple(range(count.ndim, weights[path].ndim)))
             moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)
@@ -96,7 +96,7 @@ def average_gradient(
         layer = layers[path]
         if layer.block != "kronecker":
             continue
-        count = term_shares.counts(examples, layer.terms).max()
+        count = loss_terms.counts(examples, layer.terms).max()
         new = count * second_moments(layer, state.bases[path], gradient)
         seen = jnp.any(gradient != 0, axis=tuple(range(len(layer.stack), gradient.ndim)))
         # at the first step S is K-FAC's, and the basis is made from this batch
@@ -117,7 +117,7 @@ def _renewed(
     """
     old, S = state.bases[path], state.moments[path]
     several = _several(state, path)
-    portions = term_shares.portions(layer, state.factors[path]) if several else jnp.ones(())
+    portions = loss_terms.portions(layer, state.factors[path]) if several else jnp.ones(())
     wide = lambda x: jnp.expand_dims(x, tuple(range(x.ndim, products.ndim))).astype(products.dtype)
     old_S = list(S) if several else [S]
     new_S = [wide(p) * products for p in portions] if several else [products]

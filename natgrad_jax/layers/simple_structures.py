@@ -6,9 +6,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.calls import LayerCall, OneHotCall
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.grouped_structures import Grouped, Shared
+from natgrad_jax.layers.layer_call import LayerCall, OneHotCall
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.operators import as_operator
 from natgrad_jax.linalg.pseudo_inverse import reciprocal
