@@ -1,1 +1,1 @@
-"""One file per kind of layer: how a call becomes rows; the interface is ``layers/calls.py``."""
+"""One file per kind of layer: how its calls become rows (``layers/layer_call.py``)."""
