@@ -29,6 +29,7 @@ class Sums(NamedTuple):
     ``(*stack, *blocks, outputs, outputs)``, or None if only inputs were measured; ``rows``: their
     number, ``(*stack,)``. A block that is no Kronecker product has ``A = Σ v vᵀ`` over examples, v
     their gradients, and no G. An embedding that is attended to has one more axis, of its uses.
+    The shapes are those of whole dense factors; other structures have their own.
     """
 
     A: jax.Array

@@ -25,7 +25,7 @@ def rank_for(
     Args:
       opt_state: a state with K-FAC's factors, such as that of :func:`natgrad_jax.kfac`.
       layers: the Layers of that transformation.
-      damping: λ; neglected: a positive fraction of each factor's damping.
+      damping: λ; neglected: a positive multiple of each factor's damping.
 
     Returns:
       k, at least 1. A factor whose size is at most ``2 k`` is inverted exactly.

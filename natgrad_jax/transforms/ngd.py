@@ -109,7 +109,7 @@ def linear_natural_gradient(
     """The natural gradient of a deep linear network, through pseudo-inverses of its weights.
 
     For ``ŷ = x W₁ ⋯ W_L`` with Gaussian outputs of variance 1 and the error ``ε = ŷ − y``, this
-    is exactly ``A⁺ ∇ G⁺`` with the exact expectations::
+    is exactly ``(1 / L) A⁺ ∇ G⁺`` with the exact expectations::
 
         (1 / L) (C_iᵀ Σ C_i)⁺ C_iᵀ ⟨x ε⟩ B_i⁺,   C_i = W₁ ⋯ W_{i−1},   B_i = W_{i+1} ⋯ W_L
 
