@@ -96,7 +96,7 @@ def report(
       eigenbases Q: ``‖B − diag B‖ / ‖B‖``, ``B = QᵀFQ``. ``drift_mean`` (whitening):
       ``‖E[h] − c‖ / √(tr Σ)``.
     - ``kfac_error`` (EKFAC): ``‖S − b_A b_Gᵀ‖ / ‖S‖``, ``b = diag B``: the error of K-FAC that
-      EKFAC corrects, relative to the Fisher. ``condition`` (EKFAC): of ``S + λ``.
+      EKFAC corrects, relative to S. ``condition`` (EKFAC): of ``S + λ``.
     - ``variance_A``, ``variance_G`` (coordinates): the largest variance of a whitened unit, at most
       1 in fresh coordinates; if it is larger, steps are longer by as much.
     - ``condition_A``, ``condition_G``: of the damped factors; for EKFAC and coordinates, of the
