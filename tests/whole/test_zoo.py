@@ -267,7 +267,7 @@ LOOKALIKES = [
         "linen subclass of its parent's name",
         lambda: zoo.classify(Dense(zoo.CLASSES), zoo.vector()),
         {("kernel",), ("bias",)},
-        "test_zoo.Dense is a subclass of Dense: only exact types are known",
+        f"{__name__}.Dense is a subclass of Dense: only exact types are known",
     ),
     (
         "linen parameter that is a pair",
