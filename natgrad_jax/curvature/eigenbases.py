@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature import partial_eigenbasis
-from natgrad_jax.curvature.factor_averages import bias_of, make_factors
+from natgrad_jax.curvature.factor_averages import FactorsLike, bias_of, make_factors
 from natgrad_jax.curvature.inverses import identities
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
@@ -44,7 +44,7 @@ class Eigenbasis:
             raise ValueError(f"method must be 'eigh' or 'qr'; got {self.method!r}.")
 
 
-def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
+def initial(layer: Layer, rank: int | None = None) -> tuple[FactorsLike, jax.Array]:
     """Initial bases, partial where ``rank`` makes them cheaper, and zero moments.
 
     A block with one matrix always has a whole basis, and its eigenvalues as moments.
@@ -66,8 +66,8 @@ def initial(layer: Layer, rank: int | None = None) -> tuple[Any, jax.Array]:
 
 
 def eigenbases(
-    layer: Layer, factors: Any, old: Any, first: jax.Array, how: Eigenbasis
-) -> Solving[tuple[Any, jax.Array]]:
+    layer: Layer, factors: FactorsLike, old: FactorsLike, first: jax.Array, how: Eigenbasis
+) -> Solving[tuple[FactorsLike, jax.Array]]:
     """The bases of A and G, and the products of their eigenvalues at all coordinates.
 
     ``old`` are the last bases; the new ones are partial where these are. Elements of the stack
@@ -75,7 +75,7 @@ def eigenbases(
     :func:`~natgrad_jax.linalg.batched_solve.solve`.
     """
     sides = [layer.input_side] + ([layer.output_side] if layer.output_side is not None else [])
-    given = list(zip(sides, factors, old, strict=False))
+    given = list(zip(sides, (factors.A, factors.G), (old.A, old.G), strict=False))
     known = [side.direct_eigenbasis(factor) for side, factor, _ in given]
     pairs = zip(given, known, strict=True)
     solutions = iter((yield [_problem(*x, first, how) for x, direct in pairs if direct is None]))
@@ -138,7 +138,7 @@ def _along(factor: jax.Array, basis: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sum(basis * product, axis=-2), 0)
 
 
-def transport(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array:
+def transport(layer: Layer, moments: jax.Array, old: FactorsLike, new: FactorsLike) -> jax.Array:
     """Moments S of the old bases in the new ones: ``diag(Q'ᵀ (Q diag(S) Qᵀ) Q')``.
 
     With ``P = Q'ᵀ Q`` for inputs and outputs, ``S' = P_A² S (P_G²)ᵀ``, squares elementwise. Signs
@@ -151,7 +151,7 @@ def transport(layer: Layer, moments: jax.Array, old: Any, new: Any) -> jax.Array
     return partial_eigenbasis.transport(layer.output_side, S.mT, old.G, new.G).mT
 
 
-def second_moments(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
+def second_moments(layer: Layer, bases: FactorsLike, x: jax.Array) -> jax.Array:
     """One packed gradient's contribution to S: ``(Q_Aᵀ X Q_G)²``, elementwise, at the coordinates
     of the bases."""
     side = layer.output_side
@@ -164,7 +164,7 @@ def second_moments(layer: Layer, bases: Any, x: jax.Array) -> jax.Array:
     return partial_eigenbasis.coordinate_moments(layer.input_side, bases.A, found, on_rows=True)
 
 
-def scaled(layer: Layer, bases: Any, gains: jax.Array, x: jax.Array) -> jax.Array:
+def scaled(layer: Layer, bases: FactorsLike, gains: jax.Array, x: jax.Array) -> jax.Array:
     """``Q_A [gains ∘ (Q_Aᵀ X Q_G)] Q_Gᵀ`` of a packed matrix."""
     side = layer.output_side
     if side is None:
@@ -173,7 +173,7 @@ def scaled(layer: Layer, bases: Any, gains: jax.Array, x: jax.Array) -> jax.Arra
     return partial_eigenbasis.scaled(layer.input_side, bases.A, gains, x, inner)
 
 
-def everywhere(layer: Layer, bases: Any, moments: jax.Array) -> jax.Array:
+def everywhere(layer: Layer, bases: FactorsLike, moments: jax.Array) -> jax.Array:
     """Moments at every packed coordinate: a mean moment is repeated for each that it stands for."""
     side = layer.output_side
     if side is not None:

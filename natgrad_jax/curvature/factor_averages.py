@@ -1,6 +1,7 @@
 """Factors: bias-corrected moving averages of what batches measured."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
+
+T = TypeVar("T")
 
 
 class Factors(NamedTuple):
@@ -32,17 +35,30 @@ class FactorsAndBias(NamedTuple):
     bias: jax.Array
 
 
-def make_factors(A: Any, G: Any = None, bias: Any = None) -> Any:
+class FactorsLike(Protocol):
+    """Factors, or what is held for them: inverses or bases, each in its structure's form."""
+
+    @property
+    def A(self) -> Any: ...  # noqa: N802 the field's letters
+
+    @property
+    def G(self) -> Any: ...  # noqa: N802
+
+    @property
+    def _replace(self) -> Callable[..., Any]: ...
+
+
+def make_factors(A: Any, G: Any = None, bias: Any = None) -> FactorsLike:
     """Factors, or inverses or bases of them; G and a separate bias only where they exist."""
     return Factors(A, G) if bias is None else FactorsAndBias(A, G, bias)
 
 
-def bias_of(factors: Any) -> jax.Array | None:
+def bias_of(factors: object) -> jax.Array | None:
     """The entry of A at a bias that is stored separately, or None."""
     return getattr(factors, "bias", None)
 
 
-def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> Any:
+def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> FactorsLike:
     """Factors before the first measurement; ``dtype``: for storage, the layer's by default."""
     stack, outputs = layer.stack_sizes, None if inputs_only else layer.output_factor_shape
     zeros = lambda shape: jnp.zeros(stack + shape, dtype or layer.factor_dtype)
@@ -64,7 +80,7 @@ def stored_as(dtype: Any) -> Any:
     return dtype
 
 
-def in_full(layer: Layer, factors: Any) -> Any:
+def in_full(layer: Layer, factors: T) -> T:
     """Stored factors in the precision that they are inverted in."""
     return jax.tree.map(lambda x: x.astype(layer.factor_dtype), factors)
 
@@ -156,7 +172,7 @@ def _wide(x: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(x, tuple(range(x.ndim, like.ndim)))
 
 
-def _finite(layer: Layer, factors: Any) -> jax.Array:
+def _finite(layer: Layer, factors: FactorsLike) -> jax.Array:
     """Whether each element of the stack is finite: ``(*stack,)``.
 
     A trace is a sum of squares, so that any NaN or inf that went into a factor shows in it.

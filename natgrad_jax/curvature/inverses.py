@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature import damping_split
-from natgrad_jax.curvature.factor_averages import bias_of, make_factors, zero_factors
+from natgrad_jax.curvature.factor_averages import FactorsLike, bias_of, make_factors, zero_factors
 from natgrad_jax.curvature.inverse_methods import Cholesky, InverseMethod
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
@@ -20,7 +20,7 @@ from natgrad_jax.linalg.woodbury import root, woodbury
 CHOLESKY = Cholesky()
 
 
-def identities(layer: Layer, how: InverseMethod = CHOLESKY) -> Any:
+def identities(layer: Layer, how: InverseMethod = CHOLESKY) -> FactorsLike:
     """The identity operator."""
     zeros = zero_factors(layer)
 
@@ -39,12 +39,12 @@ def identities(layer: Layer, how: InverseMethod = CHOLESKY) -> Any:
 
 def inverses(
     layer: Layer,
-    factors: Any,
+    factors: FactorsLike,
     damping: jax.Array,
-    old: Any = None,
+    old: FactorsLike | None = None,
     how: InverseMethod = CHOLESKY,
     split: str = damping_split.DEFAULT,
-) -> Solving[tuple[Any, jax.Array]]:
+) -> Solving[tuple[FactorsLike, jax.Array]]:
     """``(A + π√λ I)⁻¹`` and ``(G + (√λ/π) I)⁻¹``; for a block with one matrix ``(F + λ I)⁻¹``,
     never of low rank.
 
@@ -102,7 +102,9 @@ def _counted(solutions: list[Any]) -> tuple[list[Any], jax.Array]:
     return found, failures
 
 
-def updated(layer: Layer, old: Any, batch: Any, rate: jax.Array, rank: int) -> Any:
+def updated(
+    layer: Layer, old: FactorsLike, batch: FactorsLike, rate: jax.Array, rank: int
+) -> FactorsLike:
     """Inverses after one more batch: ``((1 − r) M + r F)⁻¹`` from each ``M⁻¹``, by Woodbury.
 
     F, the batch's factor, enters through a root of rank ``rank``. Factors without such updates wait
@@ -123,7 +125,7 @@ def updated(layer: Layer, old: Any, batch: Any, rate: jax.Array, rank: int) -> A
     )
 
 
-def operate(layer: Layer, operator: Any, x: jax.Array) -> jax.Array:
+def operate(layer: Layer, operator: FactorsLike, x: jax.Array) -> jax.Array:
     """``A X G`` of a packed matrix; ``A X`` for a block with one matrix (both are symmetric)."""
     if can_join(operator.A, x, operator.G):
         return between(operator.A, x, operator.G)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.curvature.factor_averages import (
     Batch,
+    FactorsLike,
     bias_of,
     of_one_term,
     partial_traces,
@@ -43,7 +44,7 @@ class FactorsOfTerms(NamedTuple):
     weights: jax.Array
 
 
-def initial(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> Any:
+def initial(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> FactorsLike:
     """A state's factors before the first measurement, with shares if there are several terms."""
     zeros, terms = zero_factors(layer, inputs_only, dtype), len(layer.terms)
     if terms == 1 or inputs_only:

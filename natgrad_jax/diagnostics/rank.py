@@ -55,7 +55,7 @@ def rank_for(
         factors, sides = in_full(layer, found[path]), (layer.input_side, layer.output_side)
         means = [
             side.trace(factor, bias_of(factors) if side is layer.input_side else None) / side.size
-            for side, factor in zip(sides, factors[:2], strict=True)
+            for side, factor in zip(sides, (factors.A, factors.G), strict=True)
         ]
         if not bool(jnp.all(means[0] > 0)):
             raise ValueError("rank_for needs measured factors: take a few steps first.")
@@ -63,7 +63,7 @@ def rank_for(
         on = split(means[0], means[1], jnp.asarray(damping))
         ranks += [
             _above(side, factor, neglected * d)
-            for side, factor, d in zip(sides, factors[:2], on, strict=True)
+            for side, factor, d in zip(sides, (factors.A, factors.G), on, strict=True)
         ]
     return max(ranks)
 

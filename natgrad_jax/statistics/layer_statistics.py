@@ -17,6 +17,7 @@ from natgrad_jax.curvature.layer_sums import (
 from natgrad_jax.layers.kinds.regrouped import regrouped
 from natgrad_jax.layers.kinds.subsampled import Thinned
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.layers.layer_call import LayerCall
 from natgrad_jax.statistics.spec import usual_stride
 
 
@@ -54,7 +55,7 @@ class LayerReader(NamedTuple):
         """Whether the rows of one example are added up over calls before products are taken."""
         return sharing == "reduce" and self.layer.calls != 1
 
-    def read(self, call: Any, x: Any, g: jax.Array, bases: Any) -> LayerStatistics:
+    def read(self, call: LayerCall, x: Any, g: jax.Array, bases: Any) -> LayerStatistics:
         """What one call with input ``x`` and output cotangent ``g`` adds.
 
         With a stride: what the measured examples add, scaled up to all examples.
@@ -130,7 +131,7 @@ class ExamplesCount:
     def __init__(self, layer: Layer):
         self.layer, self.examples = layer, set[int]()
 
-    def note(self, call: Any, s: jax.Array) -> None:
+    def note(self, call: LayerCall, s: jax.Array) -> None:
         call = regrouped(call, self.layer.example_axis, s)
         self.examples.add(jax.eval_shape(call.outputs, s).shape[0])
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.layers.layer_call import LayerCall
 
 # The name under which a layer's slot lies beside its kernel.
 SLOT = "natgrad_slot"
@@ -23,7 +24,7 @@ class Reader(Protocol):
     @property
     def layer(self) -> Layer: ...
 
-    def read(self, call: Any, x: jax.Array, g: jax.Array, bases: Any) -> Any:
+    def read(self, call: LayerCall, x: jax.Array, g: jax.Array, bases: Any) -> Any:
         """What one call with input ``x`` and output cotangent ``g`` adds: a pytree like a slot's
         ``values``."""
 
@@ -51,7 +52,7 @@ class Slot:
         return cls(*children, reader)
 
 
-def tap(slot: Slot, call: Any, x: jax.Array, s: jax.Array) -> jax.Array:
+def tap(slot: Slot, call: LayerCall, x: jax.Array, s: jax.Array) -> jax.Array:
     """``s``, with what is read off this call of the layer as the cotangent of ``slot``.
 
     ``x`` is the layer's input; the residual is cast to the dtype that the layer computes in, so

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import DTypeLike
 
 from natgrad_jax.curvature.eigenbases import Eigenbasis, initial, scaled
-from natgrad_jax.curvature.factor_averages import Factors, stored_as
+from natgrad_jax.curvature.factor_averages import FactorsLike, stored_as
 from natgrad_jax.curvature.inverse_methods import LowRank
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
@@ -57,9 +57,9 @@ class EKFACState(NamedTuple):
 
     clock: Clock
     damping: jax.Array
-    factors: dict[Path, Factors]
+    factors: dict[Path, FactorsLike]
     weights: dict[Path, jax.Array]
-    bases: dict[Path, Factors]
+    bases: dict[Path, FactorsLike]
     moments: dict[Path, jax.Array]
     moment_weights: dict[Path, jax.Array]
     diagonal: dict[Path, jax.Array]

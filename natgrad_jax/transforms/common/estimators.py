@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.curvature import factor_averages, loss_terms
-from natgrad_jax.curvature.factor_averages import Batch, Factors
+from natgrad_jax.curvature.factor_averages import Batch, FactorsLike
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer, Parameter
@@ -27,7 +27,7 @@ class Estimates(NamedTuple):
     non-finite measurements, bases, inverses and updates that were dropped, int32 ``()``.
     """
 
-    factors: dict[Path, Factors]
+    factors: dict[Path, FactorsLike]
     weights: dict[Path, jax.Array]
     diagonal: dict[Path, jax.Array]
     diagonal_weights: dict[Path, jax.Array]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.curvature import factor_averages, loss_terms
-from natgrad_jax.curvature.factor_averages import Factors
+from natgrad_jax.curvature.factor_averages import FactorsLike
 from natgrad_jax.curvature.inverse_methods import InverseMethod
 from natgrad_jax.curvature.inverses import (
     identities,
@@ -43,9 +43,9 @@ class KFACState(NamedTuple):
 
     clock: Clock
     damping: jax.Array
-    factors: dict[Path, Factors]
+    factors: dict[Path, FactorsLike]
     weights: dict[Path, jax.Array]
-    bases: dict[Path, Factors]
+    bases: dict[Path, FactorsLike]
     diagonal: dict[Path, jax.Array]
     diagonal_weights: dict[Path, jax.Array]
     rejected: jax.Array
@@ -76,7 +76,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, rank: int) -> KFACState:
     """
     statistics = now.statistics
 
-    def absorbed() -> dict[Path, Factors]:
+    def absorbed() -> dict[Path, FactorsLike]:
         bases = {}
         for path, layer in layers.items():
             old = state.bases[path]
@@ -107,7 +107,7 @@ def _refresh(
 ) -> KFACState:
     """The state with inverses of the current factors, where due; failures keep the old ones."""
 
-    def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, Factors], jax.Array]:
+    def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, FactorsLike], jax.Array]:
         bases, rejected = {}, jnp.zeros((), jnp.int32)
         of = lambda path, layer: inverses(
             layer,
