@@ -53,6 +53,7 @@ def rank_for(
         if layer.output_side is None:
             continue
         factors, sides = in_full(layer, found[path]), (layer.input_side, layer.output_side)
+        assert factors.G is not None  # there is an output side
         means = [
             side.trace(factor, bias_of(factors) if side is layer.input_side else None) / side.size
             for side, factor in zip(sides, (factors.A, factors.G), strict=True)
