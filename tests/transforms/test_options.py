@@ -40,6 +40,12 @@ OLD: dict[str, tuple[Make, dict[str, Any], dict[str, Any], str]] = {
         "refresh=ng.staggered()",
     ),
     "at once": (ng.ekfac, {"spread": False}, {"refresh": ng.every()}, "refresh=ng.every()"),
+    "beside a shorthand": (
+        ng.kfac,
+        {"refresh": "staggered", "refresh_over": None, "rank": 2},
+        {"refresh": ng.staggered(), "inverse": ng.LowRank(2)},
+        "refresh=ng.staggered()",
+    ),
     "approximation": (
         ng.scale_by_kfac,
         {"group_size": 3, "weight_sharing": "reduce"},

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from natgrad_jax.curvature.eigenbases import Eigenbasis
 from natgrad_jax.curvature.inverse_methods import METHODS, Inverse, LowRank
 from natgrad_jax.layers.approximation import CONVOLUTIONS, Approximation
-from natgrad_jax.transforms.common.refresh_schedule import Refresh
+from natgrad_jax.transforms.common.refresh_schedule import Refresh, refresh_record
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -154,7 +154,7 @@ def _with_fields(option: str, value: Any, fields: Mapping[str, Any]) -> Any:
             return kind(**fields)
         value = inverse_method(value)
     parse = {"inverse": inverse_method, "basis": eigenbasis_method,
-             "approximation": approximation_of, "refresh": lambda x: x or Refresh()}  # fmt: skip
+             "approximation": approximation_of, "refresh": refresh_record}  # fmt: skip
     record = parse[option](value)
     known = {x.name for x in dataclasses.fields(record)}
     if not set(fields) <= known:

@@ -101,10 +101,8 @@ class RefreshSchedule(NamedTuple):
     over: Devices | None = None
 
 
-def refresh_schedule(
-    refresh: Refresh | str | None, refresh_period: Scalar | None, default: Refresh
-) -> RefreshSchedule:
-    """The schedule given by the keywords ``refresh`` and ``refresh_period``; raises ValueError."""
+def refresh_record(refresh: Refresh | str | None) -> Refresh:
+    """The record for ``refresh=``; raises ValueError with the possible values."""
     shorthands = {None: Refresh(), "every": every(), "staggered": staggered()}
     if not isinstance(refresh, Refresh):
         if refresh not in shorthands:
@@ -112,7 +110,15 @@ def refresh_schedule(
                 f"refresh must be ng.every(20), ng.staggered(20), or 'every' or 'staggered' with "
                 f"the usual period; got {refresh!r}. A number goes into refresh_period."
             )
-        refresh = shorthands[refresh]
+        return shorthands[refresh]
+    return refresh
+
+
+def refresh_schedule(
+    refresh: Refresh | str | None, refresh_period: Scalar | None, default: Refresh
+) -> RefreshSchedule:
+    """The schedule given by the keywords ``refresh`` and ``refresh_period``; raises ValueError."""
+    refresh = refresh_record(refresh)
     if refresh.period is not None and refresh_period is not None:
         raise ValueError(
             f"refresh={refresh!r} and refresh_period={refresh_period!r} both give a period: leave "
