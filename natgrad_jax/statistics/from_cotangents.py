@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.curvature.eigenbases import second_moments
 from natgrad_jax.curvature.layer_sums import Sums
-from natgrad_jax.layers.layer import Layer, Parameter
+from natgrad_jax.layers.layer import Layer
 from natgrad_jax.statistics.layer_statistics import (
     LayerStatistics,
 )
@@ -54,7 +54,7 @@ def _squares(of: Plan, axes: Sequence[str], grads: Any) -> Squares:
     """
     given = tree_paths.leaves(grads)
     layers = of.blocks | of.moments
-    wide = {p.path: given[p.path].astype(_wide(p)) for p in of.diagonals}
+    wide = {p.path: given[p.path].astype(at_least_float32(p.dtype)) for p in of.diagonals}
     wide |= {
         p.path: given[p.path].astype(layer.factor_dtype)
         for layer in layers.values()
@@ -79,10 +79,6 @@ def _outer(layer: Layer, w: jax.Array) -> Sums:
     """``w wᵀ``, counted as one row."""
     A = jnp.matmul(w, w.mT, precision=HIGHEST)
     return Sums(A, None, jnp.ones(layer.stack_sizes, A.dtype))
-
-
-def _wide(parameter: Parameter) -> Any:
-    return at_least_float32(parameter.dtype)
 
 
 def separate(of: Plan, found: Measured) -> tuple[dict[Path, LayerStatistics], Measured]:

@@ -154,8 +154,7 @@ def rescaled(
     def measured() -> tuple[dict[Path, Coordinates], jax.Array]:
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
-            sums = estimators.sums_for(layer, statistics)
-            factors, _, good = loss_terms.batch_factors(layer, sums, statistics.examples)
+            factors, _, good = estimators.input_factors(layer, statistics)
             new = charts.rescaled(layer, state.bases[path], factors, epsilon)
             bases[path], bad = keep_finite(layer, new, state.bases[path], good.astype(float))
             rejected += bad

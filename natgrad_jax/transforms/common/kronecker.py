@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.curvature import factor_averages, loss_terms
+from natgrad_jax.curvature import factor_averages
 from natgrad_jax.curvature.factor_averages import FactorsLike
 from natgrad_jax.curvature.inverse_methods import InverseMethod
 from natgrad_jax.curvature.inverses import (
@@ -83,8 +83,7 @@ def _absorb(state: KFACState, layers: Layers, now: Now, rank: int) -> KFACState:
             if layer.output_side is None:
                 bases[path] = old
                 continue
-            sums = estimators.sums_for(layer, statistics)
-            batch = loss_terms.batch_factors(layer, sums, statistics.examples)
+            batch = estimators.fisher_factors(layer, statistics)
             factors, good, before = batch.factors, batch.good, now.weights[path]
             if good.ndim > before.ndim:  # one share per term, each with its own rate
                 own = None if layer.mixed else factors.A
