@@ -1,4 +1,4 @@
-"""Natural-gradient training for Flax models, as pure functions behind optax transformations."""
+"""Natural-gradient training for JAX models, as pure functions behind optax transformations."""
 
 import importlib
 import typing
@@ -34,6 +34,7 @@ from natgrad_jax.statistics.accumulation import accumulate
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.grad import value_and_grad
 from natgrad_jax.tagging import UncoveredWarning, find_layers
+from natgrad_jax.tracing.mark import as_layer
 from natgrad_jax.transforms.adaptive_damping import (
     AdaptiveDampingState,
     DampingRule,
@@ -83,6 +84,7 @@ __all__ = [
     "accumulate",
     "adaptive_damping",
     "adaptive_kfac",
+    "as_layer",
     "bases",
     "bernacchia",
     "check_state",

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     """Rows of single examples, summed over positions and calls; "reduce" multiplies them later.
 
     ``a``: ``(*stack, N, *blocks, inputs + bias)``; ``g``: ``(*stack, N, *blocks, outputs)``;
-    ``rows``: ``(*stack,)``.
+    ``rows``: how many of each example, ``(*stack, N)``.
     """
 
     a: jax.Array
@@ -64,33 +64,61 @@ def rows_shapes(layer: Layer, examples: int) -> Any:
     a, g = layer.input_side.size, layer.output_side.size
     lead = (*uses, examples, *layer.blocks)
     of: Any = Rows
-    return of((*lead, a), (*lead, g), uses)
+    return of((*lead, a), (*lead, g), (*uses, examples))
 
 
-def measure(layer: Layer, call: LayerCall, x: Any, g: jax.Array) -> Sums:
-    """The sums of one call of ``layer`` with input ``x`` and output cotangent ``g``."""
+def measure(
+    layer: Layer, call: LayerCall, x: Any, g: jax.Array, weight: jax.Array | None = None
+) -> Sums:
+    """The sums of one call of ``layer`` with input ``x`` and output cotangent ``g``.
+
+    ``weight``: of each row, ``(N, T)`` or ``(N, 1)``; None: one. The cotangent has its root in it
+    already.
+    """
     outputs = call.outputs(g)
-    rows = _count_rows(outputs, layer)
+    rows = _count_rows(outputs, layer, weight)
     if layer.output_side is None:
         return Sums(_gradient_gram(layer, call, x, outputs), None, rows)
     if call.swapped:
+        inputs = _weigh(call.inputs(call.examples(x)), weight)
         A, G = (_gram(layer, side, y) for side, y in ((layer.input_side, outputs),
-                (layer.output_side, call.examples(x))))  # fmt: skip
+                (layer.output_side, inputs)))  # fmt: skip
         return _in_use(layer, 1, Sums(A, G, rows))
-    return _in_use(layer, 0, Sums(_input_gram(layer, call, x), _output_gram(layer, outputs), rows))
+    A, G = _input_gram(layer, call, x, weight), _output_gram(layer, outputs)
+    return _in_use(layer, 0, Sums(A, G, rows))
 
 
-def measure_rows(layer: Layer, call: LayerCall, x: Any, g: jax.Array) -> Rows:
-    """One call's row for each example: activations and gradients summed over positions."""
+def _weigh(rows: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """Rows ``(N, T, …)`` times the roots of their weights."""
+    if weight is None:
+        return rows
+    roots = jnp.sqrt(weight).astype(rows.dtype)
+    return rows * roots.reshape(*weight.shape, *[1] * (rows.ndim - 2))
+
+
+def measure_rows(
+    layer: Layer, call: LayerCall, x: Any, g: jax.Array, weight: jax.Array | None = None
+) -> Rows:
+    """One call's row for each example: activations and gradients summed over positions, without
+    those of weight zero."""
     dtype = layer.factor_dtype
     examples, outputs = call.examples(x), call.outputs(g)
-    inputs = over_chunks(
-        lambda c: call.inputs(c).sum(1, dtype=dtype), (examples,), call.width(x), add=False
-    )
+    first = outputs.reshape(*outputs.shape[:2], -1)[:, :, 0]
+    counted = ((first == first) | True).astype(dtype)
+    if weight is not None:
+        counted = counted * (weight > 0).astype(dtype)
+
+    def summed(examples: jax.Array, counted: jax.Array) -> jax.Array:
+        rows = call.inputs(examples).astype(dtype)
+        if weight is not None:
+            rows = rows * jnp.expand_dims(counted, tuple(range(2, rows.ndim)))
+        return rows.sum(1)
+
+    inputs = over_chunks(summed, (examples, counted), call.width(x), add=False)
     use, pair = 0, (inputs, outputs.sum(1, dtype=dtype))
     if call.swapped:
         use, pair = 1, pair[::-1]
-    return _in_use(layer, use, Rows(*pair, _count_rows(outputs, layer)))
+    return _in_use(layer, use, Rows(*pair, counted.sum(1)))
 
 
 def sums_of_rows(layer: Layer, rows: Rows, lead: int) -> Sums:
@@ -99,10 +127,8 @@ def sums_of_rows(layer: Layer, rows: Rows, lead: int) -> Sums:
     ``lead``: number of axes before that of the examples (stack and uses).
     """
     assert layer.output_side is not None
-    examples = rows.a.shape[lead]
-    positions = jnp.where(rows.rows > 0, rows.rows, 1) / examples
-    trailing = tuple(range(lead, rows.a.ndim))
-    a = rows.a / jnp.expand_dims(positions, trailing)
+    positions = jnp.where(rows.rows > 0, rows.rows, 1)
+    a = rows.a / jnp.expand_dims(positions, tuple(range(lead + 1, rows.a.ndim)))
     sides = (layer.input_side, layer.output_side)
 
     def one(*pair: jax.Array) -> list[jax.Array]:
@@ -111,7 +137,7 @@ def sums_of_rows(layer: Layer, rows: Rows, lead: int) -> Sums:
     for _ in range(lead):
         one = jax.vmap(one)
     A, G = one(a, rows.g)
-    return Sums(A, G, jnp.where(rows.rows > 0, examples, 0).astype(rows.rows.dtype))
+    return Sums(A, G, jnp.sum(rows.rows > 0, axis=-1, dtype=rows.rows.dtype))
 
 
 def measure_moments(layer: Layer, call: LayerCall, x: Any, g: jax.Array, bases: Any) -> jax.Array:
@@ -165,22 +191,37 @@ def _gradient_gram(layer: Layer, call: LayerCall, x: Any, outputs: jax.Array) ->
     return over_chunks(of, (call.examples(x), outputs), call.width(x) + 2 * layer.size)
 
 
-def _input_gram(layer: Layer, call: LayerCall, x: Any) -> jax.Array:
+def _input_gram(
+    layer: Layer, call: LayerCall, x: Any, weight: jax.Array | None = None
+) -> jax.Array:
     """The factor's sum over input rows, a bounded number of examples at a time."""
     side, reduce = layer.input_side, layer.approximation.weight_sharing == "reduce"
     examples = call.examples(x)
     if not reduce:
-        direct = side.gram_without_rows(call, examples, layer.factor_dtype)
+        direct = side.gram_without_rows(call, examples, layer.factor_dtype, weight)
         if direct is not None:
             return direct
 
-    def of(examples: jax.Array) -> jax.Array:
+    def of(examples: jax.Array, *weight: jax.Array) -> jax.Array:
         rows = call.inputs(examples)
-        if reduce:
+        if reduce and weight:
+            rows = _weighted_mean(rows.astype(layer.factor_dtype), *weight)
+        elif reduce:
             rows = rows.mean(1, keepdims=True, dtype=layer.factor_dtype)
+        else:
+            rows = _weigh(rows, *(weight or (None,)))
         return _gram(layer, side, rows)
 
-    return over_chunks(of, (examples,), call.width(x))
+    arrays = (examples,) if weight is None else (examples, weight)
+    return over_chunks(of, arrays, call.width(x))
+
+
+def _weighted_mean(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """The mean over the positions that count, times the root of the example's weight."""
+    of = jnp.expand_dims(jnp.broadcast_to(weight, rows.shape[:2]), tuple(range(2, rows.ndim)))
+    total = of.sum(1, keepdims=True)
+    mean = (rows * of).sum(1, keepdims=True) / jnp.where(total > 0, total, 1)
+    return mean * jnp.sqrt(of.max(1, keepdims=True))
 
 
 def _output_gram(layer: Layer, outputs: jax.Array) -> jax.Array:
@@ -232,12 +273,16 @@ def _chunks(examples: int, bytes_per_example: int) -> int:
     return next((c for c in range(needed, 2 * needed) if examples % c == 0), needed)
 
 
-def _count_rows(outputs: jax.Array, layer: Layer) -> jax.Array:
+def _count_rows(outputs: jax.Array, layer: Layer, weight: jax.Array | None = None) -> jax.Array:
     """Examples × positions, as a value that depends on the data, as vmap and shard_map require."""
     reduce = layer.approximation.weight_sharing == "reduce" and layer.calls == 1
-    counted = outputs[:, :1] if reduce or layer.output_side is None else outputs
+    one = reduce or layer.output_side is None
+    counted = outputs[:, :1] if one else outputs
     first = counted.reshape(*counted.shape[:2], -1)[:, :, 0]
-    return jnp.sum((first == first) | True, dtype=layer.factor_dtype)
+    ones = ((first == first) | True).astype(layer.factor_dtype)
+    if weight is not None:
+        ones = ones * (weight.max(1, keepdims=True) if one else weight).astype(ones.dtype)
+    return ones.sum()
 
 
 def _in_use(layer: Layer, use: int, sums: Any) -> Any:

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from natgrad_jax.losses.loss import Loss, LossFn, Term, as_loss, positive
-from natgrad_jax.tagging import frontend_of
+from natgrad_jax.tracing import model
 from natgrad_jax.utils.precision import at_least_float32
 
 
@@ -131,9 +131,8 @@ def forms(
 
 def model_of(loss_fn: LossFn, params: PyTree, args: tuple[Any, ...]) -> Model:
     """The :class:`Model` of ``loss_fn(params, *args)``."""
-    frontend = frontend_of(params)
-    tree, rest = frontend.split(params)
-    return model_at(tree, lambda tree: frontend.instrument(loss_fn, tree, rest, {}, args)[0])
+    tree, rest = model.split(params)
+    return model_at(tree, lambda tree: model.run(loss_fn, tree, rest, args)[0])
 
 
 def model_at(

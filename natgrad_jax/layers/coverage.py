@@ -6,22 +6,26 @@ from typing import Any
 from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.utils.tree_paths import join
 
+# Below this many parameters it does not matter which block they have.
+SMALL = 10_000
+
 
 def coverage_table(layers: Any) -> str:
     """Every parameter once, with the block that covers it: what ``print(layers)`` shows."""
     total = sum(p.size for layer in layers.values() for p in layer.parameters)
     total += sum(x.parameter.size for x in layers.leftover)
-    rows = [("parameter", "block", "shape", "factors", "parameters", "share")]
+    rows = [("parameter", "block", "shape", "factors", "parameters", "share", "memory")]
 
-    def add(parameter: Parameter, block: str, factors: str) -> None:
+    def add(parameter: Parameter, block: str, factors: str, memory: str = "") -> None:
         share = f"{100 * parameter.size / max(total, 1):.1f} %"
         shape = "×".join(map(str, parameter.shape)) or "scalar"
-        rows.append((join(parameter.path), block, shape, factors, f"{parameter.size:,}", share))
+        size = f"{parameter.size:,}"
+        rows.append((join(parameter.path), block, shape, factors, size, share, memory))
 
     for layer in layers.values():
         block = layer.kind if layer.block == "kronecker" else f"{layer.kind}, {layer.block}"
         first, *rest = layer.parameters
-        add(first, block, _factor_sizes(layer))
+        add(first, block, _factor_sizes(layer), _bytes(_memory(layer)))
         for parameter in rest:
             add(parameter, block, f"with the {first.path[-1]}")
     for leftover in layers.leftover:
@@ -33,10 +37,16 @@ def coverage_table(layers: Any) -> str:
     lines.insert(1, "  ".join("─" * w for w in widths))
     share = 100 * covered / max(total, 1)
     cover = "layer covers" if len(layers) == 1 else "layers cover"
+    memory = _bytes(sum(map(_memory, layers.values())))
     lines.append(
         f"{len(layers)} {cover} {covered:,} of {total:,} parameters ({share:.1f} %); "
-        f"{len(layers.leftover)} left over.{_terms(layers.terms)}"
+        f"{len(layers.leftover)} left over. Factors take {memory}."
+        f"{_terms(layers.terms)}"
     )
+    kronecker = [x for x in layers.values() if x.block == "kronecker"]
+    outside = total - sum(p.size for layer in kronecker for p in layer.parameters)
+    if outside > total / 2 and total > SMALL:
+        lines.insert(0, f"{100 * outside / total:.0f} % of the parameters have no Kronecker block.")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -49,6 +59,21 @@ def _terms(terms: Any) -> str:
     )
     named = (f"{i}: {t.distribution}, {axis_text(t.examples)}" for i, t in enumerate(terms))
     return f" Terms of the loss: {'; '.join(named)}."
+
+
+def _memory(layer: Layer) -> int:
+    """The bytes of a layer's factors."""
+    shapes = [layer.input_factor_shape, layer.output_factor_shape or (0,)]
+    numbers = math.prod(layer.stack_sizes) * sum(map(math.prod, shapes))
+    return numbers * layer.factor_dtype.itemsize
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
 
 
 def _cell(text: str, width: int, column: int) -> str:

@@ -107,9 +107,14 @@ class FactorStructure(ABC):
         return gram(rows, dtype)
 
     def gram_without_rows(
-        self, call: LayerCall, examples: jax.Array, dtype: jnp.dtype
+        self,
+        call: LayerCall,
+        examples: jax.Array,
+        dtype: jnp.dtype,
+        weight: jax.Array | None = None,
     ) -> jax.Array | None:
-        """The same sum directly from a call's input; None if :meth:`rows` are needed."""
+        """The same sum directly from a call's input, whose rows have these weights ``(N, T or 1)``;
+        None if :meth:`rows` are needed."""
         return None
 
     @abstractmethod

@@ -78,10 +78,14 @@ class Shared(FactorStructure):
         return gram(rows, dtype) / self.places
 
     def gram_without_rows(
-        self, call: LayerCall, examples: jax.Array, dtype: jnp.dtype
+        self,
+        call: LayerCall,
+        examples: jax.Array,
+        dtype: jnp.dtype,
+        weight: jax.Array | None = None,
     ) -> jax.Array | None:
         rows = cast(PatchCall, call).channel_rows(examples, self.mean)
-        return None if rows is None else gram(one_axis(rows), dtype) / self.places
+        return gram(one_axis(_of_weight(rows, weight)), dtype) / self.places
 
     def narrow(self, factor: jax.Array) -> jax.Array:
         """The mean over places p of ``A_pp``; with ``mean``, of ``[[A_pp, m_p], [m_pᵀ, rows]]``."""
@@ -194,11 +198,15 @@ class Grouped(FactorStructure):
         return products / self.places if self.shared else products
 
     def gram_without_rows(
-        self, call: LayerCall, examples: jax.Array, dtype: jnp.dtype
+        self,
+        call: LayerCall,
+        examples: jax.Array,
+        dtype: jnp.dtype,
+        weight: jax.Array | None = None,
     ) -> jax.Array | None:
-        rows = cast(PatchCall, call).channel_rows(examples) if self.shared else None
-        if rows is None:
+        if not self.shared:
             return None
+        rows = _of_weight(cast(PatchCall, call).channel_rows(examples), weight)
         at_one_place = Grouped(1, self.channels, self.group)
         return gram(one_axis(at_one_place.rows(rows)), dtype) / self.places
 
@@ -226,6 +234,13 @@ class Grouped(FactorStructure):
     def _form(self) -> tuple[int, int, int]:
         """Shape of the packed coordinates without the bias."""
         return self.groups, self.uses, self.width
+
+
+def _of_weight(rows: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """Rows ``(N, ·, …)`` times the roots of their examples' weights."""
+    if weight is None:
+        return rows
+    return rows * jnp.sqrt(weight).astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def _parted(x: jax.Array, bias: bool) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.factor_structure import FactorStructure
-from natgrad_jax.layers.geometry import Layout
+from natgrad_jax.layers.layout import Layout
 from natgrad_jax.layers.limits import MAX_FULL_NORM
 from natgrad_jax.layers.simple_structures import Dense, Diagonal, input_structure, output_structure
 from natgrad_jax.layers.traits import Traits, traits_of
@@ -59,9 +59,12 @@ class Layer:
     ``stack`` holds (axis, size) for each axis of the parameters that a scan or vmap slices away
     before the layer gets them; −1 is the last axis of each. ``block``: ``"kronecker"`` (A ⊗ G),
     ``"full"`` (one matrix over all its parameters) or ``"unit"`` (one for each of ``blocks``).
-    ``calls``: how often one forward pass calls it, 0 if unknown; ``positions``: how many positions
-    of one call share the kernel. ``uses``: 2 for an embedding that is also attended to.
-    ``example_axis``: which of a call's row axes counts examples, −1 if none does.
+    ``calls``: how often one forward pass calls it; ``positions``: how many positions of one call
+    share the kernel. ``uses``: 2 for a kernel that is used forwards and transposed, as an embedding
+    that is also attended to; ``matrices``: whether its factors come from the examples' own gradient
+    matrices instead, where the loss differentiates its model.
+    ``example_axis``: which of a call's row axes counts examples, −1 if none does. ``rows``: whether
+    its parameters meet the examples elementwise, so that the examples' own gradients are measured.
 
     >>> import flax.linen as nn, jax.numpy as jnp, natgrad_jax as ng
     >>> params, x = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, jnp.ones((8, 4))
@@ -81,6 +84,8 @@ class Layer:
     positions: int = 1
     uses: int = 1
     example_axis: int = 0
+    rows: bool = False
+    matrices: bool = False
     approximation: Approximation = WHOLE
 
     @functools.cached_property
@@ -139,19 +144,16 @@ class Layer:
         return self.block == "kronecker" and (self.positions > 1 or self.calls != 1)
 
     @property
-    def tapped(self) -> bool:
-        """Whether its calls are observed; a parameter outside every layer has none."""
-        return self.traits.tapped
-
-    @property
     def by_gradient(self) -> bool:
         """Whether single examples' gradients are unavailable, so that squared sums replace them."""
-        return self.calls != 1 or not self.tapped
+        if self.rows or self.matrices:
+            return False
+        return self.calls != 1 or not self.traits.has_sides
 
     @property
     def mixed(self) -> bool:
         """Whether A depends on gradients too: in a block with one matrix, or with several uses."""
-        return self.block != "kronecker" or self.uses > 1
+        return self.block != "kronecker" or self.uses > 1 or self.matrices
 
     @functools.cached_property
     def input_side(self) -> FactorStructure:

@@ -29,6 +29,13 @@ class LayerCall(Protocol):
     def row_axes(self, ndim: int) -> tuple[int, ...]:
         """The output's axes of examples and positions, in that order."""
 
+    def output_axes(self, ndim: int) -> tuple[int, ...]:
+        """The output's axes of features, groups of channels included."""
+
+    @property
+    def block_axes(self) -> tuple[int, ...]:
+        """The output's axes of blocks."""
+
     def width(self, x: Any) -> int:
         """How many numbers :meth:`inputs` returns for one example, to bound memory."""
 
@@ -39,8 +46,10 @@ class LayerCall(Protocol):
 class OneHotCall(LayerCall, Protocol):
     """A call whose inputs are one-hot rows: ``examples`` are ids, ``(N, T)``."""
 
-    def frequencies(self, examples: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """How often each id occurs: the diagonal of ``Σ ā āᵀ``."""
+    def frequencies(
+        self, examples: jax.Array, dtype: jnp.dtype, weight: jax.Array | None
+    ) -> jax.Array:
+        """How often each id occurs, by weight: the diagonal of ``Σ ā āᵀ``."""
 
     def second_moments(self, examples: jax.Array, rotated: jax.Array) -> jax.Array:
         """``Σₙ (Σₜ āₙₜ g̃ₙₜᵀ)²``, elementwise, for rows ``g̃ (N, T, columns)``."""
@@ -49,9 +58,9 @@ class OneHotCall(LayerCall, Protocol):
 class PatchCall(LayerCall, Protocol):
     """A call whose inputs are patches, ``places × channels`` each; places are kernel offsets."""
 
-    def channel_rows(self, examples: jax.Array, with_one: bool = False) -> jax.Array | None:
+    def channel_rows(self, examples: jax.Array, with_one: bool = False) -> jax.Array:
         """Rows ``(N, ·, *groups, channels)`` whose sum of products is that of the patches over all
-        places; None if there are no such rows. ``with_one``: append a channel of ones."""
+        places. ``with_one``: append a channel of ones."""
 
 
 class Wrapped:

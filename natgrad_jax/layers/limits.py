@@ -15,3 +15,6 @@ MAX_FULL = 8192
 
 # Most numbers that the full or unit blocks of one layer may have together.
 MAX_NUMBERS = 2**29
+
+# Most numbers of examples' own gradients that one layer may keep in a backward pass (128 MB).
+MAX_ROWS = 2**25

@@ -96,9 +96,13 @@ class Diagonal(FactorStructure):
         return jnp.sum(jnp.square(rows.astype(dtype)), axis=(0, 1))
 
     def gram_without_rows(
-        self, call: LayerCall, examples: jax.Array, dtype: jnp.dtype
+        self,
+        call: LayerCall,
+        examples: jax.Array,
+        dtype: jnp.dtype,
+        weight: jax.Array | None = None,
     ) -> jax.Array | None:
-        return cast(OneHotCall, call).frequencies(examples, dtype)
+        return cast(OneHotCall, call).frequencies(examples, dtype, weight)
 
     def narrow(self, factor: jax.Array) -> jax.Array:
         return jnp.diagonal(factor, axis1=-2, axis2=-1)

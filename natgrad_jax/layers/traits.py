@@ -9,26 +9,21 @@ class Traits:
 
     ``has_receptive_field``: its inputs are patches, ``places × channels``. ``one_hot``: they are
     one-hot rows, so that A is diagonal. ``has_sides``: it has inputs and outputs, so that a
-    Kronecker product is possible. ``tapped``: its calls are observed.
+    Kronecker product is possible.
     """
 
     has_receptive_field: bool = False
     one_hot: bool = False
     has_sides: bool = True
-    tapped: bool = True
 
-
-_CONVOLUTION = Traits(has_receptive_field=True)
 
 KINDS = {
     "dense": Traits(),
-    "einsum": Traits(),
-    "conv": _CONVOLUTION,
-    "conv transpose": _CONVOLUTION,
-    "conv local": _CONVOLUTION,
+    "conv": Traits(has_receptive_field=True),
     "embed": Traits(one_hot=True),
     "norm": Traits(has_sides=False),
-    "free": Traits(has_sides=False, tapped=False),
+    "bias": Traits(has_sides=False),
+    "free": Traits(has_sides=False),
 }
 
 

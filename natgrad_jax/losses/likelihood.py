@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
 from natgrad_jax.losses.distribution_base import Distribution
@@ -26,8 +27,8 @@ class Likelihood(Distribution):
 
         ``Σ w (−log p) / Σ w`` over all examples, with ``w = where · weights``; a missing mask or
         weight counts as 1. No gradient flows into ``w``. Masked examples contribute nothing to the
-        loss, to the output factors G and to the number of examples. The layers still see them:
-        input factors A are means over all rows that a layer was applied to.
+        loss and to its curvature: a batch gives the factors that it gives without them. So do
+        masked positions (tokens), in layers whose rows lie along the mask's axes.
 
         Multiplied by a negative number, a loss keeps its gradient and loses its curvature.
 
@@ -103,9 +104,22 @@ def _not_negative(name: str, value: Real[Array, "..."]) -> Real[Array, "..."]:
         return jnp.where(value < 0, jnp.nan, value)
     low, high = value_range(value) if value.size else (0, 0)
     if not low >= 0:
-        raise ValueError(
-            f"nll: {name} must not be negative (nor NaN); got values from {low:g} to {high:g}. "
-            "They say how often an example counts: 0, or where=mask, leaves one out. With signed "
-            "weights (advantages, policy gradients) the sum is not a likelihood and has no Fisher."
-        )
+        raise ValueError(NEGATIVE.format(name, f"got values from {low:g} to {high:g}"))
     return value
+
+
+NEGATIVE = (
+    "nll: {} must not be negative (nor NaN); {}. They say how often an example counts: 0, or "
+    "where=mask, leaves one out. With signed weights (advantages, policy gradients) the sum is not "
+    "a likelihood and has no Fisher."
+)
+
+
+def check_values(loss: Loss) -> None:
+    """Raise ValueError for targets or weights out of range, if they are concrete: ``loss_fn`` was
+    traced, and could not see them."""
+    for term in loss.terms:
+        term.distribution.check(term.targets)
+        weighted = term.weight is not None and is_concrete(term.weight)
+        if weighted and np.isnan(np.asarray(term.weight)).any():
+            raise ValueError(NEGATIVE.format("weights", "some are"))

@@ -7,8 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.layers.kinds.conv import conv
-from natgrad_jax.layers.kinds.patches import padded
 from natgrad_jax.utils.precision import HIGHEST
 
 
@@ -68,21 +66,51 @@ class WhitenedConv(nn.Module):
         groups = self.feature_group_count
         shape = (*self.kernel_size, x.shape[-1] // groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        call, _, _ = conv(
-            shape, self.strides, self.padding, self.input_dilation, self.kernel_dilation, groups,
-            self.use_bias,
-        )  # fmt: skip
+        rank = len(self.kernel_size)
+        strides, *dilations = (
+            (value,) * rank if isinstance(value, int) else tuple(value)
+            for value in (self.strides, self.input_dilation, self.kernel_dilation)
+        )
+        x = _padded(x, tuple(self.kernel_size), strides, self.padding, *dilations)
         s = jax.lax.conv_general_dilated(
-            _whitened(self, padded(x, call), groups),
+            _whitened(self, x, groups),
             kernel,
-            call.strides,
+            strides,
             "VALID",
-            rhs_dilation=call.kernel_dilation,
+            rhs_dilation=dilations[1],
             dimension_numbers=_channels_last(x.ndim),
             feature_group_count=groups,
             precision=HIGHEST,
         )
         return s + self.param("bias", self.bias_init, (self.features,)) if self.use_bias else s
+
+
+def _padded(
+    x: jax.Array,
+    size: Sequence[int],
+    strides: Sequence[int],
+    padding: Any,
+    input_dilation: Sequence[int],
+    kernel_dilation: Sequence[int],
+) -> jax.Array:
+    """``x`` padded as by ``flax.linen.Conv``, and dilated: a VALID convolution remains."""
+    extent = [(k - 1) * d + 1 for k, d in zip(size, kernel_dilation, strict=True)]
+    if padding in ("CIRCULAR", "REFLECT"):
+        sides = [((k - 1) // 2, k // 2) for k in extent]
+        x = jnp.pad(
+            x, [(0, 0), *sides, (0, 0)], mode="wrap" if padding == "CIRCULAR" else "reflect"
+        )
+        padding = "VALID"
+    elif padding == "CAUSAL":
+        x = jnp.pad(x, [(0, 0), (extent[0] - 1, 0), (0, 0)])
+        padding = "VALID"
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], extent, strides, padding)
+    elif isinstance(padding, int):
+        padding = [padding] * len(size)
+    pairs = [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
+    config = [(low, high, d - 1) for (low, high), d in zip(pairs, input_dilation, strict=True)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
 
 
 def _channels_last(rank: int) -> jax.lax.ConvDimensionNumbers:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.losses.loss import LossFn, as_loss
 from natgrad_jax.statistics.grad import GradFn, of_one_part, value_and_grad
-from natgrad_jax.tagging import frontend_of
+from natgrad_jax.tracing import model
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.sharding import AxisName
 
@@ -67,11 +67,10 @@ def accumulate(
 
     def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:
         number = _number(args)
-        frontend = frontend_of(params)
-        tree, rest = frontend.split(params)
+        tree, rest = model.split(params)
 
         def count(args: Any) -> list[jax.Array]:
-            out, _ = frontend.instrument(loss_fn, tree, rest, {}, args)
+            out, _ = model.run(loss_fn, tree, rest, args)
             return [term.count for term in as_loss(out, has_aux).terms]
 
         # only sums of masks: the compiler drops the model, none of whose results are used
@@ -83,11 +82,11 @@ def accumulate(
                 loss = as_loss(out, has_aux).as_part(index, number, examples)
                 return (loss, out[1]) if has_aux else loss
 
-            model = frontend.merge(tree, rest)
+            own = model.merge(tree, rest)
             grad_fn = of_one_part(number, part, layers, **options)
-            loss, grads, statistics = grad_fn(model, *args, rng=rng, opt_state=opt_state)
+            loss, grads, statistics = grad_fn(own, *args, rng=rng, opt_state=opt_state)
             value, aux = loss if has_aux else (loss, None)
-            return frontend.split(model)[1], (value, grads, statistics), aux
+            return model.split(own)[1], (value, grads, statistics), aux
 
         def body(carry: Any, micro_batch: Any) -> Any:
             rest, total = carry
@@ -97,7 +96,7 @@ def accumulate(
         micro_batches = (jnp.arange(number), args)
         shapes = jax.eval_shape(one, rest, *jax.tree.map(lambda x: x[0], micro_batches))[1]
         (rest, total), aux = jax.lax.scan(body, (rest, _zeros(shapes)), micro_batches)
-        frontend.propagate(params, None if rest is None else rest[1])
+        model.propagate(params, None if rest is None else rest[1])
         value, grads, statistics = jax.tree.map(lambda x, s: x.astype(s.dtype), total, shapes)
         return ((value, aux) if has_aux else value), grads, statistics
 

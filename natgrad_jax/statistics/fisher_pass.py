@@ -81,7 +81,7 @@ def shares_training_pass(loss: Loss, plan: Plan) -> bool:
     Squared sums need a pass of their own, with a random sign for each example.
     """
     one_factor = len(loss.terms) == 1 and loss.terms[0].weight is None and loss.scalar is None
-    mixed = any(reader.layer.uses > 1 for reader in plan.readers.values())
+    mixed = any(reader.layer.uses > 1 or reader.layer.matrices for reader in plan.readers.values())
     return one_factor and not plan.from_sums and not mixed
 
 

@@ -42,7 +42,7 @@ def measured(
     of: Plan, axes: Sequence[str], grads: Any, values: dict[Path, LayerStatistics]
 ) -> Measured:
     """The measurement from a pullback's cotangents of parameters and slots."""
-    layers = {path: of.readers[path].from_slot(r) for path, r in values.items()}
+    layers = {path: of.readers[path].from_slot(r, of.bases.get(path)) for path, r in values.items()}
     return Measured(layers, _squares(of, axes, grads))
 
 

@@ -11,7 +11,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses import output_cotangents
-from natgrad_jax.losses.loss import Loss, LossFn, as_loss, whole_count
+from natgrad_jax.losses.likelihood import check_values
+from natgrad_jax.losses.loss import Loss, LossFn, whole_count
 from natgrad_jax.state.walk import statistics_due
 from natgrad_jax.statistics import from_cotangents as measurement, plan as planning
 from natgrad_jax.statistics.batch_statistics import Statistics
@@ -22,7 +23,10 @@ from natgrad_jax.statistics.fisher_pass import (
     shares_training_pass,
 )
 from natgrad_jax.statistics.from_cotangents import Measured
-from natgrad_jax.tagging import frontend_of
+from natgrad_jax.tagging.tagged import Tagged, tag
+from natgrad_jax.tracing import model
+from natgrad_jax.tracing.evaluate import evaluate
+from natgrad_jax.tracing.trace import trace
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
 
 FISHERS = ("mc", "exact", "empirical", "none")
@@ -126,21 +130,22 @@ def of_one_part(
                 "grad_fn(params, batch, rng=key), with a new key each step."
             )
         output_cotangents.check_key(rng)
-        frontend = frontend_of(params)
-        tree, rest = frontend.split(params)
+        tree, rest = model.split(params)
         check_params(layers, tree)
         check_axes(tree, args, axes)
 
-        forward = partial(_forward, frontend, loss_fn, has_aux, axes, rest, args)
-        first_outputs = lambda slots: forward(tree, slots)[0][1][0]
-        plan = planning.with_examples(plan, first_outputs)
+        tree = vary(tree, axes)
+        traced = trace(loss_fn, tree, rest, args, has_aux)
+        check_terms(layers, traced.loss)
+        tagged = tag(traced, model.parameters_of(tree))
+        plan = planning.with_uses(plan, tagged)
         values = vary(planning.empty(plan), axes)
-        with_slots = lambda tree, values: forward(tree, planning.slots(plan, values))
+        forward = partial(_forward, tagged, plan, axes)
         (value, outputs), pullback, (loss, aux, state) = jax.vjp(
-            with_slots, vary(tree, axes), values, has_aux=True
+            forward, tree, values, has_aux=True
         )
-        frontend.propagate(params, state)
-        check_terms(layers, loss)
+        check_values(loss)
+        model.propagate(params, state)
         one, none = jnp.ones_like(value), jax.tree.map(jnp.zeros_like, outputs)
 
         def pull(cotangents: Any) -> Measured:
@@ -168,20 +173,21 @@ def _check_choices(fisher: str, samples: int) -> None:
 
 
 def _forward(
-    frontend: Any,
-    loss_fn: LossFn,
-    has_aux: bool,
+    tagged: Tagged,
+    plan: planning.Plan,
     axes: tuple[str, ...],
-    rest: Any,
-    args: Any,
     tree: Any,
-    slots: Any,
+    values: Any,
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], tuple[Loss, Any, Any]]:
     """The loss's scalar and outputs, which take cotangents; and the loss, aux and state."""
-    out, state = frontend.instrument(loss_fn, tree, rest, slots, args)
-    loss = as_loss(out, has_aux)
+    leaves = jax.tree.leaves(tree)
+    inputs = [*leaves, *tagged.traced.inputs[len(leaves) :]]
+    instruments, weights = planning.instruments_of(plan, tagged, inputs)
+    rows, slots = planning.rows(plan, tagged, values), planning.slots(plan, values) | weights
+    outs = evaluate(tagged.traced.jaxpr, inputs, rows, instruments, slots)
+    loss, aux, state = tagged.traced.result(outs)
     outputs = tuple(t.distribution.natural for t in loss.terms)
-    return (loss.contribution(axes), outputs), (loss, out[1] if has_aux else None, state)
+    return (loss.contribution(axes), outputs), (loss, aux, state)
 
 
 def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:

@@ -14,7 +14,6 @@ from natgrad_jax.curvature.layer_sums import (
     sums_of_rows,
     sums_shapes,
 )
-from natgrad_jax.layers.kinds.regrouped import regrouped
 from natgrad_jax.layers.kinds.subsampled import Thinned
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.layers.layer_call import LayerCall
@@ -55,21 +54,23 @@ class LayerReader(NamedTuple):
         """Whether the rows of one example are added up over calls before products are taken."""
         return sharing == "reduce" and self.layer.calls != 1
 
-    def read(self, call: LayerCall, x: Any, g: jax.Array, bases: Any) -> LayerStatistics:
-        """What one call with input ``x`` and output cotangent ``g`` adds.
+    def read(
+        self, call: LayerCall, x: Any, g: jax.Array, bases: Any, weight: jax.Array | None
+    ) -> LayerStatistics:
+        """What one call with input ``x`` and output cotangent ``g`` adds; ``weight`` of its rows.
 
         With a stride: what the measured examples add, scaled up to all examples.
         """
-        call = regrouped(call, self.layer.example_axis, g)
         n = jax.eval_shape(call.outputs, g).shape[0]
         stride = usual_stride(n * self.parts) if self.stride is None else self.stride
         few = call if stride == 1 else Thinned(call, stride)
+        some = None if weight is None else weight[::stride]
         times = n / len(range(0, n, stride))
         scaled = lambda found: jax.tree.map(lambda s: s * times if stride > 1 else s, found)
         sums = {
-            sharing: measure_rows(layer, call, x, g)
+            sharing: measure_rows(layer, call, x, g, weight)
             if self.keeps_rows(sharing)
-            else scaled(measure(layer, few, x, g))
+            else scaled(measure(layer, few, x, g, some))
             for sharing, layer in self.forms
         }
         if self.moments is None:
@@ -87,64 +88,20 @@ class LayerReader(NamedTuple):
         return LayerStatistics(sums, None if self.moments is None else self.moments_shape)  # type: ignore[arg-type]
 
     def zeros(self) -> LayerStatistics:
-        """Zero statistics, as a slot: stack axes are where the layer's parameters have them."""
+        """Zero statistics, as a slot: ``(*stack, …)`` each."""
         layer = self.layer
-        return jax.tree.map(
-            lambda shape: to_slot(
-                jnp.zeros((*layer.stack_sizes, *shape), layer.factor_dtype), layer
-            ),
-            self.shapes(),
-            is_leaf=_is_shape,
-        )
+        zeros = lambda shape: jnp.zeros((*layer.stack_sizes, *shape), layer.factor_dtype)
+        return jax.tree.map(zeros, self.shapes(), is_leaf=_is_shape)
 
-    def from_slot(self, slot: LayerStatistics) -> LayerStatistics:
-        """A slot's cotangent with its stack axes in front, and :class:`Rows` multiplied."""
-        layer = self.layer
-        axes = [axis for axis, _ in layer.stack]
-
-        def leaf(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
-            return jnp.moveaxis(x, axes, range(len(axes))).reshape(*layer.stack_sizes, *shape)
-
-        plain = jax.tree.map(leaf, self.shapes(), slot, is_leaf=_is_shape)
-        lead = len(layer.stack) + (layer.uses > 1)
+    def from_slot(self, slot: LayerStatistics, bases: Any) -> LayerStatistics:
+        """A slot's cotangent, its :class:`Rows` multiplied."""
+        lead = len(self.layer.stack) + (self.layer.uses > 1)
         forms = dict(self.forms)
         sums = {
             sharing: sums_of_rows(forms[sharing], x, lead) if isinstance(x, Rows) else x
-            for sharing, x in plain.sums.items()
+            for sharing, x in slot.sums.items()
         }
-        return plain._replace(sums=sums)
-
-    def own_bases(self, bases: Any) -> Any:
-        """Bases in their own shapes, without the unit axes that a slot's arrays may have."""
-        if bases is None or self.moments is None:
-            return bases
-        outputs = self.moments.output_factor_shape
-        assert outputs is not None
-        shapes = (self.moments.input_factor_shape, outputs)
-        own = (x.reshape(*s[:-1], x.shape[-1]) for x, s in zip(bases, shapes, strict=True))
-        return type(bases)(*own)
-
-
-class ExamplesCount:
-    """Used in place of a reader: records the number of examples in each call of a layer."""
-
-    def __init__(self, layer: Layer):
-        self.layer, self.examples = layer, set[int]()
-
-    def note(self, call: LayerCall, s: jax.Array) -> None:
-        call = regrouped(call, self.layer.example_axis, s)
-        self.examples.add(jax.eval_shape(call.outputs, s).shape[0])
-
-
-def to_slot(x: jax.Array, layer: Layer) -> jax.Array:
-    """``(*stack, …)`` with the stack axes where the layer's parameters have them.
-
-    Unit axes are inserted if an array has fewer axes than the parameters.
-    """
-    lead = len(layer.stack)
-    room = max((axis for axis, _ in layer.stack), default=0) + 1 - x.ndim
-    x = x.reshape(*x.shape[:lead], *[1] * max(room, 0), *x.shape[lead:])
-    return jnp.moveaxis(x, range(lead), [axis for axis, _ in layer.stack])
+        return slot._replace(sums=sums)
 
 
 def _is_shape(x: Any) -> bool:

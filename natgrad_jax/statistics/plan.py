@@ -1,6 +1,9 @@
 """What one backward pass measures, given what the transformations need."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,15 +11,18 @@ import jax
 from natgrad_jax.curvature.factor_averages import Factors
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.kinds.regrouped import regrouped
 from natgrad_jax.layers.layer import Layer, Parameter
-from natgrad_jax.statistics.layer_statistics import (
-    ExamplesCount,
-    LayerReader,
-    LayerStatistics,
-    to_slot,
-)
+from natgrad_jax.layers.limits import MAX_ROWS
+from natgrad_jax.statistics.example_matrices import MatricesReader
+from natgrad_jax.statistics.example_rows import RowsReader
+from natgrad_jax.statistics.layer_statistics import LayerReader
+from natgrad_jax.statistics.row_weights import row_weights, term_weights
 from natgrad_jax.statistics.spec import specs
-from natgrad_jax.tagging.slots import Slot
+from natgrad_jax.tagging.assemble import Kernel
+from natgrad_jax.tagging.tagged import Tagged
+from natgrad_jax.tracing.instruments import Instruments, Meeting, Tap, instruments
+from natgrad_jax.tracing.slots import tap
 from natgrad_jax.utils.tree_paths import Path, join
 
 
@@ -32,7 +38,7 @@ class Plan(NamedTuple):
     terms that depend on the same parameter are in different passes.
     """
 
-    readers: dict[Path, LayerReader]
+    readers: dict[Path, Any]
     bases: dict[Path, Any]
     blocks: dict[Path, Layer]
     moments: dict[Path, Layer]
@@ -119,53 +125,134 @@ def _apart(terms: int, together: Sequence[set[int]]) -> tuple[tuple[int, ...], .
     return tuple(tuple(sorted(own)) for own in passes)
 
 
-def with_examples(of: Plan, run: Callable[[dict[Path, Slot]], Any]) -> Plan:
-    """The plan with the number of examples, for layers that keep rows of single examples.
+def with_uses(of: Plan, tagged: Tagged) -> Plan:
+    """The plan for one traced loss: with the numbers of examples that it has."""
+    readers, blocks = dict(of.readers), dict(of.blocks)
+    for path, reader in of.readers.items():
+        layer = reader.layer
+        if layer.rows:
+            examples = _meeting_examples(layer, tagged, layer.parameters)
+            if examples * layer.size * math.prod(layer.stack_sizes) > MAX_ROWS or not examples:
+                del readers[path]
+                blocks[path] = layer
+            else:
+                readers[path] = RowsReader(layer, examples)
+            continue
+        kernel = _kernel_of(layer, tagged)
+        if layer.matrices and of.fisher == "none":  # inputs of the uses forward, pooled
+            forms = tuple((k, replace(x, matrices=False)) for k, x in reader.forms)
+            readers[path] = reader._replace(forms=forms)
+        elif layer.matrices:
+            examples = max(call.examples for call in kernel.calls)
+            met = _meeting_examples(layer, tagged, layer.parameters[:1])
+            examples = max(examples, met)
+            readers[path] = MatricesReader(reader.forms, reader.moments, examples, met > 0)
+        elif any(reader.keeps_rows(sharing) for sharing, _ in reader.forms):
+            readers[path] = reader._replace(examples=_examples_of(path, kernel))
+    return of._replace(readers=readers, blocks=blocks)
 
-    ``run(slots)`` runs the model and returns its outputs, examples first; it is traced once more,
-    abstractly, if there are such layers.
-    """
-    several = {
-        path: ExamplesCount(reader.layer)
-        for path, reader in of.readers.items()
-        if any(reader.keeps_rows(sharing) for sharing, _ in reader.forms)
+
+def _meeting_examples(layer: Layer, tagged: Tagged, parameters: Sequence[Parameter]) -> int:
+    """The most examples that these parameters of the layer meet at once; 0 where one meets none."""
+    number = {p.path: i for i, p in enumerate(tagged.parameters)}
+    own = [number[p.path] for p in parameters]
+    found = [[m.examples for m in tagged.uses.meetings.get(i, ())] for i in own]
+    lost = any(not counts for counts in found) or any(i in tagged.uses.lost for i in own)
+    return 0 if lost else max(n for counts in found for n in counts)
+
+
+def _kernel_of(layer: Layer, tagged: Tagged) -> Kernel:
+    kernel = tagged.kernels.get(layer.kernel.path)
+    if kernel is None or (kernel.kind, kernel.stack) != (layer.kind, layer.stack):
+        now = tagged.reasons.get(layer.kernel.path) if kernel is None else f"it is {kernel.kind}"
+        raise ValueError(
+            f"these Layers were found on another loss_fn: {join(layer.path)} was {layer.kind} "
+            f"there, and here {now}. Call find_layers again with this loss_fn and such a batch."
+        )
+    return kernel
+
+
+def _examples_of(path: Path, kernel: Kernel) -> int:
+    examples = {call.examples for call in kernel.calls}
+    if len(examples) != 1:
+        raise ValueError(
+            f'weight_sharing="reduce" adds up the calls of layer {join(path)} example by '
+            f"example, but they have {sorted(examples)} examples. Call it with the same "
+            'number each time, or use weight_sharing="expand".'
+        )
+    return examples.pop()
+
+
+def instruments_of(
+    of: Plan, tagged: Tagged, inputs: Sequence[jax.Array]
+) -> tuple[Instruments, dict[Any, jax.Array]]:
+    """Where the readers' taps and rows are in the traced loss, and the weights of the taps' rows by
+    their names; ``inputs``: of the trace."""
+    of_terms = term_weights(tagged, inputs) if of.readers else {}
+    weights: dict[Any, Any] = {}
+    number = {p.path: i for i, p in enumerate(tagged.parameters)}
+    taps: list[Tap] = []
+    meetings: list[Meeting] = []
+    scaled = False
+    for path, reader in of.readers.items():
+        for parameter in _with_rows(reader):
+            meetings += tagged.uses.meetings[number[parameter.path]]
+        if isinstance(reader, RowsReader):
+            continue
+        for each in _kernel_of(reader.layer, tagged).calls:
+            use = each.use
+            call: Any = each.call
+            if isinstance(reader, MatricesReader) and reader.constant and use.axis is None:
+                continue  # rows go through it
+            if of.fisher == "none" and call.swapped and reader.layer.uses == 1:
+                continue  # it has no inputs of the layer
+            if reader.layer.bias is None and getattr(call, "bias", None) is not None:
+                call = call._replace(bias=None)
+            scaled |= use.scaled
+            own = tuple(use.out[a] for a in call.row_axes(len(use.out)))
+            read = partial(tap, reader, regrouped(call, each.axis, each.sizes, own))
+            name = ("weights of rows", str(len(taps)))
+            at = use.geometry.at
+            taps.append(Tap(use.key, path, use.operand, at, use.scans, read, name))
+            weights[name] = row_weights(tagged, reader.layer, each, of_terms)
+    chain = frozenset(tagged.uses.chain) if meetings or scaled else frozenset[Any]()
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    return instruments(taps, list(dict.fromkeys(meetings)), chain), weights
+
+
+def slots(of: Plan, values: dict[Path, Any]) -> dict[Path, Any]:
+    """The slots of the taps around ``values``, their differentiable part."""
+    tapped = {p: v for p, v in values.items() if not isinstance(of.readers[p], RowsReader)}
+    moments = lambda path: of.readers[path].moments is not None
+    own = lambda p, v: v[0] if isinstance(of.readers[p], MatricesReader) else v
+    bases = lambda p: Factors(*of.bases[p][:2]) if moments(p) else None
+    return {p: (own(p, v), bases(p)) for p, v in tapped.items()}
+
+
+def _with_rows(reader: Any) -> tuple[Parameter, ...]:
+    """The parameters of a reader's layer whose examples' own gradients are rows."""
+    if isinstance(reader, RowsReader):
+        return reader.layer.parameters
+    constant = isinstance(reader, MatricesReader) and reader.constant
+    return reader.layer.parameters[:1] if constant else ()
+
+
+def rows(of: Plan, tagged: Tagged, values: dict[Path, Any]) -> dict[int, jax.Array]:
+    """The rows among ``values`` by the number of their parameter, in its dtype."""
+    number = {p.path: i for i, p in enumerate(tagged.parameters)}
+    return {
+        number[p.path]: x.astype(p.dtype)
+        for path, own in values.items()
+        for p, x in zip(_with_rows(of.readers[path]), _rows_of(of.readers[path], own), strict=True)
     }
-    if not several:
-        return of
-    out = jax.eval_shape(
-        lambda: run({path: Slot(None, None, count) for path, count in several.items()})
-    )
-    readers = dict(of.readers)
-    for path, count in several.items():
-        if count.examples == {1} and out.shape[0] > 1:
-            raise ValueError(
-                f'weight_sharing="reduce" adds up the calls of layer {join(path)} example by '
-                "example, but the model is mapped over single examples. Call it on the batch, or "
-                'use weight_sharing="expand".'
-            )
-        if len(count.examples) != 1:
-            raise ValueError(
-                f'weight_sharing="reduce" adds up the calls of layer {join(path)} example by '
-                f"example, but they have {sorted(count.examples)} examples. Call it with the same "
-                'number each time, or use weight_sharing="expand".'
-            )
-        readers[path] = readers[path]._replace(examples=next(iter(count.examples)))
-    return of._replace(readers=readers)
 
 
-def slots(of: Plan, values: dict[Path, LayerStatistics]) -> dict[Path, Slot]:
-    """The slots around ``values``, their differentiable part."""
-    found = {}
-    for path, own_values in values.items():
-        reader = of.readers[path]
-        bases = None
-        if reader.moments is not None:
-            own = of.bases[path]
-            bases = Factors(*(to_slot(x, reader.layer) for x in (own.A, own.G)))
-        found[path] = Slot(own_values, bases, reader)
-    return found
+def _rows_of(reader: Any, values: Any) -> tuple[jax.Array, ...]:
+    if isinstance(reader, MatricesReader):
+        return values[1:]  # beside the taps' own
+    return values if isinstance(reader, RowsReader) else ()
 
 
-def empty(of: Plan) -> dict[Path, LayerStatistics]:
+def empty(of: Plan) -> dict[Path, Any]:
     """Zeros in every slot."""
     return {path: reader.zeros() for path, reader in of.readers.items()}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import APPROXIMATED, CASES, LINEN_ONLY, REPRESENTATIVE, Case
+from cases import APPROXIMATED, CASES, LINEN_ONLY, OWN, REPRESENTATIVE, Case
 from one_layer import EXAMPLES, Setup, build, fresh
 
 import natgrad_jax as ng
@@ -179,7 +179,7 @@ def flat_vector(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("case", CASES + LINEN_ONLY, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES + LINEN_ONLY + OWN, ids=lambda c: c.name)
 def test_linen(case: Case, float64: None) -> None:
     check(case, "linen", "categorical", "exact", jnp.float64, 1e-10)
 

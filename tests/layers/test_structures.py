@@ -106,5 +106,5 @@ def test_structures_are_chosen_by_what_is_asked_for() -> None:
 
 
 def test_an_unknown_kind_raises_with_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"'dense', 'einsum', 'conv'.*got 'convolution'"):
+    with pytest.raises(ValueError, match=r"'dense', 'conv', 'embed'.*got 'convolution'"):
         traits_of("convolution")

@@ -17,7 +17,7 @@ NO_SOURCE = {
     "Eigh", "Gaussian",
     "InCoordinatesState", "KFACState", "Layer", "Layers", "Loss", "QuadraticModelState",
     "Statistics", "TrainState", "UncoveredWarning", "bases", "damping", "factors", "find_layers",
-    "every", "staggered", "whitening_variables",
+    "as_layer", "every", "staggered", "whitening_variables",
 }  # fmt: skip
 NO_EXAMPLE = {"KFACState"}
 

@@ -1,4 +1,4 @@
-"""The README's example is what a newcomer copies: it must run as it stands."""
+"""The README's examples are what a newcomer copies: they must run as they stand."""
 
 import re
 import warnings
@@ -9,10 +9,20 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_example_of_the_readme_trains() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
     scope: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the model of the example is wholly covered
         exec(compile(code, str(README), "exec"), scope)
     assert float(scope["loss"]) < 0.1
     assert scope["layers"].uncovered == ()
+
+
+def test_the_example_of_a_differentiated_network_is_covered() -> None:
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    scope: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(code, str(README), "exec"), scope)
+    assert scope["layers"].uncovered == () and len(scope["layers"]) == 3
+    assert all(float(sums.A.trace()) > 0 for sums in scope["statistics"].layers.values())

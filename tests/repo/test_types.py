@@ -194,7 +194,7 @@ def errors_in(files: dict[str, str], folder: Path) -> dict[tuple[str, int], str]
 
 
 def test_a_type_checker_finds_mistakes_in_a_program_and_no_others(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     files = {
         "readme.py": example,
         "right.py": SETUP + RIGHT,

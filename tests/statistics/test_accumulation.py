@@ -55,7 +55,8 @@ def problem(loss_fn: Any = loss_fn, size: int = SIZE) -> tuple[Any, Any, ng.Laye
     }
     batch = jax.tree.map(jnp.asarray, batch)
     params = jax.jit(Net().init)(jax.random.key(0), batch["x"])["params"]
-    return params, batch, ng.find_layers(loss_fn, params, batch)
+    blocks = {"Dense_1": "gradient"} if loss_fn is plain_loss_fn else {}  # it is not used there
+    return params, batch, ng.find_layers(loss_fn, params, batch, blocks=blocks)
 
 
 def in_parts(batch: Any) -> Any:

@@ -90,7 +90,7 @@ def setting(dtype: Any = jnp.float32, depth: int = 1) -> Setting:
     shapes = jax.eval_shape(net.init, jax.random.key(0), batch().x)["params"]
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(random.normal(size=s.shape) / 2, dtype), shapes)
-    return Setting(params, find_layers(loss_fn, params, batch()), loss_fn)
+    return Setting(params, find_layers(loss_fn, params, batch(), blocks=LEFT), loss_fn)
 
 
 def setting_nnx() -> Setting:
@@ -100,12 +100,16 @@ def setting_nnx() -> Setting:
         return ng.Categorical(model(batch.x)).nll(batch.y, weights=batch.weights)
 
     model = NetNNX(setting().params)
-    return Setting(model, find_layers(loss_fn, model, batch()), loss_fn)
+    return Setting(model, find_layers(loss_fn, model, batch(), blocks=LEFT), loss_fn)
+
+
+# a norm with the diagonal alone
+LEFT = {"norm": "diagonal"}
 
 
 def find_layers(*args: Any, **kwargs: Any) -> ng.Layers:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ng.UncoveredWarning)  # the norm
+        warnings.simplefilter("ignore", ng.UncoveredWarning)
         return ng.find_layers(*args, **kwargs)
 
 

@@ -1,7 +1,6 @@
 """One device and four give the same training, whichever way the four are used."""
 
 import re
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -75,7 +74,7 @@ TRANSFORMATIONS = {
         partial(ng.ekfac, basis=ng.LowRank(2)), jnp.float64, True
     ),
 }
-TOLERANCES = {jnp.float32: {"rtol": 1e-4, "atol": 1e-5}, jnp.float64: {"rtol": 1e-9, "atol": 1e-9}}
+TOLERANCES = {jnp.float32: {"rtol": 5e-4, "atol": 1e-5}, jnp.float64: {"rtol": 1e-9, "atol": 1e-9}}
 
 
 @pytest.fixture(scope="module", params=TRANSFORMATIONS)
@@ -95,9 +94,7 @@ def make_problem(contender: Contender) -> Any:
     batch = jax.tree.map(jnp.asarray, (x, y, where))
     params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda p: p.astype(dtype), params)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ng.UncoveredWarning)
-        layers = ng.find_layers(loss_fn, params, batch)
+    layers = ng.find_layers(loss_fn, params, batch, blocks={"OwnNorm_0": "diagonal"})
 
     def make(over: Any) -> Any:
         over = over if contender.divided else None

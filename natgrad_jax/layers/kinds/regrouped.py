@@ -40,7 +40,36 @@ class Regrouped(Wrapped):
         return rows.reshape(self.sizes[self.axis], -1, *rows.shape[len(self.sizes) + 1 :])
 
 
-def regrouped(call: LayerCall, axis: int, g: jax.Array) -> LayerCall:
-    """``call`` with examples on that row axis of its output cotangent ``g``, if it has the axis."""
-    sizes = tuple(g.shape[a] for a in call.row_axes(g.ndim))
-    return Regrouped(call, axis, sizes) if axis < 0 or 0 < axis < len(sizes) else call
+class RegroupedImages(Regrouped):
+    """A convolution, whose row axis is its batch axis, and is several axes merged.
+
+    ``examples``: ``(N, images of one example, *spatial, channels)``.
+    """
+
+    def examples(self, x: Any) -> jax.Array:
+        images = self.call.examples(x)
+        images = images.reshape(*self.sizes, *images.shape[1:])
+        if self.axis < 0:
+            return images.reshape(1, -1, *images.shape[len(self.sizes) :])
+        images = jnp.moveaxis(images, self.axis, 0)
+        return images.reshape(self.sizes[self.axis], -1, *images.shape[len(self.sizes) :])
+
+    def inputs(self, examples: jax.Array) -> jax.Array:
+        return self._of_images(self.call.inputs, examples)
+
+    def channel_rows(self, examples: jax.Array, with_one: bool = False) -> jax.Array:
+        return self._of_images(lambda x: self.call.channel_rows(x, with_one), examples)  # type: ignore[attr-defined]
+
+    def _of_images(self, of: Any, examples: jax.Array) -> jax.Array:
+        rows = of(examples.reshape(-1, *examples.shape[2:]))
+        return rows.reshape(len(examples), -1, *rows.shape[2:])
+
+
+def regrouped(
+    call: LayerCall, axis: int, sizes: tuple[int, ...], own: tuple[int, ...]
+) -> LayerCall:
+    """``call``, whose row axes have the sizes ``own``, with these divided into ``sizes`` and the
+    examples on the one at ``axis``."""
+    if axis == 0 and sizes == own:
+        return call
+    return (RegroupedImages if hasattr(call, "channel_rows") else Regrouped)(call, axis, sizes)

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from natgrad_jax.tagging.axes import OWN, RULES, WHOLE, Along, Demand, Demands, join, through
+from natgrad_jax.tracing.axes import OWN, RULES, WHOLE, Along, Demand, Demands, join, through
 from natgrad_jax.utils import compat
+
+# Where an equation stands: its number, after those of the equations (and branches) around it.
+Key = tuple[int, ...]
 
 
 class Taint(NamedTuple):
@@ -32,17 +35,20 @@ class Taint(NamedTuple):
 class Walk:
     """One walk. ``is_data(aval, argument)`` tells whether a value that goes in holds examples.
 
-    ``mixed``: whether examples depend on one another. ``marks``: the demands of the values that
-    have a name, by name, each with its shape.
+    ``mixed``: whether examples depend on one another. ``at``: the demands of the results of each
+    equation that the walk came to, by the equation's key. ``over_examples``: scans that take one
+    example after another.
     """
 
     def __init__(self, is_data: Callable[[Any, bool], bool]):
         self.is_data = is_data
         self.mixed = False
-        self.marks: dict[str, set[tuple[Demand, tuple[int, ...]]]] = {}
+        self.at: dict[Key, Demands] = {}
+        self.over_examples: set[Key] = set()
 
-    def back(self, jaxpr: Any, taints: Sequence[Taint], outs: Demands) -> Demands:
-        """The demands of the inputs of ``jaxpr`` from those of its outputs."""
+    def back(self, jaxpr: Any, taints: Sequence[Taint], outs: Demands, key: Key = ()) -> Demands:
+        """The demands of the inputs of ``jaxpr`` from those of its outputs; ``key`` is that of the
+        equation that it stands in."""
         taint = self._taints(jaxpr, taints)
         wanted: dict[Any, Demand] = {}
 
@@ -53,15 +59,17 @@ class Walk:
 
         for var, demand in zip(jaxpr.outvars, outs, strict=True):
             want(var, demand)
-        for equation in reversed(jaxpr.eqns):
+        for number, equation in reversed(list(enumerate(jaxpr.eqns))):
             own = [wanted.get(v) for v in equation.outvars]
             if not any(own):
                 continue
+            here = (*key, number)
+            self.at[here] = own
             for var, demand in zip(equation.outvars, own, strict=True):
                 self.mixed |= demand == WHOLE and all(taint[var])
             given = [taint.get(v, Taint()) if _is_var(v) else Taint() for v in equation.invars]
             for var, demand in zip(
-                equation.invars, self._through(equation, given, own), strict=True
+                equation.invars, self._through(equation, given, own, here), strict=True
             ):
                 want(var, demand)
         return [wanted.get(v) for v in jaxpr.invars]
@@ -75,34 +83,32 @@ class Walk:
             found |= dict.fromkeys(equation.outvars, taint)
         return found
 
-    def _through(self, equation: Any, taints: list[Taint], outs: Demands) -> Demands:
+    def _through(self, equation: Any, taints: list[Taint], outs: Demands, key: Key) -> Demands:
         name, params = equation.primitive.name, equation.params
-        if name == "name":
-            shape = equation.outvars[0].aval.shape
-            self.marks.setdefault(params["name"], set()).add((outs[0], shape))
         if name == "stop_gradient":
             return [None]
         if name == "scan":
-            return self._scan(equation, taints, outs)
+            return self._scan(equation, taints, outs, key)
         if name == "cond":
-            inner = [self._inside(b, taints[1:], outs) for b in params["branches"]]
+            branches = enumerate(params["branches"])
+            inner = [self._inside(b, taints[1:], outs, (*key, i)) for i, b in branches]
             return [None, *(functools.reduce(join, each) for each in zip(*inner, strict=True))]
         programs = [] if name in RULES else list(_programs(params))
         if name == "while" or len(programs) > 1 or (programs and not _same_inputs(equation)):
-            for program in programs:
+            for i, program in enumerate(programs):
                 jaxpr = getattr(program, "jaxpr", program)
+                within = (*key, i) if len(programs) > 1 else key
                 tainted = [_all(taints)] * len(jaxpr.invars)
-                self._inside(program, tainted, [WHOLE] * len(jaxpr.outvars))
+                self._inside(program, tainted, [WHOLE] * len(jaxpr.outvars), within)
             return [WHOLE] * len(equation.invars)
         if programs:
-            return self._inside(programs[0], taints, outs)
+            return self._inside(programs[0], taints, outs, key)
         return through(equation, outs)
 
-    def _inside(self, program: Any, taints: Sequence[Taint], outs: Demands) -> Demands:
-        jaxpr = getattr(program, "jaxpr", program)
-        return self.back(jaxpr, taints, outs)
+    def _inside(self, program: Any, taints: Sequence[Taint], outs: Demands, key: Key) -> Demands:
+        return self.back(getattr(program, "jaxpr", program), taints, outs, key)
 
-    def _scan(self, equation: Any, taints: list[Taint], outs: Demands) -> Demands:
+    def _scan(self, equation: Any, taints: list[Taint], outs: Demands, key: Key) -> Demands:
         constants, carried = compat.scan_groups(equation.params)
         program, length = equation.params["jaxpr"], equation.params["length"]
         # what is carried may come to depend on all that goes in
@@ -113,17 +119,18 @@ class Walk:
         ]
         carry, along = outs[:carried], outs[carried:]
         if Along(0, length) in along and not any(carry):  # perhaps one example after another
-            before = {name: set(demands) for name, demands in self.marks.items()}
+            before = dict(self.at)
             each = [OWN if d == Along(0, length) else d for d in along]
-            found = self._inside(program, inside, [*carry, *each])
+            found = self._inside(program, inside, [*carry, *each], key)
             if not any(found[constants : constants + carried]):
+                self.over_examples.add(key)
                 shared = [WHOLE if d == OWN else d for d in found[:constants]]
                 own = [Along(0, length) if d == OWN else d for d in found[constants + carried :]]
                 return [*shared, *carry, *own]
-            self.marks = before
+            self.at = before
         stacked = [_unstacked(d) for d in along]
         while True:
-            found = self._inside(program, inside, [*carry, *stacked])
+            found = self._inside(program, inside, [*carry, *stacked], key)
             again = [join(a, b) for a, b in zip(carry, found[constants:], strict=False)]
             if again == carry:
                 break

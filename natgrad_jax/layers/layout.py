@@ -1,11 +1,9 @@
-"""How the arrays of one call of a layer are arranged as matrices."""
+"""How a parameter is arranged as a matrix."""
 
 import math
 from typing import NamedTuple
 
 import jax
-
-from natgrad_jax.layers.layer_call import LayerCall
 
 
 class Layout(NamedTuple):
@@ -39,17 +37,3 @@ class Layout(NamedTuple):
         return m.transpose(*range(lead), *(lead + a for a in inverse)).reshape(
             m.shape[:lead] + shape
         )
-
-
-class Geometry(NamedTuple):
-    """One call of a layer, independent of the module that made it.
-
-    ``names``: its parameters in the order of their rows in ``K̄``; ``shape``: of the first, in this
-    call; ``call``: how its arrays are arranged; ``layouts``: how its parameters are.
-    """
-
-    kind: str
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    call: LayerCall
-    layouts: tuple[Layout, ...]

@@ -1,6 +1,6 @@
 """What one operation's operands must give for one element of its result, axis by axis.
 
-See :mod:`natgrad_jax.tagging.dependence`. An operation without a rule here needs the whole of its
+See :mod:`natgrad_jax.tracing.dependence`. An operation without a rule here needs the whole of its
 operands.
 """
 

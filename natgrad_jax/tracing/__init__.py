@@ -1,0 +1,1 @@
+"""The loss as a jaxpr of its parameters: traced, analysed, and evaluated again with taps."""

@@ -1,0 +1,82 @@
+"""The loss as a jaxpr whose first inputs are the parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from natgrad_jax.losses.loss import Loss, LossFn, as_loss
+from natgrad_jax.tracing import model
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.tree_paths import Path
+
+
+class Traced(NamedTuple):
+    """A loss, traced.
+
+    ``jaxpr``: its inputs are the parameters, then the state of an NNX model, then the arrays among
+    the other arguments, which begin at ``arguments``. ``paths``: of the parameters. ``inputs``: the
+    values of all inputs.
+    ``result``: from the values of its outputs to ``(loss, aux, state)``. ``outputs``, ``weights``:
+    for each term of the loss the places of the network's output and of the examples' weights among
+    its outputs, None where there are no weights.
+    """
+
+    jaxpr: Any
+    paths: tuple[Path, ...]
+    inputs: tuple[Any, ...]
+    arguments: int
+    result: Callable[[Sequence[Any]], tuple[Loss, Any, Any]]
+    loss: Loss
+    outputs: tuple[int | None, ...]
+    weights: tuple[int | None, ...]
+
+
+def trace(
+    loss_fn: LossFn, tree: Any, rest: Any, args: tuple[Any, ...], has_aux: bool | None = None
+) -> Traced:
+    """Trace ``loss_fn`` abstractly, with the parameters and the rest from :func:`model.split`.
+
+    Works on arrays, on ``jax.ShapeDtypeStruct`` and on tracers. Arguments that are no arrays stay
+    as they are.
+    """
+    leaves, structure = jax.tree.flatten((tree, rest, args))
+    is_array = [_is_array(x) for x in leaves]
+    arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
+    found: dict[str, Any] = {}
+
+    def flat(*arrays: Any) -> list[Any]:
+        given = iter(arrays)
+        whole = [next(given) if a else x for x, a in zip(leaves, is_array, strict=True)]
+        out, state = model.run(loss_fn, *jax.tree.unflatten(structure, whole))
+        loss = as_loss(out, has_aux)
+        # a scale that is a Python number stays one
+        values, tree = jax.tree.flatten((loss, out[1] if isinstance(out, tuple) else None, state))
+        found.update(values=values, tree=tree, loss=loss)
+        found["is_array"] = [_is_array(x) for x in values]
+        return [x for x in values if _is_array(x)]
+
+    jaxpr = jax.make_jaxpr(flat)(*arrays)
+
+    def result(outputs: Sequence[Any]) -> tuple[Loss, Any, Any]:
+        given = iter(outputs)
+        pairs = zip(found["values"], found["is_array"], strict=True)
+        return jax.tree.unflatten(found["tree"], [next(given) if a else x for x, a in pairs])
+
+    loss = found["loss"]
+    numbered = result(range(len(jaxpr.jaxpr.outvars)))[0]
+    place = lambda x: x if isinstance(x, int) else None
+    return Traced(
+        jaxpr,
+        tuple(tree_paths.leaves(tree)),
+        tuple(arrays),
+        len(jax.tree.leaves((tree, rest))),
+        result,
+        loss,
+        tuple(place(t.distribution.natural) for t in numbered.terms),
+        tuple(place(t.weight) for t in numbered.terms),
+    )
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
