@@ -45,13 +45,13 @@ def test_gradients_are_jaxs_own_and_a_step_is_finite(case: Any) -> None:
 
     @jax.jit
     def step(tree: Any, state: Any) -> Any:
-        own = nnx.merge(graph, tree, rest) if isinstance(params, nnx.Module) else tree
+        own = nnx.merge(graph, tree, rest, copy=True) if isinstance(params, nnx.Module) else tree
         loss, grads, statistics = grad_fn(own, *args, rng=jax.random.key(0), opt_state=state)
         updates, state = tx.update(grads, state, tree, statistics=statistics)
         return loss, grads, statistics, optax.apply_updates(tree, updates)
 
     def value(tree: Any) -> jax.Array:
-        own = nnx.merge(graph, tree, rest) if isinstance(params, nnx.Module) else tree
+        own = nnx.merge(graph, tree, rest, copy=True) if isinstance(params, nnx.Module) else tree
         out = problem.loss_fn(own, *args)
         return (out[0] if problem.has_aux else out).value
 
