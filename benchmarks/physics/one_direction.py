@@ -27,7 +27,7 @@ from jax.experimental import jet
 import natgrad_jax as ng
 
 DAMPING = 1e-4
-AXES = (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
+AXES = tuple(np.eye(2))
 
 
 def network(params: Any, x: jax.Array) -> jax.Array:
@@ -79,7 +79,9 @@ def shares(mode: str, seed: int, width: int, points: int, steps: int) -> list[di
     measure = jax.jit(lambda params: jax.vmap(jax.grad(residual), (None, 0))(params, x))
     values = jax.jit(lambda params: jax.vmap(lambda x: residual(params, x))(x))
     layers = ng.find_layers(loss_fn, params, x, blocks={"2/1": "gradient"})
-    now = _shares(loss_fn, layers, params, x, measure(params), values(params))
+    plain = ng.Layers({k: replace(v, matrices=False) for k, v in layers.items()}, layers.leftover)
+    ours, pooled = (factors_of(loss_fn, own, x) for own in (layers, plain))
+    now = _shares(ours, pooled, params, measure(params), values(params))
     adam = optax.adam(3e-3)
 
     @jax.jit
@@ -94,11 +96,11 @@ def shares(mode: str, seed: int, width: int, points: int, steps: int) -> list[di
         return jax.lax.scan(step, (params, adam.init(params)), length=steps)[0][0]
 
     params = train(params)
-    return [now, _shares(loss_fn, layers, params, x, measure(params), values(params))]
+    return [now, _shares(ours, pooled, params, measure(params), values(params))]
 
 
 def _shares(
-    loss_fn: Any, layers: ng.Layers, params: Any, x: jax.Array, own: Any, residuals: jax.Array
+    ours: Any, pooled: Any, params: Any, own: Any, residuals: jax.Array
 ) -> dict[str, float]:
     matrices = [np.concatenate([W, b[:, None]], axis=1) for W, b in own[:-1]] + [
         np.asarray(own[-1][0])
@@ -113,11 +115,10 @@ def _shares(
         d = np.concatenate([x.ravel() for x in directions])
         return float((gradient @ d) ** 2 / (d @ F @ d) / best)
 
-    pooled = ng.Layers({k: replace(v, matrices=False) for k, v in layers.items()}, layers.leftover)
     forms = {
-        "pooled": [_factors(loss_fn, pooled, params, x, i) for i in range(3)],
+        "pooled": pooled(params),
         "partial traces": [_partial_traces(M) for M in matrices],
-        "this library": [_factors(loss_fn, layers, params, x, i) for i in range(3)],
+        "this library": ours(params),
     }
     found = {"gradient": share(gradients)}
     for name, pairs in forms.items():
@@ -127,17 +128,24 @@ def _shares(
     return found
 
 
-def _factors(loss_fn: Any, layers: ng.Layers, params: Any, x: jax.Array, i: int) -> Any:
+def factors_of(loss_fn: Any, layers: ng.Layers, x: jax.Array) -> Callable[[Any], list[Any]]:
+    """From parameters to A and G of each layer."""
     tx = ng.scale_by_kfac(layers, decay=0.0, statistics_period=1)
-    _, grads, statistics = jax.jit(ng.value_and_grad(loss_fn, layers, fisher="exact"))(
-        params, x, rng=jax.random.key(0)
-    )
-    found = ng.factors(tx.update(grads, tx.init(params), params, statistics=statistics)[1])
-    path = next(p for p in found if p[0] == str(i))
-    A, G = np.asarray(found[path].A), np.asarray(found[path].G)
-    kernel = params[i][0]
-    # a kernel that is only used transposed has its outputs for inputs
-    return (A, G) if len(G) == kernel.shape[1] else (G, A)
+    grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
+
+    @jax.jit
+    def measure(params: Any) -> Any:
+        _, grads, statistics = grad_fn(params, x, rng=jax.random.key(0))
+        return ng.factors(tx.update(grads, tx.init(params), params, statistics=statistics)[1])
+
+    def of(params: Any) -> list[Any]:
+        found = sorted(measure(params).items())
+        pairs = [(np.asarray(own.A), np.asarray(own.G)) for _, own in found]
+        # a kernel that is only used transposed has its outputs for inputs
+        return [(A, G) if len(G) == W.shape[1] else (G, A)
+                for (A, G), (W, *_) in zip(pairs, params, strict=True)]  # fmt: skip
+
+    return of
 
 
 def _partial_traces(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
