@@ -6,7 +6,7 @@
 # A normalization with at most this many parameters has one full block; beyond, 2×2 per unit.
 MAX_FULL_NORM = 512
 
-# A parameter of no known layer with at most this many numbers has a full block: its statistics
+# A parameter outside every layer with at most this many numbers has a full block: its statistics
 # have rank one per measurement, too little for a larger matrix.
 MAX_FREE = 256
 
