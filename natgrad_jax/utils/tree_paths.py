@@ -4,8 +4,7 @@ A path is a tuple of str. Linen dicts, ``FrozenDict``, NNX ``State`` (whose leav
 with their array under ``.value``) and NNX modules have different key paths for the same parameter.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,27 +37,3 @@ def replace(tree: PyTree, values: Mapping[Path, Any]) -> PyTree:
 def join(path: Path) -> str:
     """The path as text: ``encoder/Dense_0/kernel``."""
     return "/".join(path) or "."
-
-
-def insert(
-    tree: PyTree, key: str, value_of: Callable[[Path, Mapping[str, Any]], Any], path: Path = ()
-) -> PyTree:
-    """``tree`` with ``value_of(path, mapping)`` added under ``key`` to every mapping in it.
-
-    Nothing is added if the value is None. Mappings, also ``FrozenDict``, become plain dicts;
-    mappings inside of dataclasses, lists and tuples are included.
-    """
-    if isinstance(tree, Mapping):
-        out = {k: insert(v, key, value_of, (*path, str(k))) for k, v in tree.items()}
-        value = value_of(path, tree)
-        return out if value is None else {**out, key: value}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        items = zip(tree._fields, tree, strict=True)
-        return type(tree)(*(insert(v, key, value_of, (*path, name)) for name, v in items))
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = [f.name for f in dataclasses.fields(tree)]
-        new = {n: insert(getattr(tree, n), key, value_of, (*path, n)) for n in names}
-        return dataclasses.replace(tree, **new)
-    if isinstance(tree, list | tuple):
-        return type(tree)(insert(v, key, value_of, (*path, str(i))) for i, v in enumerate(tree))
-    return tree
