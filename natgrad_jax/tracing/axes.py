@@ -36,7 +36,8 @@ def join(a: Demand, b: Demand) -> Demand:
 ELEMENTWISE = frozenset((
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2",
     "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "complex", "conj",
-    "polygamma", "zeta",
+    "polygamma", "zeta", "log2", "one_minus_square", "bitcast_convert_type", "igamma_grad_a",
+    "clz", "population_count", "shift_left", "shift_right_arithmetic", "shift_right_logical",
     "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf",
     "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac",
     "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt",
