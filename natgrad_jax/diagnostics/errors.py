@@ -160,7 +160,7 @@ def dense(layer: Layer, apply: Callable[[jax.Array], jax.Array]) -> jax.Array:
     >>> import jax.numpy as jnp, natgrad_jax as ng
     >>> params = {"scale": jnp.ones(2)}
     >>> loss_fn = lambda p, x: ng.Gaussian(x * p["scale"]).nll(x)
-    >>> layer = ng.find_layers(loss_fn, params, jnp.ones((3, 2)))[("scale",)]
+    >>> layer = ng.find_layers(loss_fn, params, jnp.ones((3, 2)))[()]
     >>> ng.diagnostics.dense(layer, lambda x: 2 * x)
     Array([[2., 0.],
            [0., 2.]], dtype=float32)
