@@ -18,6 +18,7 @@ from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
+from natgrad_jax.losses.likelihood import Distribution, loss
 from natgrad_jax.losses.loss import Loss
 from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.reparametrization.modules import WhitenedConv, WhitenedDense
@@ -63,6 +64,7 @@ __all__ = [
     "Cholesky",
     "Coordinates",
     "DampingRule",
+    "Distribution",
     "EKFACState",
     "Eigenbasis",
     "Eigh",
@@ -103,6 +105,7 @@ __all__ = [
     "kfac",
     "levenberg_marquardt",
     "linear_natural_gradient",
+    "loss",
     "natural_gradient",
     "ngd",
     "prong",

@@ -5,7 +5,7 @@ examples (batch statistics) therefore act as in training.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, overload
 
 import jax
@@ -17,6 +17,7 @@ from natgrad_jax.exact.matvec import Model, model_of
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Parameter
 from natgrad_jax.losses import output_cotangents
+from natgrad_jax.losses.distribution_base import Outputs
 from natgrad_jax.losses.loss import Loss, LossFn, Term, positive
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.precision import HIGHEST, at_least_float32
@@ -193,9 +194,9 @@ def _block(
     check_size(size)
     outputs = lambda own: model.outputs(tree_paths.replace(model.tree, own))
     dtype = jnp.result_type(jnp.float32, *own.values())
-    flat = lambda j, shape: [j[p].reshape(*shape, -1).astype(dtype) for p in own]
+    flat = lambda j, x: [j[p].reshape(*x.shape, -1).astype(dtype) for p in own]
     J = [
-        jnp.concatenate(flat(j, t.distribution.natural.shape), axis=-1)
+        {k: jnp.concatenate(flat(j[k], t.distribution.outputs[k]), -1) for k in j}
         for j, t in zip(jax.jacrev(outputs)(own), model.loss.terms, strict=True)
     ]
     F = jnp.zeros((size, size), dtype)
@@ -217,12 +218,16 @@ def check_size(size: int) -> None:
 
 
 def _outer(
-    J: Float[Array, "*outputs P"], cotangent: Float[Array, "*outputs"], n: int
+    J: dict[str, Float[Array, "*outputs P"]], cotangent: Outputs, n: int
 ) -> Float[Array, "P P"]:
     """``Σₙ vₙ vₙᵀ`` over the n examples of one term."""
     einsum = partial(jnp.einsum, precision=HIGHEST)
-    rows = lambda x, *last: x.astype(J.dtype).reshape(n, -1, *last)
-    v = einsum("nd,ndp->np", rows(cotangent), rows(J, J.shape[-1]))
+
+    def rows(j: Float[Array, "*outputs P"], x: Float[Array, "*outputs"]) -> Float[Array, "n P"]:
+        flat = x.astype(j.dtype).reshape(n, -1)
+        return einsum("nd,ndp->np", flat, j.reshape(n, -1, j.shape[-1]))
+
+    v = reduce(jnp.add, [rows(J[name], cotangent[name]) for name in J])
     return einsum("np,nq->pq", v, v)
 
 
@@ -235,13 +240,10 @@ def _squares(
 ) -> optax.Params:
     """``total + Σₙ vₙ²`` over the n examples of one term, one after another."""
 
-    def only(
-        i: int, c: Float[Array, "*outputs"], example: Int[Array, ""]
-    ) -> Float[Array, "*outputs"]:
-        if i != term:
-            return jnp.zeros_like(c)
-        here = jnp.arange(n)[:, None] == example
-        return jnp.where(here, c.reshape(n, -1), 0).reshape(c.shape)
+    def only(i: int, outputs: Outputs, example: Int[Array, ""]) -> Outputs:
+        here = (jnp.arange(n)[:, None] == example) & (i == term)
+        of = lambda x: jnp.where(here, x.reshape(n, -1), 0).reshape(x.shape)
+        return jax.tree.map(of, outputs)
 
     def add(example: Int[Array, ""], total: optax.Params) -> optax.Params:
         (v,) = pullback(tuple(only(i, c, example) for i, c in enumerate(cotangents)))

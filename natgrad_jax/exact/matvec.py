@@ -4,6 +4,7 @@ All use J, the Jacobian of the network's outputs for the whole batch. Operations
 examples (batch statistics) therefore act as in training.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from natgrad_jax.losses.distribution_base import Outputs
 from natgrad_jax.losses.loss import Loss, LossFn, Term, as_loss, positive
 from natgrad_jax.tracing import model
 from natgrad_jax.utils.precision import at_least_float32
@@ -20,12 +22,12 @@ from natgrad_jax.utils.precision import at_least_float32
 class Model(NamedTuple):
     """A loss at given parameters.
 
-    ``tree``: the parameters. ``outputs``: from such a tree to the network's output for each term of
-    the loss. ``loss``: the loss at ``tree``.
+    ``tree``: the parameters. ``outputs``: from such a tree to the network's outputs for each term
+    of the loss. ``loss``: the loss at ``tree``.
     """
 
     tree: optax.Params
-    outputs: Callable[[optax.Params], tuple[Float[Array, "..."], ...]]
+    outputs: Callable[[optax.Params], tuple[Outputs, ...]]
     loss: Loss
 
 
@@ -63,7 +65,8 @@ def gauss_newton_vector_product(
     """The function ``v ↦ G v + λ v`` of the generalized Gauss-Newton matrix G of the loss.
 
     ``G v = Σₙ Jₙᵀ ∇²(−log p)ₙ (J v)ₙ / N`` with the true labels. G equals the Fisher for the
-    distributions of this library, whose outputs are natural parameters. Scalars added to the loss
+    distributions whose outputs are natural parameters (Categorical, Bernoulli, a Gaussian's mean,
+    Poisson). Scalars added to the loss
     and negative multiples of a likelihood do not contribute.
 
     Arguments and result are those of :func:`fisher_vector_product`.
@@ -120,12 +123,11 @@ def forms(
     of_output = OF_OUTPUT[curvature]
     outputs = [jax.jvp(model.outputs, (model.tree,), (v,))[1] for v in vectors]
     curved = [
-        [_weigh(term, of_output(term, u)) for term, u in zip(model.loss.terms, out, strict=True)]
+        tuple(_weigh(t, of_output(t, u)) for t, u in zip(model.loss.terms, out, strict=True))
         for out in outputs
     ]
-    inner = lambda a, b: sum(
-        jnp.sum(x.astype(float) * y.astype(float)) for x, y in zip(a, b, strict=True)
-    )
+    dot = lambda x, y: jnp.sum(x.astype(float) * y.astype(float))
+    inner = lambda a, b: functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(dot, a, b)))
     return jnp.array([[inner(a, b) for b in curved] for a in outputs])
 
 
@@ -140,12 +142,14 @@ def model_at(
 ) -> Model:
     """The :class:`Model` of ``loss_of(tree)``."""
     loss = lambda tree: as_loss(loss_of(tree))
-    outputs = lambda tree: tuple(t.distribution.natural for t in loss(tree).terms)
-    return Model(tree, outputs, loss(tree))
+    outputs = lambda tree: tuple(t.distribution.outputs for t in loss(tree).terms)
+    # traced, as ``outputs`` is: which outputs depend on parameters is then the same
+    _, _, at_tree = jax.vjp(lambda tree: (jnp.zeros(()), loss(tree)), tree, has_aux=True)
+    return Model(tree, outputs, at_tree)
 
 
 # From a term of the loss and the change of its output to the curvature's product with that change.
-_OfOutput = Callable[[Term, Float[Array, "*outputs"]], Float[Array, "*outputs"]]
+_OfOutput = Callable[[Term, Outputs], Outputs]
 
 
 def _product(
@@ -167,31 +171,43 @@ def _product(
     return product
 
 
-def _weigh(term: Term, u: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+def _weigh(term: Term, u: Outputs) -> Outputs:
     """``u`` times ``scale · w / Σ w``; zero for masked examples and for negative scales."""
-    weight = jnp.ones(())
-    if term.weight is not None:
-        weight = term.distribution.beside_event(term.weight)
-    factor = jnp.maximum(term.scale, 0) * weight / positive(term.count)
-    return jnp.where(weight > 0, u * factor, 0).astype(term.distribution.natural.dtype)
+
+    def of(name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        weight = jnp.ones(())
+        if term.weight is not None:
+            weight = term.distribution.beside(name, term.weight)
+        factor = jnp.maximum(term.scale, 0) * weight / positive(term.count)
+        return jnp.where(weight > 0, x * factor, 0).astype(term.distribution.outputs[name].dtype)
+
+    return {name: of(name, x) for name, x in u.items()}
 
 
-def _fisher_of_output(term: Term, u: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+def _fisher_of_output(term: Term, u: Outputs) -> Outputs:
     """``H u = Σ r rᵀ u`` over the columns r of the square root of H."""
-    u = u.astype(at_least_float32(u.dtype))
+    u = {name: x.astype(at_least_float32(x.dtype)) for name, x in u.items()}
+    over, beside = term.distribution.over_event, term.distribution.beside
 
-    def add(column: Int[Array, ""], total: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+    def add(column: Int[Array, ""], total: Outputs) -> Outputs:
         r = term.distribution.root_column(column)
-        return total + r * term.distribution.over_event(r * u, keepdims=True)
+        along = functools.reduce(jnp.add, [over(r[name] * u[name]) for name in u])
+        return {name: total[name] + r[name] * beside(name, along) for name in u}
 
-    return jax.lax.fori_loop(0, term.distribution.columns, add, jnp.zeros_like(u))
+    zeros = jax.tree.map(jnp.zeros_like, u)
+    return jax.lax.fori_loop(0, term.distribution.columns, add, zeros)
 
 
-def _hessian_of_output(term: Term, u: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+def _hessian_of_output(term: Term, u: Outputs) -> Outputs:
     """``∇²(−log p) u`` at the true labels."""
-    distribution = term.distribution
-    total = lambda z: distribution.with_natural(z).nll_per_example(term.targets).sum()
-    return jax.jvp(jax.grad(total), (distribution.natural,), (u,))[1]
+    distribution, targets = term.distribution, term.targets
+    if targets is None:
+        raise ValueError(
+            'curvature="gauss_newton" needs the true labels of every term; distributions given to '
+            'ng.loss, and .curvature(), have none. Use "fisher".'
+        )
+    total = lambda z: distribution.with_outputs(z).nll_per_example(targets).sum()
+    return jax.jvp(jax.grad(total), (distribution.outputs,), (u,))[1]
 
 
 OF_OUTPUT: dict[str, _OfOutput] = {

@@ -1,29 +1,31 @@
-"""The predictive distributions: Categorical, Bernoulli and Gaussian."""
+"""The predictive distributions of most losses: Categorical, Bernoulli and Gaussian."""
 
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, Real, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real, Shaped
 
-from natgrad_jax.losses.distribution_base import Distribution
-from natgrad_jax.losses.likelihood import Likelihood
+from natgrad_jax.losses.distribution_base import Outputs
+from natgrad_jax.losses.likelihood import Distribution
 from natgrad_jax.losses.loss import value_range
+from natgrad_jax.losses.output_fisher import Entries
 from natgrad_jax.utils.hyperparams import is_concrete
-from natgrad_jax.utils.precision import at_least_float32
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Categorical(Likelihood):
+class Categorical(Distribution):
     """A categorical distribution over C classes, given by its logits.
 
     ``−log p(c) = logsumexp(z) − z_c`` for logits z, the same as ``optax.softmax_cross_entropy``.
 
     Args:
       logits: ``(*examples, C)``.
+      event_ndims: the number of axes before the classes that belong to one example. By default 0:
+        tokens are averaged over. 1 for an action that consists of several choices.
 
     >>> import jax.numpy as jnp
     >>> float(Categorical(jnp.zeros((2, 4))).nll(jnp.array([0, 3])).value)  # log 4
@@ -31,88 +33,47 @@ class Categorical(Likelihood):
     """
 
     logits: Float[Array, "*examples classes"]
-    natural_name: ClassVar[str] = "logits"
+    features: ClassVar[Mapping[str, int]] = {"logits": 1}
+    usual_event_ndims: ClassVar[int] = 0
 
-    def nll_per_example(self, targets: Real[Array, "..."]) -> Float[Array, "*examples"]:
-        logits = _wide(self.logits)
+    def log_prob(self, targets: Real[Array, "..."]) -> Float[Array, "*examples"]:
         if jnp.issubdtype(targets.dtype, jnp.integer):
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return optax.softmax_cross_entropy(logits, targets)
+            return -optax.softmax_cross_entropy_with_integer_labels(self.logits, targets)
+        return -optax.softmax_cross_entropy(self.logits, targets)
 
     def sample(self, key: PRNGKeyArray) -> Int[Array, "*examples"]:
-        return jax.random.categorical(key, _wide(self.logits))
+        return jax.random.categorical(key, self.logits)
 
-    def root_column(self, column: Int[Array, ""] | int) -> Float[Array, "*examples classes"]:
-        p = jax.nn.softmax(_wide(self.logits))
+    @property
+    def columns_of_number(self) -> int:
+        return self.logits.shape[-1]
+
+    def root_of_numbers(self, column: Int[Array, ""] | int) -> Outputs:
+        p = jax.nn.softmax(self.logits)
         one_hot = jax.nn.one_hot(column, p.shape[-1], dtype=p.dtype)
-        return jnp.sqrt(jnp.take(p, column, axis=-1))[..., None] * (one_hot - p)
+        return {"logits": jnp.sqrt(jnp.take(p, column, axis=-1))[..., None] * (one_hot - p)}
 
     def check(self, targets: Shaped[Array, "..."]) -> None:
         integer = jnp.issubdtype(targets.dtype, jnp.integer)
-        wanted = self.examples if integer else self.natural.shape
+        wanted = self.numbers if integer else self.logits.shape
         if targets.shape != wanted:
             raise ValueError(
-                f"Categorical.nll: logits of shape {self.natural.shape} take integer targets of "
-                f"shape {self.examples} or probabilities of shape {self.natural.shape}; got "
+                f"Categorical.nll: logits of shape {self.logits.shape} take integer targets of "
+                f"shape {self.numbers} or probabilities of shape {self.logits.shape}; got "
                 f"{targets.dtype} targets of shape {targets.shape}."
             )
-        classes = self.natural.shape[-1]
+        classes = self.logits.shape[-1]
         if integer and is_concrete(targets) and targets.size:
             low, high = value_range(targets)
             if low < 0 or high >= classes:
                 raise ValueError(
                     f"Categorical.nll: labels must lie in 0..{classes - 1} for logits of shape "
-                    f"{self.natural.shape}; got labels from {low} to {high}. Give examples "
+                    f"{self.logits.shape}; got labels from {low} to {high}. Give examples "
                     "without a label the label 0, and mask them with where=."
                 )
 
 
-@dataclass(frozen=True)
-class _WithEventAxes(Likelihood):
-    """A distribution over arrays of numbers: ``event_ndims`` says which axes are one example."""
-
-    event_ndims: int | None = field(default=None, kw_only=True, metadata={"static": True})
-
-    def with_natural(self, natural: Float[Array, "*outputs"]) -> "Distribution":
-        # under vmap over examples the event keeps its number of axes
-        return replace(self, **{self.natural_name: natural}, event_ndims=self.event_axes)
-
-    @property
-    def event_axes(self) -> int:
-        # not checked at construction: JAX rebuilds pytrees with leaves that are no arrays
-        ndim, given = self.natural.ndim, self.event_ndims
-        if given is None and ndim == 1:
-            name, n = f"{type(self).__name__}({self.natural_name}", self.natural.shape[0]
-            raise ValueError(
-                f"{name}) with {self.natural_name} of shape ({n},) is ambiguous. Write "
-                f"{name}, event_ndims=0) for {n} examples of one number each, or "
-                f"{name}, event_ndims=1) for one example of {n} numbers, as inside vmap."
-            )
-        known = min(ndim, 1) if given is None else given
-        if isinstance(known, bool) or not isinstance(known, int) or not 0 <= known <= ndim:
-            raise ValueError(
-                f"{type(self).__name__}: event_ndims is the number of trailing axes of "
-                f"{self.natural_name} that are one example: 0 to {ndim} for shape "
-                f"{self.natural.shape}; got {known!r}."
-            )
-        return known
-
-    def _unit(self, column: Int[Array, ""] | int, dtype: DTypeLike) -> Float[Array, "*event"]:
-        """The unit vector of one number of an example, in the shape of the event."""
-        return jax.nn.one_hot(column, self.columns, dtype=dtype).reshape(self.event)
-
-    def check(self, targets: Shaped[Array, "..."]) -> None:
-        if targets.shape != self.natural.shape:
-            shape, column = self.natural.shape, (*targets.shape, 1) == self.natural.shape
-            raise ValueError(
-                f"{type(self).__name__}.nll: targets must have the shape of {self.natural_name}, "
-                f"{shape}; got {targets.shape}." + " Write targets[..., None]." * column
-            )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Bernoulli(_WithEventAxes):
+class Bernoulli(Distribution):
     """Independent Bernoulli variables, given by their logits.
 
     ``−log p(y) = Σ_d softplus(z_d) − y_d z_d`` for logits z: ``optax.sigmoid_binary_cross_entropy``
@@ -134,20 +95,17 @@ class Bernoulli(_WithEventAxes):
     """
 
     logits: Float[Array, "*examples_and_event"]
-    natural_name: ClassVar[str] = "logits"
 
-    def nll_per_example(self, targets: Real[Array, "*outputs"]) -> Float[Array, "*examples"]:
-        logits = _wide(self.logits)
-        losses = optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
-        return self.over_event(losses)
+    def log_prob(self, targets: Real[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+        return -optax.sigmoid_binary_cross_entropy(self.logits, targets.astype(self.logits.dtype))
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "*outputs"]:
-        p = jax.nn.sigmoid(_wide(self.logits))
+        p = jax.nn.sigmoid(self.logits)
         return jax.random.bernoulli(key, p).astype(p.dtype)
 
-    def root_column(self, column: Int[Array, ""] | int) -> Float[Array, "*outputs"]:
-        p = jax.nn.sigmoid(_wide(self.logits))
-        return jnp.sqrt(p * (1 - p)) * self._unit(column, p.dtype)
+    def fisher(self) -> Entries:
+        p = jax.nn.sigmoid(self.logits)
+        return ((p * (1 - p),),)
 
     def check(self, targets: Shaped[Array, "..."]) -> None:
         super().check(targets)
@@ -160,26 +118,27 @@ class Bernoulli(_WithEventAxes):
                 )
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Gaussian(_WithEventAxes):
-    """A Gaussian with a predicted mean and a given variance.
+class Gaussian(Distribution):
+    """A Gaussian with a predicted mean, and a given or predicted variance.
 
     ``−log p(y) = ½ (y − μ)ᵀ Σ⁻¹ (y − μ) + ½ log |Σ|`` over the D numbers of one example, without
     the constant ``½ D log 2π``. With the default variance it is ``optax.l2_loss`` summed over the
-    numbers of one example.
+    numbers of one example. The Fisher is ``1/σ²`` over a mean and ``1/(2σ⁴)`` over a variance;
+    ``tr(Σ⁻¹ dΣ Σ⁻¹ dΣ)/2`` over a covariance.
 
     Args:
       mean: ``(*examples, *event)``.
-      variance: a scalar; or, with one event axis, ``(D,)`` for each dimension or a covariance
-        ``(D, D)``; in units of the target squared. The Fisher treats it as a constant.
+      variance: broadcasts to the mean: a number, ``(D,)`` for each dimension, or of the mean's
+        shape; in units of the target squared. If it depends on parameters (``jnp.exp(log_var)``),
+        so does the Fisher. Instead of it
+      covariance: ``(D, D)`` or ``(*examples, D, D)``, for a mean with one event axis.
       event_ndims: the number of trailing axes that are one example. By default 1 (0 for a scalar
         mean). A one-dimensional mean requires it: 0 for N examples of one number each, 1 for one
         example of N numbers. Use 3 for images ``(N, H, W, C)``.
 
     Raises:
-      ValueError: (from ``nll``) a one-dimensional mean without ``event_ndims``, or a variance of
-        another shape.
+      ValueError: (from ``nll``) a one-dimensional mean without ``event_ndims``, a variance or
+        covariance of another shape, or both.
 
     >>> import jax.numpy as jnp
     >>> float(Gaussian(jnp.zeros((2, 3)), variance=1.0).nll(jnp.ones((2, 3))).value)
@@ -189,51 +148,105 @@ class Gaussian(_WithEventAxes):
     """
 
     mean: Float[Array, "*examples_and_event"]
-    variance: Float[Array, "*variance"] | float = 1.0
-    natural_name: ClassVar[str] = "mean"
+    variance: Float[Array, "*variance"] | float | None = None
+    covariance: Float[Array, "*examples D D"] | None = None
+    features: ClassVar[Mapping[str, int]] = {"covariance": 1}
 
-    def _root(self) -> tuple[Float[Array, "..."], bool]:
-        """L with ``L Lᵀ = Σ``, and whether it is a Cholesky factor ``(D, D)``.
-
-        Without correlations L holds the standard deviations, in the event's shape.
-        """
-        variance = _wide(jnp.asarray(self.variance, _wide(self.mean).dtype))
-        d, vector = self.columns, self.event_axes == 1
-        if variance.shape not in ((), *((d,), (d, d)) * vector):
-            also = f", ({d},) or a covariance ({d}, {d})" if vector else ""
-            raise ValueError(
-                f"Gaussian: for a mean of shape {self.natural.shape} with event_ndims="
-                f"{self.event_axes} the variance is a scalar{also}; got shape {variance.shape}."
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        mean = np.shape(self.mean)
+        for name in ("variance", "covariance"):
+            features = self.features.get(name, 0)
+            x = np.shape(getattr(self, name))
+            fits = len(x) - features <= len(mean) and all(
+                n in (1, m) for n, m in zip(x[::-1][features:], mean[::-1], strict=False)
             )
-        if variance.ndim == 2:
-            return jnp.linalg.cholesky(variance), True
-        return jnp.broadcast_to(jnp.sqrt(variance), self.event), False
+            square = not features or x[-1:] == mean[-1:] == x[-2:-1]
+            if getattr(self, name) is not None and not (fits and square):
+                raise ValueError(_wrong_shape(name, x, mean))
+        return mean
 
-    def _solve(self, x: Float[Array, "*shape"], transpose: bool = False) -> Float[Array, "*shape"]:
-        """``L⁻¹ x``, or ``L⁻ᵀ x``."""
-        root, correlated = self._root()
-        if not correlated:
-            return x / root
-        flat = x.reshape(-1, x.shape[-1]).T
-        solved = jax.scipy.linalg.solve_triangular(root, flat, lower=True, trans=int(transpose))
-        return solved.T.reshape(x.shape)
+    def broadcast(self) -> "Gaussian":
+        mean, variance = np.shape(self.mean), np.shape(self.parametrized.get("variance", 0.0))
+        if self.variance is not None and self.covariance is not None:
+            raise ValueError("Gaussian: give variance= or covariance=, not both.")
+        if self.covariance is not None and self.event_axes != 1:
+            raise ValueError(
+                f"Gaussian: covariance= is for one event axis; got event_ndims={self.event_axes}."
+            )
+        if len(variance) == 2 and variance == mean and mean[0] == mean[1] > 1:
+            warnings.warn(
+                f"Gaussian: a variance of shape {variance}, the mean's shape, is the variance of "
+                "each number. If it is a covariance matrix, write covariance=.",
+                stacklevel=3,
+            )
+        return super().broadcast()
 
-    def nll_per_example(self, targets: Real[Array, "*outputs"]) -> Float[Array, "*examples"]:
-        mean, (root, correlated) = _wide(self.mean), self._root()
-        white = self._solve(targets.astype(mean.dtype) - mean)
-        deviations = jnp.diagonal(root) if correlated else root
-        return 0.5 * self.over_event(white**2) + jnp.sum(jnp.log(deviations))
+    def _deviation(self) -> Float[Array, "..."] | float:
+        """The standard deviations."""
+        return jnp.sqrt(jnp.asarray(1.0 if self.variance is None else self.variance))
+
+    def _whitened(self, targets: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+        if self.covariance is None:
+            return (targets - self.mean) / self._deviation()
+        root, x = self._root(), targets - self.mean
+        return jax.scipy.linalg.solve_triangular(root, x[..., None], lower=True)[..., 0]
+
+    def _root(self) -> Float[Array, "*examples D D"]:
+        return jnp.linalg.cholesky(self.covariance)
+
+    def log_prob(self, targets: Real[Array, "*outputs"]) -> Float[Array, "*outputs"]:
+        if self.covariance is None:
+            deviations = self._deviation()
+        else:
+            deviations = jnp.diagonal(self._root(), axis1=-2, axis2=-1)
+        return -0.5 * self._whitened(targets) ** 2 - jnp.log(deviations)
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "*outputs"]:
-        mean, (root, correlated) = _wide(self.mean), self._root()
-        noise = jax.random.normal(key, mean.shape, mean.dtype)
-        return mean + (noise @ root.T if correlated else noise * root)
+        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        if self.covariance is None:
+            return self.mean + noise * self._deviation()
+        return self.mean + jnp.einsum("...ij,...j->...i", self._root(), noise)
 
-    def root_column(self, column: Int[Array, ""] | int) -> Float[Array, "*outputs"]:
-        zeros = jnp.zeros_like(_wide(self.mean))  # sharded like the mean
-        return zeros + self._solve(self._unit(column, zeros.dtype), transpose=True)
+    def fisher(self) -> Entries:
+        v = jnp.asarray(1.0 if self.variance is None else self.variance)
+        return (1 / v, 0.0), (0.0, 0.5 / v**2)
+
+    @property
+    def columns(self) -> int:
+        if self.covariance is None:
+            return super().columns
+        d = self.event[0]
+        return d + ("covariance" not in self.fixed) * d * d
+
+    def root_column(self, column: Int[Array, ""] | int) -> Outputs:
+        """With a covariance ``L Lᵀ``: columns ``L⁻ᵀ e_a`` of the mean, ``L⁻ᵀ e_a e_bᵀ L⁻¹ / √2``
+        of the covariance."""
+        if self.covariance is None:
+            return super().root_column(column)
+        wide, d = self.wide(), self.event[0]
+        root = wide._root()
+        unit = jnp.broadcast_to(jnp.eye(d, dtype=root.dtype), root.shape)
+        inverse = jax.scipy.linalg.solve_triangular(root, unit, lower=True)
+        row = lambda i: jnp.take(inverse, i, axis=-2)
+        column = jnp.asarray(column)
+        of_mean, at = column < d, jnp.maximum(column - d, 0)
+        found = {"mean": jnp.zeros_like(wide.mean) + jnp.where(of_mean, row(column % d), 0)}
+        if "covariance" not in self.fixed:
+            outer = row(at // d)[..., :, None] * row(at % d)[..., None, :] / jnp.sqrt(2.0)
+            found["covariance"] = jnp.where(of_mean, 0, outer)
+        return found
 
 
-def _wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``x`` in at least float32: likelihoods are not summed in half precision."""
-    return x.astype(at_least_float32(x.dtype))
+def _wrong_shape(name: str, shape: tuple[int, ...], mean: tuple[int, ...]) -> str:
+    d = mean[-1:] or (1,)
+    if name == "covariance":
+        return (
+            f"Gaussian: for a mean of shape {mean} a covariance has shape {d * 2} or "
+            f"{(*mean, *d)}; got {shape}."
+        )
+    matrix = shape == d * 2
+    return (
+        f"Gaussian: for a mean of shape {mean} the variance is a number or has shape {d} or "
+        f"{mean}; got shape {shape}." + " Write covariance= for a matrix." * matrix
+    )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Num, Shaped
 
-from natgrad_jax.losses.distribution_base import Distribution
+from natgrad_jax.losses.distribution_base import Predictive
 from natgrad_jax.utils.hyperparams import is_concrete
 from natgrad_jax.utils.sharding import devices_along, psum, vary
 
@@ -34,12 +34,13 @@ class Part(NamedTuple):
 class Term:
     """One negative log-likelihood inside a loss: ``scale · Σ w (−log p) / Σ w``.
 
+    Without ``targets`` it has a Fisher and no value.
     In a micro-batch (``part``) the denominator sums over the whole batch: micro-batches then add.
     ``scale`` is a Python number if its value is known, also while ``loss_fn`` is traced.
     """
 
-    distribution: Distribution
-    targets: Shaped[Array, "..."]
+    distribution: Predictive
+    targets: Shaped[Array, "..."] | None
     weight: Float[Array, "*examples"] | None
     scale: Float[Array, ""] | float = 1.0
     part: Part | None = None
@@ -54,6 +55,8 @@ class Term:
     @property
     def total(self) -> Float[Array, ""]:
         """``scale · Σ w (−log p)``."""
+        if self.targets is None:
+            return jnp.zeros(())
         losses = self.distribution.nll_per_example(self.targets)
         if self.weight is not None:  # NaN weights (negative under jit) must reach the loss
             losses = jnp.where(self.weight == 0, 0, losses * self.weight.astype(losses.dtype))
@@ -151,8 +154,10 @@ class Loss:
 
     def __repr__(self) -> str:
         # works for any leaves: JAX's errors print losses of tracers, shapes or plain objects
-        names = [f"{type(x).__name__} nll of {x.natural_name} {getattr(x.natural, 'shape', '?')}"
-                 for x in (t.distribution for t in self.terms)]  # fmt: skip
+        what = lambda t: "curvature" if t.targets is None else "nll"
+        shape = lambda x: getattr(x.parametrized[x.first], "shape", "?")
+        names = [f"{type(t.distribution).__name__} {what(t)} of {t.distribution.first} "
+                 f"{shape(t.distribution)}" for t in self.terms]  # fmt: skip
         parts = " + ".join(names + ["scalar"] * (self.scalar is not None))
         how = (
             "differentiate it with ng.value_and_grad(loss_fn, layers), or loss.value with jax.grad"
@@ -191,8 +196,8 @@ def as_loss(out: object, has_aux: bool | None = None) -> Loss:
         came = f"an array of shape {jnp.shape(loss)}" if hasattr(loss, "shape") else name
         raise TypeError(
             f"loss_fn must return a natgrad_jax.Loss; got {came}. The Fisher needs the predictive "
-            "distribution, not only the value: return for example "
-            f"ng.Categorical(logits).nll(labels).{hint}"
+            "distribution, not only the value: return ng.Categorical(logits).nll(labels), say, "
+            f"or ng.loss(value, ng.Categorical(logits)).{hint}"
         )
     if not loss.terms:
         raise TypeError("loss_fn returned a Loss without a distribution; add an nll to it.")

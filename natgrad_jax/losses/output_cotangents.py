@@ -8,16 +8,18 @@ size.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
+from natgrad_jax.losses.distribution_base import Outputs, Predictive, has_sampler
 from natgrad_jax.losses.loss import Loss, Part, Term
 from natgrad_jax.utils.sharding import devices_along, sharded_like
 
-# One cotangent for each term of the loss, in the shape of the network's output there.
-Cotangents = tuple[Float[Array, "..."], ...]
+# For each term of the loss the cotangents of the network's outputs there, in their shapes.
+Cotangents = tuple[Outputs, ...]
 
 # For each term which axis of its output counts examples; None where examples interact.
 Axes = Sequence[int | None]
@@ -48,11 +50,14 @@ def sampled(
 ) -> Cotangents:
     """Mode "mc": ``∇ −log p(ŷ)`` at labels ŷ sampled from the model, one of ``samples`` draws.
 
+    Where a distribution cannot sample, ``R ε`` with random signs ε, which has the same covariance.
     For the listed ``terms``, and zeros for the others, as in the other modes.
     """
     keys = jax.random.split(key, len(loss.terms))
 
-    def cotangent(i: int, term: Term) -> Float[Array, "*outputs"]:
+    def cotangent(i: int, term: Term) -> Outputs:
+        if not has_sampler(term.distribution):
+            return _weigh(_signed_root(term, axes, keys[i], of[i] or 0), term, 1 / samples)
         return _gradient(term, sample_targets(term, axes, keys[i], of[i] or 0), 1 / samples)
 
     return _only(loss, terms, cotangent)
@@ -63,7 +68,12 @@ def observed(
 ) -> Cotangents:
     """Mode "empirical": ``∇ −log p(y)`` at the true labels, with a random sign for each example."""
 
-    def cotangent(i: int, term: Term) -> Float[Array, "*outputs"]:
+    def cotangent(i: int, term: Term) -> Outputs:
+        if term.targets is None:
+            raise ValueError(
+                'fisher="empirical" needs the true labels of every term; distributions given to '
+                'ng.loss, and .curvature(), have none. Use fisher="mc" or "exact".'
+            )
         return _random_signs(_gradient(term, term.targets, 1.0), key, axes, term, of[i] or 0)
 
     return _only(loss, terms, cotangent)
@@ -87,8 +97,9 @@ def exact_columns(
 
         def cotangents(index: Int[Array, ""]) -> Cotangents:
             root = term.distribution.root_column(index % columns)
-            at = jax.nn.one_hot(index // columns, positions, dtype=root.dtype)
-            root = root * term.distribution.beside_event(at.reshape(apart))
+            at = (jnp.arange(positions) == index // columns).reshape(apart)
+            beside = term.distribution.beside
+            root = {k: jnp.where(beside(k, at), x, 0) for k, x in root.items()}
             key_of_column = jax.random.fold_in(key, index)
             root = _random_signs(root, key_of_column, axes, term, of[i] or 0)
             return _only(loss, (i,), lambda _, term: _weigh(root, term, 1.0))
@@ -106,26 +117,58 @@ def sample_targets(
     So the labels do not depend on how the batch is divided: among devices, or in micro-batches.
     ``axis``: the axis of the outputs that counts examples.
     """
-    distribution, part = term.distribution, term.part
+    distribution = term.distribution
     if not distribution.examples:
-        return distribution.sample(key if part is None else jax.random.fold_in(key, part.number))
+        return distribution.sample(_key_of(term, key))
 
-    def draw(natural: Float[Array, "..."], key: PRNGKeyArray) -> Shaped[Array, "..."]:
-        return distribution.with_natural(natural).sample(key)
+    def draw(distribution: Predictive, key: PRNGKeyArray) -> Shaped[Array, "..."]:
+        return distribution.sample(key)
 
-    keys = _example_keys(key, distribution.natural, axes, part, axis)
-    return jax.vmap(draw, in_axes=(axis, 0), out_axes=axis)(distribution.natural, keys)
+    return _over_examples(draw, term, axes, key, axis)
+
+
+def _over_examples(
+    draw: Callable[[Predictive, PRNGKeyArray], Any],
+    term: Term,
+    axes: Sequence[str],
+    key: PRNGKeyArray,
+    axis: int,
+) -> Any:
+    """``draw`` for each example, with a key of its own."""
+    wide = term.distribution.wide()
+    given = wide.of_examples
+    keys = _example_keys(key, given[wide.first], axes, term.part, axis)
+    each = lambda given, key: draw(wide.with_outputs(given), key)
+    return jax.vmap(each, in_axes=(axis, 0), out_axes=axis)(given, keys)
+
+
+def _signed_root(term: Term, axes: Sequence[str], key: PRNGKeyArray, axis: int) -> Outputs:
+    """``Σ_c ε_c R_c``, ε_c random signs."""
+
+    def draw(distribution: Predictive, key: PRNGKeyArray) -> Outputs:
+        signs = jax.random.rademacher(key, (distribution.columns,), float)
+        root = jax.vmap(distribution.root_column)(jnp.arange(distribution.columns))
+        return jax.tree.map(lambda r: jnp.tensordot(signs.astype(r.dtype), r, 1), root)
+
+    if not term.distribution.examples:
+        return draw(term.distribution, _key_of(term, key))
+    return _over_examples(draw, term, axes, key, axis)
+
+
+def _key_of(term: Term, key: PRNGKeyArray) -> PRNGKeyArray:
+    """The key of a whole output that is one example."""
+    return key if term.part is None else jax.random.fold_in(key, term.part.number)
 
 
 def _example_keys(
     key: PRNGKeyArray,
-    natural: Float[Array, "*outputs"],
+    outputs: Float[Array, "*outputs"],
     axes: Sequence[str],
     part: Part | None,
     axis: int,
 ) -> Shaped[Array, " N *key"]:
     """A key for each example: by its index over all devices and micro-batches."""
-    examples = jnp.moveaxis(natural, axis, 0)
+    examples = jnp.moveaxis(outputs, axis, 0)
     index = jnp.arange(len(examples))
     if axes:
         index = index + len(examples) * jax.lax.axis_index(tuple(axes))
@@ -135,12 +178,8 @@ def _example_keys(
 
 
 def _random_signs(
-    cotangent: Float[Array, "*outputs"],
-    key: PRNGKeyArray,
-    axes: Sequence[str],
-    term: Term,
-    axis: int,
-) -> Float[Array, "*outputs"]:
+    cotangent: Outputs, key: PRNGKeyArray, axes: Sequence[str], term: Term, axis: int
+) -> Outputs:
     """The cotangent with a random sign for each example.
 
     Outer products do not change. The square of a sum over examples, from which diagonal blocks
@@ -148,33 +187,37 @@ def _random_signs(
     """
     if not term.distribution.examples:
         return cotangent
-    keys = _example_keys(key, cotangent, axes, term.part, axis)
-    signs = jax.vmap(lambda k: jax.random.rademacher(k, (), cotangent.dtype))(keys)
-    return cotangent * signs.reshape(-1, *[1] * (cotangent.ndim - axis - 1))
+    first = next(iter(cotangent.values()))
+    keys = _example_keys(key, first, axes, term.part, axis)
+    signs = jax.vmap(lambda k: jax.random.rademacher(k, (), first.dtype))(keys)
+    of = lambda x: x * signs.astype(x.dtype).reshape(-1, *[1] * (x.ndim - axis - 1))
+    return {name: of(x) for name, x in cotangent.items()}
 
 
 def _only(
-    loss: Loss, terms: Sequence[int], cotangent: Callable[[int, Term], Float[Array, "..."]]
+    loss: Loss, terms: Sequence[int], cotangent: Callable[[int, Term], Outputs]
 ) -> Cotangents:
     """The cotangents of the listed terms, and zeros for the others."""
     return tuple(
-        cotangent(i, t) if i in terms else jnp.zeros_like(t.distribution.natural)
+        cotangent(i, t) if i in terms else jax.tree.map(jnp.zeros_like, t.distribution.outputs)
         for i, t in enumerate(loss.terms)
     )
 
 
-def _gradient(term: Term, targets: Shaped[Array, "..."], share: float) -> Float[Array, "*outputs"]:
+def _gradient(term: Term, targets: Shaped[Array, "..."], share: float) -> Outputs:
     distribution, targets = term.distribution, jax.lax.stop_gradient(targets)
-    total = lambda z: distribution.with_natural(z).nll_per_example(targets).sum()
-    return _weigh(jax.grad(total)(distribution.natural), term, share)
+    total = lambda z: distribution.with_outputs(z).nll_per_example(targets).sum()
+    return _weigh(jax.grad(total)(distribution.outputs), term, share)
 
 
-def _weigh(
-    cotangent: Float[Array, "*outputs"], term: Term, share: float
-) -> Float[Array, "*outputs"]:
+def _weigh(cotangent: Outputs, term: Term, share: float) -> Outputs:
     """The cotangent times the square root of its weight: outer products then have the weight."""
-    factor = jnp.sqrt(jnp.maximum(term.scale * share, 0)).astype(cotangent.dtype)
-    if term.weight is not None:
-        weight = jnp.sqrt(term.distribution.beside_event(term.weight)).astype(cotangent.dtype)
-        cotangent = jnp.where(weight > 0, cotangent * weight, 0)
-    return (cotangent * factor).astype(term.distribution.natural.dtype)
+    factor = jnp.sqrt(jnp.maximum(term.scale * share, 0))
+
+    def of(name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        if term.weight is not None:
+            weight = jnp.sqrt(term.distribution.beside(name, term.weight)).astype(x.dtype)
+            x = jnp.where(weight > 0, x * weight, 0)
+        return (x * factor.astype(x.dtype)).astype(term.distribution.outputs[name].dtype)
+
+    return {name: of(name, x) for name, x in cotangent.items()}

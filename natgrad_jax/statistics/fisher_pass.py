@@ -20,7 +20,7 @@ def measure(
     samples: int, rng: Any, loss: Loss, plan: Plan, pull: Any, axes: tuple[str, ...]
 ) -> Statistics:
     """The global statistics of this batch, by backward passes of the Fisher's own cotangents."""
-    no_cotangents = tuple(jnp.zeros_like(t.distribution.natural) for t in loss.terms)
+    no_cotangents = tuple(jax.tree.map(jnp.zeros_like, t.distribution.outputs) for t in loss.terms)
     if plan.fisher == "none":
         alone = measurement.separate(plan, pull(no_cotangents))[0]
         return _statistics(loss, plan, Measured(alone, Squares({}, {}, {})), axes, True)

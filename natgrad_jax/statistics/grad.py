@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses import output_cotangents
+from natgrad_jax.losses.distribution_base import Outputs
 from natgrad_jax.losses.likelihood import check_values
 from natgrad_jax.losses.loss import Loss, LossFn, whole_count
 from natgrad_jax.state.walk import statistics_due
@@ -178,7 +179,7 @@ def _forward(
     axes: tuple[str, ...],
     tree: Any,
     values: Any,
-) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], tuple[Loss, Any, Any]]:
+) -> tuple[tuple[jax.Array, tuple[Outputs, ...]], tuple[Loss, Any, Any]]:
     """The loss's scalar and outputs, which take cotangents; and the loss, aux and state."""
     leaves = jax.tree.leaves(tree)
     inputs = [*leaves, *tagged.traced.inputs[len(leaves) :]]
@@ -186,7 +187,7 @@ def _forward(
     rows, slots = planning.rows(plan, tagged, values), planning.slots(plan, values) | weights
     outs = evaluate(tagged.traced.jaxpr, inputs, rows, instruments, slots)
     loss, aux, state = tagged.traced.result(outs)
-    outputs = tuple(t.distribution.natural for t in loss.terms)
+    outputs = tuple(t.distribution.outputs for t in loss.terms)
     return (loss.contribution(axes), outputs), (loss, aux, state)
 
 

@@ -99,10 +99,10 @@ def _axis(demand: Demand) -> Axis | None:
 def find_examples(traced: Traced) -> Examples:
     """The walks of a traced loss."""
     terms = zip(traced.loss.terms, traced.outputs, strict=True)
-    return Examples(tuple(_term(traced, place, term.distribution) for term, place in terms))
+    return Examples(tuple(_term(traced, places, term.distribution) for term, places in terms))
 
 
-def _term(traced: Traced, output: int | None, distribution: Any) -> Term:
+def _term(traced: Traced, outputs: dict[str, int], distribution: Any) -> Term:
     """Of several axes along which nothing is mixed the first that runs through data and not through
     parameters (members of an ensemble are no examples), or through neither (tokens look up
     parameters)."""
@@ -115,8 +115,8 @@ def _term(traced: Traced, output: int | None, distribution: Any) -> Term:
             for i, var in enumerate(jaxpr.invars)
         ]
         outs: list[Demand] = [None] * len(jaxpr.outvars)
-        if output is not None:
-            outs[output] = Along(axis, size) if examples else WHOLE
+        for place in outputs.values():
+            outs[place] = Along(axis, size) if examples else WHOLE
         wanted = walk.back(jaxpr, taints, outs)
         walks.append(walk)
         if examples and not walk.mixed:

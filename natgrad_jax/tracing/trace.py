@@ -1,9 +1,11 @@
 """The loss as a jaxpr whose first inputs are the parameters."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend import core
 
 from natgrad_jax.losses.loss import Loss, LossFn, as_loss
 from natgrad_jax.tracing import model
@@ -18,8 +20,8 @@ class Traced(NamedTuple):
     the other arguments, which begin at ``arguments``. ``paths``: of the parameters. ``inputs``: the
     values of all inputs.
     ``result``: from the values of its outputs to ``(loss, aux, state)``. ``outputs``, ``weights``:
-    for each term of the loss the places of the network's output and of the examples' weights among
-    its outputs, None where there are no weights.
+    for each term of the loss the places of the network's outputs, by name, and of the examples'
+    weights among its outputs, None where there are no weights.
     """
 
     jaxpr: Any
@@ -28,7 +30,7 @@ class Traced(NamedTuple):
     arguments: int
     result: Callable[[Sequence[Any]], tuple[Loss, Any, Any]]
     loss: Loss
-    outputs: tuple[int | None, ...]
+    outputs: tuple[dict[str, int], ...]
     weights: tuple[int | None, ...]
 
 
@@ -58,24 +60,57 @@ def trace(
 
     jaxpr = jax.make_jaxpr(flat)(*arrays)
 
-    def result(outputs: Sequence[Any]) -> tuple[Loss, Any, Any]:
+    def whole(outputs: Sequence[Any]) -> tuple[Loss, Any, Any]:
         given = iter(outputs)
         pairs = zip(found["values"], found["is_array"], strict=True)
         return jax.tree.unflatten(found["tree"], [next(given) if a else x for x, a in pairs])
 
-    loss = found["loss"]
-    numbered = result(range(len(jaxpr.jaxpr.outvars)))[0]
-    place = lambda x: x if isinstance(x, int) else None
+    terms = whole(range(len(jaxpr.jaxpr.outvars)))[0].terms
+    paths = tuple(tree_paths.leaves(tree))
+    fixed = _fixed(jaxpr.jaxpr, len(paths), terms)
+
+    def result(outputs: Sequence[Any]) -> tuple[Loss, Any, Any]:
+        loss, aux, state = whole(outputs)
+        return _with_fixed(loss, fixed), aux, state
+
     return Traced(
         jaxpr,
-        tuple(tree_paths.leaves(tree)),
+        paths,
         tuple(arrays),
         len(jax.tree.leaves((tree, rest))),
         result,
-        loss,
-        tuple(place(t.distribution.natural) for t in numbered.terms),
-        tuple(place(t.weight) for t in numbered.terms),
+        _with_fixed(found["loss"], fixed),
+        tuple(
+            {name: int(x) for name, x in t.distribution.outputs.items() if name not in own}
+            for t, own in zip(terms, fixed, strict=True)
+        ),
+        tuple(t.weight if isinstance(t.weight, int) else None for t in terms),
     )
+
+
+def _fixed(jaxpr: Any, parameters: int, terms: Sequence[Any]) -> list[tuple[str, ...]]:
+    """For each term the names of the outputs that depend on no parameter."""
+    reached = set(jaxpr.invars[:parameters])
+    for equation in jaxpr.eqns:
+        operands = {v for v in equation.invars if isinstance(v, core.Var)}
+        if operands & reached and equation.primitive.name != "stop_gradient":
+            reached.update(equation.outvars)
+    depends = lambda place: isinstance(place, int) and jaxpr.outvars[place] in reached
+    every = [t.distribution.parametrized.items() for t in terms]
+    found = [tuple(name for name, place in own if not depends(place)) for own in every]
+    # a term without parameters keeps its outputs, with a Fisher of zero
+    return [
+        names if len(names) < len(own) else t.distribution.fixed
+        for names, own, t in zip(found, every, terms, strict=True)
+    ]
+
+
+def _with_fixed(loss: Loss, fixed: Sequence[tuple[str, ...]]) -> Loss:
+    terms = [
+        replace(term, distribution=replace(term.distribution, fixed=names))
+        for term, names in zip(loss.terms, fixed, strict=True)
+    ]
+    return replace(loss, terms=tuple(terms))
 
 
 def _is_array(x: Any) -> bool:

@@ -68,12 +68,16 @@ def by_hand(loss_fn: Any, params: Any, x: jax.Array) -> np.ndarray:
     theta, unravel = ravel_pytree(params)
     total = np.zeros((theta.size, theta.size))
     for i, term in enumerate(loss_fn(params, x).terms):
-        z = lambda t, i=i: loss_fn(unravel(t), x).terms[i].distribution.natural.reshape(-1, 3)
+
+        def z(t: Any, i: int = i) -> Any:
+            (output,) = loss_fn(unravel(t), x).terms[i].distribution.outputs.values()
+            return output.reshape(-1, 3)
+
         J = jax.jit(jax.jacfwd(z))(theta)
         targets = term.targets.reshape(-1, *term.targets.shape[len(term.distribution.examples) :])
 
         def nll(z: jax.Array, y: jax.Array, term: Any = term) -> jax.Array:
-            return term.distribution.with_natural(z).nll_per_example(y)
+            return term.distribution.with_outputs({term.distribution.first: z}).nll_per_example(y)
 
         H = jax.jit(jax.vmap(jax.hessian(nll)))(z(theta), targets)
         w = np.ones(len(H)) if term.weight is None else np.ravel(term.weight)

@@ -41,10 +41,11 @@ def output_gradients(setup: Setup, fisher: str, rng: Any, arrange: Any) -> Any:
             targets = output_cotangents.sample_targets(term, (), jax.random.split(rng, 1)[0])
         else:
             targets = term.targets
-        total = lambda z: term.distribution.with_natural(z).nll_per_example(targets).sum()
-        gradient = np.asarray(jax.grad(total)(term.distribution.natural))
+        total = lambda z: term.distribution.with_outputs(z).nll_per_example(targets).sum()
+        (gradient,) = map(np.asarray, jax.grad(total)(term.distribution.outputs).values())
         wanted = [((n,), gradient[n]) for n in range(EXAMPLES)]
-    batch_seeds = np.zeros((len(wanted), *term.distribution.natural.shape), s.dtype)
+    (output,) = term.distribution.outputs.values()
+    batch_seeds = np.zeros((len(wanted), *output.shape), s.dtype)
     for i, (spot, value) in enumerate(wanted):
         batch_seeds[(i, *spot)] = value
     pull = jax.jit(jax.vmap(lambda seed: jax.vjp(setup.natural, s)[1](seed)[0]))

@@ -16,7 +16,7 @@ DISTRIBUTIONS = {
     "categorical": lambda z: ng.Categorical(z),
     "bernoulli": lambda z: ng.Bernoulli(z),
     "gaussian": lambda z: ng.Gaussian(
-        z, jnp.array([[0.5, 0.1, 0], [0.1, 1.0, 0.2], [0, 0.2, 2.0]])
+        z, covariance=np.array([[0.5, 0.1, 0], [0.1, 1.0, 0.2], [0, 0.2, 2.0]])
     ),
 }
 

@@ -200,11 +200,12 @@ def seed_columns(distribution: Any) -> np.ndarray:
     """Roots of the output Hessians by ``jax.hessian`` and ``eigh``: ``(examples, columns, D)``."""
 
     def nll(z: jax.Array) -> jax.Array:
-        one = distribution.with_natural(z)
+        one = distribution.with_outputs({distribution.first: z})
         target = jnp.zeros((), int) if isinstance(one, ng.Categorical) else jnp.zeros_like(z)
         return one.nll_per_example(target)
 
-    flat = distribution.natural.reshape(-1, distribution.natural.shape[-1])
+    natural = distribution.outputs[distribution.first]
+    flat = natural.reshape(-1, natural.shape[-1])
     H = np.asarray(jax.vmap(jax.hessian(nll))(flat))
     values, vectors = np.linalg.eigh(H)
     return np.swapaxes(vectors * np.sqrt(np.maximum(values, 0))[:, None, :], 1, 2)

@@ -1,0 +1,35 @@
+"""The square root of a small matrix whose entries are arrays: one number's output Fisher."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+# Rows of a symmetric matrix; its entries are arrays or numbers, None where there is no formula.
+Entries = Sequence[Sequence[Any]]
+
+
+def root_of(distribution: str, names: Sequence[str], entries: Entries) -> list[list[Any]]:
+    """The rows of the Cholesky factor L, ``L Lᵀ = entries``; zero columns where it is singular.
+
+    Raises ValueError where an entry has no formula.
+    """
+    if any(x is None for row in entries for x in row):
+        raise ValueError(
+            f"the Fisher of {distribution} over ({', '.join(names)}) has no formula here: sample "
+            'labels with fisher="mc". For an own distribution write fisher(self), or root_column.'
+        )
+    root: list[list[Any]] = []
+    for i, row in enumerate(entries):
+        own: list[Any] = []
+        for j, x in enumerate(row[: i + 1]):
+            before = own if i == j else root[j]
+            for a, b in zip(own[:j], before[:j], strict=True):
+                x = x - a * b
+            if i == j:
+                own.append(jnp.sqrt(jnp.maximum(x, 0)))
+            else:
+                pivot = root[j][j]
+                own.append(jnp.where(pivot > 0, x / jnp.where(pivot > 0, pivot, 1), 0))
+        root.append(own + [jnp.zeros(())] * (len(entries) - i - 1))
+    return root
