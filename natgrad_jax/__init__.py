@@ -3,7 +3,7 @@
 import importlib
 import typing
 
-from natgrad_jax import diagnostics
+from natgrad_jax import diagnostics, posterior
 from natgrad_jax.curvature.eigenbases import Eigenbasis
 from natgrad_jax.curvature.inverse_methods import Cholesky, Eigh, LowRank, NewtonSchulz, Woodbury
 from natgrad_jax.diagnostics.rank import rank_for
@@ -108,6 +108,7 @@ __all__ = [
     "loss",
     "natural_gradient",
     "ngd",
+    "posterior",
     "prong",
     "quadratic_forms",
     "rank_for",

@@ -232,7 +232,7 @@ def _hits(
     """The parameters of a layer that ``where`` selects; ``now``: the part with a block, if any."""
     own = [p.path for p in whole.parameters]
     if not callable(where):
-        return {path for path in own if _names(where, path) or _names(where, whole.path)}
+        return {path for path in own if names(where, path) or names(where, whole.path)}
     hits = {path for path in own if path in outside and where(path, outside[path])}
     if now is not None and where(now.path, now):
         hits |= {p.path for p in now.parameters}
@@ -243,7 +243,7 @@ def _path(keys: tuple[Any, ...]) -> Path:
     return tuple(map(str, keys))
 
 
-def _names(where: Path | str, path: Path) -> bool:
+def names(where: Path | str, path: Path) -> bool:
     """Whether a path or a pattern selects ``path``; a path selects all below it too."""
     if not isinstance(where, str):
         return path[: len(where)] == _path(where)

@@ -101,6 +101,10 @@ blocks = {path: jnp.trace(F) for path, F in ng.fisher(loss_fn, params, x, y, lay
 ng.fisher_vector_product(loss_fn, params, x, y, damping=1e-3)(params)
 ng.natural_gradient(loss_fn, params, x, y, gradient=params, damping=jnp.asarray(1.0))
 ng.quadratic_forms(loss_fn, params, x, y, vectors=[params, params]).sum()
+curvature = ng.posterior.from_data(loss_fn, params, [(x, y)], layers, kind="ekfac", rng=key)
+head = ng.posterior.select(ng.posterior.from_state(opt_state, layers), "head", ("mid", "bias"))
+ng.posterior.sample(head, params, key, examples=8, prior_precision=jnp.asarray(1.0))["kernel"]
+ng.posterior.influence(curvature, loss_fn, params, (x, y), (x, y), 0.1, query_fn=scalar_loss).sum()
 ng.TrainState.create(apply_fn=None, params=params, tx=ng.kfac(0.1, layers))
 plots.__name__, ng.__version__.split(".")
 """
@@ -170,6 +174,9 @@ WRONG = {
     "ng.quadratic_forms(loss_fn, params, x, y)": 'Missing named argument "vectors"',
     "ng.rank_for(opt_state)": 'Missing positional argument "layers"',
     "ng.whiten(params, layers)": 'Missing positional argument "coordinates"',
+    "ng.posterior.from_state(opt_state)": 'Missing positional argument "layers"',
+    "ng.posterior.solve(params, params, 0.1)": 'expected "Curvature"',
+    'ng.posterior.power(layers, params, "2")': 'type "str"',
     "ng.diagnostics.report(layers)": 'Missing positional argument "opt_state"',
 }
 
