@@ -9,13 +9,18 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_example_of_the_readme_trains() -> None:
-    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+    code, *others = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     scope: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the model of the example is wholly covered
         exec(compile(code, str(README), "exec"), scope)
     assert float(scope["loss"]) < 0.1
     assert scope["layers"].uncovered == ()
+    (after,) = (code for code in others if "ng.posterior" in code)
+    exec(compile(after, str(README), "exec"), scope)
+    right = scope["predicted"].argmax(-1) == scope["batch"]["label"]
+    assert right.mean() > 0.95 and scope["best"] < 10
+    assert scope["influence"][0] < 0  # the query is the first example: it helps itself
 
 
 def test_the_example_of_a_differentiated_network_is_covered() -> None:
