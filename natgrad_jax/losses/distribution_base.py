@@ -46,6 +46,10 @@ class Predictive:
         of arrays that broadcast to ``(*examples, *event)``; None where there is no formula."""
         raise NotImplementedError
 
+    def possible(self, targets: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """What can be a target, to stand in for those of masked examples."""
+        return jnp.zeros((), targets.dtype)
+
     @property
     def parametrized(self) -> Outputs:
         """Every argument that is given, an output or fixed, by name."""
@@ -67,7 +71,10 @@ class Predictive:
     def with_outputs(self, outputs: Outputs) -> Self:
         """The same distribution at other outputs of the network."""
         # under vmap over examples the event keeps its number of axes
-        given: dict[str, Any] = {**outputs, "event_ndims": self.event_axes}
+        return replace(self._with(outputs), event_ndims=self.event_axes)
+
+    def _with(self, arguments: Outputs) -> Self:
+        given: dict[str, Any] = dict(arguments)
         return replace(self, **given)
 
     @property
@@ -119,7 +126,7 @@ class Predictive:
             if name not in self.fixed or np.ndim(x) > self.event_axes + features:
                 x = jnp.asarray(x)
                 given[name] = jnp.broadcast_to(x, (*numbers, *x.shape[x.ndim - features :]))
-        return replace(self, **given)
+        return self._with(given)
 
     @property
     def of_examples(self) -> Outputs:
@@ -130,8 +137,7 @@ class Predictive:
     def wide(self) -> Self:
         """In at least float32: likelihoods are not summed in half precision."""
         widen = lambda x: x.astype(at_least_float32(x.dtype)) if hasattr(x, "astype") else x
-        wide: dict[str, Any] = {name: widen(x) for name, x in self.parametrized.items()}
-        return replace(self, **wide)
+        return self._with({name: widen(x) for name, x in self.parametrized.items()})
 
     def beside(self, name: str, x: Shaped[Array, "*examples"]) -> Shaped[Array, "..."]:
         """``x`` with trailing axes of length 1, so that it scales that output."""
@@ -156,6 +162,7 @@ class Predictive:
 
     @property
     def columns_of_number(self) -> int:
+        """The number of columns for one number."""
         return len(self.outputs)
 
     def root_column(self, column: Int[Array, ""] | int) -> Outputs:

@@ -92,7 +92,7 @@ class Distribution(Predictive):
             # targets of masked examples may be anything, for example −1 or NaN
             behind = tuple(range(len(full.examples), targets.ndim))
             counts = jnp.expand_dims(weight > 0, behind)
-            targets = jnp.where(counts, targets, jnp.zeros((), targets.dtype))
+            targets = jnp.where(counts, targets, full.possible(targets))
         full.check(targets)
         return Loss((Term(full, targets, weight),))
 
