@@ -20,6 +20,14 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.losses.likelihood import Distribution, loss
 from natgrad_jax.losses.loss import Loss
+from natgrad_jax.losses.other_distributions import (
+    Beta,
+    GaussianMixture,
+    NegativeBinomial,
+    Poisson,
+    VonMises,
+)
+from natgrad_jax.losses.other_libraries import from_distribution
 from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.reparametrization.modules import WhitenedConv, WhitenedDense
 from natgrad_jax.reparametrization.parameters import (
@@ -60,6 +68,7 @@ __all__ = [
     "AdaptiveDampingState",
     "Approximation",
     "Bernoulli",
+    "Beta",
     "Categorical",
     "Cholesky",
     "Coordinates",
@@ -69,17 +78,21 @@ __all__ = [
     "Eigenbasis",
     "Eigh",
     "Gaussian",
+    "GaussianMixture",
     "InCoordinatesState",
     "KFACState",
     "Layer",
     "Layers",
     "Loss",
     "LowRank",
+    "NegativeBinomial",
     "NewtonSchulz",
+    "Poisson",
     "QuadraticModelState",
     "Statistics",
     "TrainState",
     "UncoveredWarning",
+    "VonMises",
     "WhitenedConv",
     "WhitenedDense",
     "Woodbury",
@@ -100,6 +113,7 @@ __all__ = [
     "fisher",
     "fisher_diagonal",
     "fisher_vector_product",
+    "from_distribution",
     "gauss_newton_vector_product",
     "in_coordinates",
     "kfac",

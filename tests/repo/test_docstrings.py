@@ -13,11 +13,13 @@ import natgrad_jax as ng
 
 # Names that have no mathematics, or no paper's.
 NO_SOURCE = {
-    "AdaptiveDampingState", "Bernoulli", "Categorical", "Cholesky", "DampingRule", "EKFACState",
+    "AdaptiveDampingState", "Bernoulli", "Categorical", "Cholesky", "DampingRule", "Distribution",
+    "EKFACState",
     "Eigh", "Gaussian",
     "InCoordinatesState", "KFACState", "Layer", "Layers", "Loss", "QuadraticModelState",
     "Statistics", "TrainState", "UncoveredWarning", "bases", "damping", "factors", "find_layers",
-    "as_layer", "every", "staggered", "whitening_variables",
+    "as_layer", "every", "from_distribution", "staggered",
+    "whitening_variables",
 }  # fmt: skip
 NO_EXAMPLE = {"KFACState"}
 
