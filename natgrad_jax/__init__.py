@@ -19,7 +19,6 @@ from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.distributions import Bernoulli, Categorical, Gaussian
 from natgrad_jax.losses.likelihood import Distribution, loss
-from natgrad_jax.losses.loss import Loss
 from natgrad_jax.losses.other_distributions import (
     Beta,
     GaussianMixture,
@@ -28,6 +27,7 @@ from natgrad_jax.losses.other_distributions import (
     VonMises,
 )
 from natgrad_jax.losses.other_libraries import from_distribution
+from natgrad_jax.losses.terms import Loss
 from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.reparametrization.modules import WhitenedConv, WhitenedDense
 from natgrad_jax.reparametrization.parameters import (
@@ -42,6 +42,7 @@ from natgrad_jax.state.train_state import TrainState
 from natgrad_jax.statistics.accumulation import accumulate
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.grad import value_and_grad
+from natgrad_jax.statistics.sample_space import Rows
 from natgrad_jax.tagging import UncoveredWarning, find_layers
 from natgrad_jax.tracing.mark import as_layer
 from natgrad_jax.transforms.adaptive_damping import (
@@ -55,6 +56,7 @@ from natgrad_jax.transforms.adaptive_kfac import adaptive_kfac
 from natgrad_jax.transforms.common.kronecker import KFACState
 from natgrad_jax.transforms.common.refresh_schedule import every, staggered
 from natgrad_jax.transforms.ekfac import EKFACState, ekfac, scale_by_ekfac
+from natgrad_jax.transforms.exact_ngd import ExactNGDState, exact_ngd, scale_by_exact_ngd
 from natgrad_jax.transforms.in_coordinates import InCoordinatesState, in_coordinates
 from natgrad_jax.transforms.kfac import kfac, scale_by_kfac
 from natgrad_jax.transforms.ngd import linear_natural_gradient, ngd
@@ -77,6 +79,7 @@ __all__ = [
     "EKFACState",
     "Eigenbasis",
     "Eigh",
+    "ExactNGDState",
     "Gaussian",
     "GaussianMixture",
     "InCoordinatesState",
@@ -89,6 +92,7 @@ __all__ = [
     "NewtonSchulz",
     "Poisson",
     "QuadraticModelState",
+    "Rows",
     "Statistics",
     "TrainState",
     "UncoveredWarning",
@@ -108,6 +112,7 @@ __all__ = [
     "diagnostics",
     "ekfac",
     "every",
+    "exact_ngd",
     "factors",
     "find_layers",
     "fisher",
@@ -128,6 +133,7 @@ __all__ = [
     "rank_for",
     "restore_state",
     "scale_by_ekfac",
+    "scale_by_exact_ngd",
     "scale_by_kfac",
     "scale_by_quadratic_model",
     "staggered",

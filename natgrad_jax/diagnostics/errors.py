@@ -15,7 +15,7 @@ from natgrad_jax.exact.explicit_fisher import check_size, fisher as explicit_fis
 from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.losses.loss import LossFn
+from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.statistics.grad import value_and_grad
 from natgrad_jax.tagging import find_layers
 from natgrad_jax.transforms.common.second_moments import total_moments

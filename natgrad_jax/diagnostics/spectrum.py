@@ -12,7 +12,7 @@ from natgrad_jax.exact import explicit_fisher
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.losses.loss import LossFn
+from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.reparametrization.coordinates import second_and_mean
 from natgrad_jax.transforms.common.second_moments import total_moments
 from natgrad_jax.utils.tree_paths import Path

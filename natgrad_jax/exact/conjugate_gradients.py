@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from natgrad_jax.exact.matvec import fisher_vector_product, gauss_newton_vector_product
-from natgrad_jax.losses.loss import LossFn
+from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.utils.hyperparams import check_not_negative
 
 PRODUCTS = {"fisher": fisher_vector_product, "gauss_newton": gauss_newton_vector_product}

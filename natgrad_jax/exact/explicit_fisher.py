@@ -18,7 +18,7 @@ from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Parameter
 from natgrad_jax.losses import output_cotangents
 from natgrad_jax.losses.distribution_base import Outputs
-from natgrad_jax.losses.loss import Loss, LossFn, Term, positive
+from natgrad_jax.losses.terms import Loss, LossFn, Term, positive
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.precision import HIGHEST, at_least_float32
 from natgrad_jax.utils.tree_paths import Path
@@ -194,10 +194,12 @@ def _block(
     check_size(size)
     outputs = lambda own: model.outputs(tree_paths.replace(model.tree, own))
     dtype = jnp.result_type(jnp.float32, *own.values())
-    flat = lambda j, x: [j[p].reshape(*x.shape, -1).astype(dtype) for p in own]
+    flat = lambda j: [
+        j[p].reshape(*j[p].shape[: j[p].ndim - x.ndim], -1).astype(dtype) for p, x in own.items()
+    ]
     J = [
-        {k: jnp.concatenate(flat(j[k], t.distribution.outputs[k]), -1) for k in j}
-        for j, t in zip(jax.jacrev(outputs)(own), model.loss.terms, strict=True)
+        {name: jnp.concatenate(flat(j), -1) for name, j in term.items()}
+        for term in jax.jacrev(outputs)(own)
     ]
     F = jnp.zeros((size, size), dtype)
     for count, cotangents, i in _passes(model.loss, fisher, rng, samples):
@@ -227,7 +229,7 @@ def _outer(
         flat = x.astype(j.dtype).reshape(n, -1)
         return einsum("nd,ndp->np", flat, j.reshape(n, -1, j.shape[-1]))
 
-    v = reduce(jnp.add, [rows(J[name], cotangent[name]) for name in J])
+    v = reduce(jnp.add, [rows(j, cotangent[name]) for name, j in J.items() if name in cotangent])
     return einsum("np,nq->pq", v, v)
 
 

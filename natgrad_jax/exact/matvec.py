@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from natgrad_jax.losses.distribution_base import Outputs
-from natgrad_jax.losses.loss import Loss, LossFn, Term, as_loss, positive
+from natgrad_jax.losses.terms import Loss, LossFn, Term, as_loss, positive
 from natgrad_jax.tracing import model
 from natgrad_jax.utils.precision import at_least_float32
 

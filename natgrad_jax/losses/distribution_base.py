@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from natgrad_jax.losses.output_fisher import Entries, root_of
+from natgrad_jax.losses.output_fisher import Entries, root_of, solved
 from natgrad_jax.utils.precision import at_least_float32
 
 # Arrays by the names of a distribution's outputs.
@@ -176,19 +176,31 @@ class Predictive:
         # zeros: sharded like the outputs
         return {name: zeros[name] + jnp.where(beside(name), x, 0) for name, x in root.items()}
 
+    def coordinates(self, gradient: Outputs) -> Float[Array, "*examples columns"] | None:
+        """``R⁺ g``, g a gradient over the outputs in the range of R; None if it is not known."""
+        own, changed = type(self), ("root_column", "root_of_numbers")
+        if any(getattr(own, name) is not getattr(Predictive, name) for name in changed):
+            return None
+        return self.coordinates_of_numbers(gradient)
+
+    def coordinates_of_numbers(self, gradient: Outputs) -> Float[Array, "*examples columns"]:
+        found = solved(self.wide()._root(), [gradient[name] for name in self.outputs])
+        return jnp.stack(found, -1).reshape(*self.examples, self.columns)
+
     def root_of_numbers(self, column: Int[Array, ""] | int) -> Outputs:
         """Column ``column`` of the root of every number's own output Fisher."""
-        names = list(self.parametrized)
-        own = [i for i, name in enumerate(names) if name not in self.fixed]
-        root = root_of(type(self).__name__, [names[i] for i in own], self._entries(own))
-        return {names[i]: _chosen(row, column) for i, row in zip(own, root, strict=True)}
+        rows = zip(self.outputs, self._root(), strict=True)
+        return {name: _chosen(row, column) for name, row in rows}
 
-    def _entries(self, own: Sequence[int]) -> list[list[Any]]:
+    def _root(self) -> list[list[Any]]:
+        """The root of every number's Fisher over the outputs."""
+        own = [i for i, name in enumerate(self.parametrized) if name not in self.fixed]
         try:
-            entries = self.fisher()
+            fisher = self.fisher()
         except NotImplementedError:
-            return [[None] * len(own)] * len(own)
-        return [[entries[i][j] for j in own] for i in own]
+            fisher = [[None] * len(self.parametrized)] * len(self.parametrized)
+        entries = [[fisher[i][j] for j in own] for i in own]
+        return root_of(type(self).__name__, list(self.outputs), entries)
 
     def check(self, targets: Shaped[Array, "..."]) -> None:
         """Raise ValueError if these cannot be targets; their values are checked when concrete."""

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Real, Shaped
 
 from natgrad_jax.losses.distribution_base import Outputs
 from natgrad_jax.losses.likelihood import Distribution
-from natgrad_jax.losses.loss import value_range
 from natgrad_jax.losses.output_fisher import Entries
+from natgrad_jax.losses.terms import value_range
 from natgrad_jax.utils.hyperparams import is_concrete
 
 
@@ -52,6 +52,11 @@ class Categorical(Distribution):
         p = jax.nn.softmax(self.logits)
         one_hot = jax.nn.one_hot(column, p.shape[-1], dtype=p.dtype)
         return {"logits": jnp.sqrt(jnp.take(p, column, axis=-1))[..., None] * (one_hot - p)}
+
+    def coordinates(self, gradient: Outputs) -> Float[Array, "*examples columns"]:
+        """``g / √p``, for a gradient whose sum over the classes is zero."""
+        p = jax.nn.softmax(self.wide().logits)
+        return (gradient["logits"] / jnp.sqrt(p)).reshape(*self.examples, self.columns)
 
     def check(self, targets: Shaped[Array, "..."]) -> None:
         integer = jnp.issubdtype(targets.dtype, jnp.integer)
@@ -189,24 +194,24 @@ class Gaussian(Distribution):
     def _whitened(self, targets: Float[Array, "*outputs"]) -> Float[Array, "*outputs"]:
         if self.covariance is None:
             return (targets - self.mean) / self._deviation()
-        root, x = self._root(), targets - self.mean
+        root, x = self._cholesky(), targets - self.mean
         return jax.scipy.linalg.solve_triangular(root, x[..., None], lower=True)[..., 0]
 
-    def _root(self) -> Float[Array, "*examples D D"]:
+    def _cholesky(self) -> Float[Array, "*examples D D"]:
         return jnp.linalg.cholesky(self.covariance)
 
     def log_prob(self, targets: Real[Array, "*outputs"]) -> Float[Array, "*outputs"]:
         if self.covariance is None:
             deviations = self._deviation()
         else:
-            deviations = jnp.diagonal(self._root(), axis1=-2, axis2=-1)
+            deviations = jnp.diagonal(self._cholesky(), axis1=-2, axis2=-1)
         return -0.5 * self._whitened(targets) ** 2 - jnp.log(deviations)
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "*outputs"]:
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         if self.covariance is None:
             return self.mean + noise * self._deviation()
-        return self.mean + jnp.einsum("...ij,...j->...i", self._root(), noise)
+        return self.mean + jnp.einsum("...ij,...j->...i", self._cholesky(), noise)
 
     def fisher(self) -> Entries:
         v = jnp.asarray(1.0 if self.variance is None else self.variance)
@@ -225,7 +230,7 @@ class Gaussian(Distribution):
         if self.covariance is None:
             return super().root_column(column)
         wide, d = self.wide(), self.event[0]
-        root = wide._root()
+        root = wide._cholesky()
         unit = jnp.broadcast_to(jnp.eye(d, dtype=root.dtype), root.shape)
         inverse = jax.scipy.linalg.solve_triangular(root, unit, lower=True)
         row = lambda i: jnp.take(inverse, i, axis=-2)
@@ -236,6 +241,17 @@ class Gaussian(Distribution):
             outer = row(at // d)[..., :, None] * row(at % d)[..., None, :] / jnp.sqrt(2.0)
             found["covariance"] = jnp.where(of_mean, 0, outer)
         return found
+
+    def coordinates(self, gradient: Outputs) -> Float[Array, "*examples columns"]:
+        """``Lᵀ g`` of the mean, ``√2 Lᵀ G L`` of the covariance."""
+        if self.covariance is None:
+            return self.coordinates_of_numbers(gradient)
+        root = self.wide()._cholesky()
+        found = [jnp.einsum("...ij,...i->...j", root, gradient["mean"])]
+        if "covariance" not in self.fixed:
+            inside = root.mT @ gradient["covariance"] @ root * jnp.sqrt(2.0)
+            found.append(inside.reshape(*self.examples, -1))
+        return jnp.concatenate(found, -1)
 
 
 def _wrong_shape(name: str, shape: tuple[int, ...], mean: tuple[int, ...]) -> str:

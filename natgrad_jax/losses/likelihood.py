@@ -1,6 +1,9 @@
 """From a distribution to a loss: its negative log-likelihood, or its curvature alone."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, dataclass_transform
 
@@ -10,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Num, Real, Shaped
 
 from natgrad_jax.losses.distribution_base import Predictive
-from natgrad_jax.losses.loss import Loss, Term, value_range
+from natgrad_jax.losses.terms import Loss, Term, value_range
 from natgrad_jax.utils.hyperparams import is_concrete
 
 
@@ -87,6 +90,8 @@ class Distribution(Predictive):
           ValueError: targets of the wrong shape; targets or weights out of range, if concrete.
         """
         full, weight = _weighted(self, "nll", where, weights)
+        if _OUTPUTS_ALONE.get():
+            return Loss((Term(full, None, None),))
         targets = jnp.asarray(targets)
         if weight is not None and targets.shape[: len(full.examples)] == full.examples:
             # targets of masked examples may be anything, for example −1 or NaN
@@ -115,11 +120,10 @@ class Distribution(Predictive):
           ValueError: weights out of range, if concrete.
         """
         full, weight = _weighted(self, "curvature", where, weights)
-        if centred:
-            full = full.with_outputs(
-                {k: _centred(full, x, weight) for k, x in full.outputs.items()}
-            )
-        return Loss((Term(full, None, weight),))
+        if not centred:
+            return Loss((Term(full, None, weight),))
+        centre = {k: _centred(full, x, weight) for k, x in full.outputs.items()}
+        return Loss((Term(full.with_outputs(centre), None, weight, uncentred=full.outputs),))
 
 
 def loss(
@@ -173,6 +177,21 @@ def loss(
     return Loss(terms) + value  # type: ignore[operator]
 
 
+# Whether likelihoods only hand on their outputs: targets and masks that loss_fn holds itself are
+# then not looked at, as where it runs on one example of its batch.
+_OUTPUTS_ALONE = ContextVar("outputs_alone", default=False)
+
+
+@contextmanager
+def outputs_alone() -> Iterator[None]:
+    """Inside, losses have outputs and no targets and weights."""
+    token = _OUTPUTS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _OUTPUTS_ALONE.reset(token)
+
+
 def _weighted(
     distribution: Distribution, doing: str, where: Any, weights: Any
 ) -> tuple[Distribution, Float[Array, "*examples"] | None]:
@@ -182,12 +201,13 @@ def _weighted(
     constant = lambda x: not isinstance(x, jax.Array) or (traced and is_concrete(x))
     fixed = {name for name, x in given.items() if constant(x)}.union(distribution.fixed)
     full = replace(distribution, fixed=tuple(sorted(fixed - {distribution.first}))).broadcast()
-    if not math.prod(full.numbers):
+    shape = full.parametrized[full.first].shape
+    if not math.prod(shape):
         raise ValueError(
             f"{type(full).__name__}.{doing} got an empty batch: its {full.first} have shape "
-            f"{full.numbers}. Skip empty batches before the loss."
+            f"{shape}. Skip empty batches before the loss."
         )
-    return full, example_weights(full, where, weights)
+    return full, None if _OUTPUTS_ALONE.get() else example_weights(full, where, weights)
 
 
 def _centred(
@@ -218,7 +238,7 @@ def example_weights(
         value = jnp.asarray(given)
         aligned = zip(reversed(value.shape), reversed(examples), strict=False)
         if value.ndim > len(examples) or any(n not in (1, m) for n, m in aligned):
-            whole = value.shape == distribution.numbers
+            whole = value.shape == distribution.parametrized[distribution.first].shape
             raise ValueError(
                 f"nll: {name} must broadcast to the examples' shape {examples}; got {value.shape}."
                 + _for_each_output(name, distribution) * whole

@@ -10,8 +10,8 @@ from jax.scipy.special import betaln, gammaln, i0e, i1e, polygamma
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Real, Shaped
 
 from natgrad_jax.losses.likelihood import Distribution
-from natgrad_jax.losses.loss import value_range
 from natgrad_jax.losses.output_fisher import Entries
+from natgrad_jax.losses.terms import value_range
 from natgrad_jax.utils.hyperparams import is_concrete
 
 

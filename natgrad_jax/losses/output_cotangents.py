@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from natgrad_jax.losses.distribution_base import Outputs, Predictive, has_sampler
-from natgrad_jax.losses.loss import Loss, Part, Term
+from natgrad_jax.losses.terms import Loss, Part, Term
 from natgrad_jax.utils.sharding import devices_along, sharded_like
 
 # For each term of the loss the cotangents of the network's outputs there, in their shapes.
@@ -64,9 +64,10 @@ def sampled(
 
 
 def observed(
-    loss: Loss, axes: Sequence[str], key: PRNGKeyArray, of: Axes, terms: Sequence[int]
+    loss: Loss, axes: Sequence[str], key: PRNGKeyArray | None, of: Axes, terms: Sequence[int]
 ) -> Cotangents:
-    """Mode "empirical": ``∇ −log p(y)`` at the true labels, with a random sign for each example."""
+    """Mode "empirical": ``∇ −log p(y)`` at the true labels, with a random sign for each example
+    unless ``key`` is None."""
 
     def cotangent(i: int, term: Term) -> Outputs:
         if term.targets is None:
@@ -80,7 +81,7 @@ def observed(
 
 
 def exact_columns(
-    loss: Loss, axes: Sequence[str], key: PRNGKeyArray, of: Axes
+    loss: Loss, axes: Sequence[str], key: PRNGKeyArray | None, of: Axes
 ) -> list[tuple[int, Callable[[Int[Array, ""]], Cotangents]]]:
     """Mode "exact": for each term the number of its passes, and the cotangents of pass i.
 
@@ -100,7 +101,7 @@ def exact_columns(
             at = (jnp.arange(positions) == index // columns).reshape(apart)
             beside = term.distribution.beside
             root = {k: jnp.where(beside(k, at), x, 0) for k, x in root.items()}
-            key_of_column = jax.random.fold_in(key, index)
+            key_of_column = None if key is None else jax.random.fold_in(key, index)
             root = _random_signs(root, key_of_column, axes, term, of[i] or 0)
             return _only(loss, (i,), lambda _, term: _weigh(root, term, 1.0))
 
@@ -178,14 +179,14 @@ def _example_keys(
 
 
 def _random_signs(
-    cotangent: Outputs, key: PRNGKeyArray, axes: Sequence[str], term: Term, axis: int
+    cotangent: Outputs, key: PRNGKeyArray | None, axes: Sequence[str], term: Term, axis: int
 ) -> Outputs:
     """The cotangent with a random sign for each example.
 
     Outer products do not change. The square of a sum over examples, from which diagonal blocks
     are estimated, becomes an unbiased estimate of the sum of squares.
     """
-    if not term.distribution.examples:
+    if key is None or not term.distribution.examples:
         return cotangent
     first = next(iter(cotangent.values()))
     keys = _example_keys(key, first, axes, term.part, axis)

@@ -29,7 +29,21 @@ def root_of(distribution: str, names: Sequence[str], entries: Entries) -> list[l
             if i == j:
                 own.append(jnp.sqrt(jnp.maximum(x, 0)))
             else:
-                pivot = root[j][j]
-                own.append(jnp.where(pivot > 0, x / jnp.where(pivot > 0, pivot, 1), 0))
+                own.append(over(x, root[j][j]))
         root.append(own + [jnp.zeros(())] * (len(entries) - i - 1))
     return root
+
+
+def solved(root: Sequence[Sequence[Any]], vector: Sequence[Any]) -> list[Any]:
+    """``L⁻¹ v``, zero where L is singular."""
+    found: list[Any] = []
+    for row, x in zip(root, vector, strict=True):
+        for entry, y in zip(row, found, strict=False):
+            x = x - entry * y
+        found.append(over(x, row[len(found)]))
+    return found
+
+
+def over(x: Any, pivot: Any) -> Any:
+    """``x / pivot``, or 0 where that is not positive."""
+    return jnp.where(pivot > 0, x / jnp.where(pivot > 0, pivot, 1), 0)

@@ -12,7 +12,7 @@ from natgrad_jax.curvature.eigenbases import Eigenbasis
 from natgrad_jax.layers.approximation import WHOLE
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.losses.loss import LossFn
+from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.posterior.from_optimizer import from_state
 from natgrad_jax.posterior.record import Curvature
 from natgrad_jax.statistics.batch_statistics import Statistics

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from natgrad_jax.losses.loss import Loss, LossFn, as_loss
+from natgrad_jax.losses.terms import Loss, LossFn, as_loss
 from natgrad_jax.posterior.powers import solve
 from natgrad_jax.posterior.record import Curvature
 from natgrad_jax.tracing import model

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.collection import Layers
-from natgrad_jax.losses.loss import LossFn, as_loss
+from natgrad_jax.losses.terms import LossFn, as_loss
 from natgrad_jax.statistics.grad import GradFn, of_one_part, value_and_grad
+from natgrad_jax.statistics.sample_space import stacked
 from natgrad_jax.tracing import model
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.sharding import AxisName
@@ -15,7 +16,7 @@ from natgrad_jax.utils.sharding import AxisName
 
 def accumulate(
     loss_fn: LossFn,
-    layers: Layers,
+    layers: Layers | None = None,
     *,
     fisher: str = "mc",
     samples: int = 1,
@@ -37,7 +38,8 @@ def accumulate(
     estimate the same quantity, here from k samples instead of one. ``statistics_fraction`` takes
     every k-th example of each micro-batch.
 
-    Arguments, results and errors are those of :func:`value_and_grad`, except for these.
+    Without layers the rows of :func:`exact_ngd` are stacked, and each micro-batch's are computed
+    alone. Arguments, results and errors are those of :func:`value_and_grad`, except for these.
 
     Returns:
       ``grad_fn(params, *args, rng=None, opt_state=None)``. Every array in ``args`` is
@@ -86,18 +88,21 @@ def accumulate(
             grad_fn = of_one_part(number, part, layers, **options)
             loss, grads, statistics = grad_fn(own, *args, rng=rng, opt_state=opt_state)
             value, aux = loss if has_aux else (loss, None)
-            return model.split(own)[1], (value, grads, statistics), aux
+            sums, rows = (None, statistics) if layers is None else (statistics, None)
+            return model.split(own)[1], (value, grads, sums), (rows, aux)
 
         def body(carry: Any, micro_batch: Any) -> Any:
             rest, total = carry
-            rest, found, aux = one(rest, *micro_batch)
-            return (rest, jax.tree.map(jnp.add, total, found)), aux
+            rest, found, others = one(rest, *micro_batch)
+            return (rest, jax.tree.map(jnp.add, total, found)), others
 
         micro_batches = (jnp.arange(number), args)
         shapes = jax.eval_shape(one, rest, *jax.tree.map(lambda x: x[0], micro_batches))[1]
-        (rest, total), aux = jax.lax.scan(body, (rest, _zeros(shapes)), micro_batches)
+        (rest, total), (rows, aux) = jax.lax.scan(body, (rest, _zeros(shapes)), micro_batches)
         model.propagate(params, None if rest is None else rest[1])
         value, grads, statistics = jax.tree.map(lambda x, s: x.astype(s.dtype), total, shapes)
+        if rows is not None:
+            statistics = stacked(rows)
         return ((value, aux) if has_aux else value), grads, statistics
 
     return grad_fn

@@ -8,7 +8,7 @@ import jax
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.losses.loss import Loss
+from natgrad_jax.losses.terms import Loss
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.utils import compat, tree_paths
 from natgrad_jax.utils.tree_paths import Path, join

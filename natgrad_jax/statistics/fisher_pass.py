@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.losses import output_cotangents
-from natgrad_jax.losses.loss import Loss, global_count, whole_count
+from natgrad_jax.losses.terms import Loss, global_count, whole_count
 from natgrad_jax.statistics import from_cotangents as measurement
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.from_cotangents import Measured, Squares

@@ -10,10 +10,9 @@ import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.losses import output_cotangents
 from natgrad_jax.losses.distribution_base import Outputs
 from natgrad_jax.losses.likelihood import check_values
-from natgrad_jax.losses.loss import Loss, LossFn, whole_count
+from natgrad_jax.losses.terms import Loss, LossFn, whole_count
 from natgrad_jax.state.walk import statistics_due
 from natgrad_jax.statistics import from_cotangents as measurement, plan as planning
 from natgrad_jax.statistics.batch_statistics import Statistics
@@ -24,6 +23,7 @@ from natgrad_jax.statistics.fisher_pass import (
     shares_training_pass,
 )
 from natgrad_jax.statistics.from_cotangents import Measured
+from natgrad_jax.statistics.sample_space import check_rng, value_and_rows
 from natgrad_jax.tagging.tagged import Tagged, tag
 from natgrad_jax.tracing import model
 from natgrad_jax.tracing.evaluate import evaluate
@@ -48,7 +48,7 @@ class GradFn(Protocol):
 
 def value_and_grad(
     loss_fn: LossFn,
-    layers: Layers,
+    layers: Layers | None = None,
     *,
     fisher: str = "mc",
     samples: int = 1,
@@ -63,7 +63,9 @@ def value_and_grad(
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a :class:`Loss`, or ``(Loss, aux)``.
-      layers: from :func:`find_layers` on the same model.
+      layers: from :func:`find_layers` on the same model. None, for transformations that need no
+        layers (:func:`exact_ngd`): the statistics are then :class:`Rows`, or None with
+        ``fisher="none"``.
       fisher: where labels come from. ``"mc"``: sampled from the model's own predictive
         distribution. ``"exact"``: all of them, by the columns of a root of the output Hessian
         (one backward pass for each class, and for each position if examples have several). If
@@ -111,7 +113,7 @@ def value_and_grad(
 def of_one_part(
     parts: int,
     loss_fn: LossFn,
-    layers: Layers,
+    layers: Layers | None,
     *,
     fisher: str,
     samples: int,
@@ -120,17 +122,14 @@ def of_one_part(
 ) -> GradFn:
     """:func:`value_and_grad` of one of ``parts`` equal micro-batches, which the caller adds up."""
     _check_choices(fisher, samples)
-    check_layers(layers)
     axes = axis_names(axis_name)
+    if layers is None:
+        return value_and_rows(loss_fn, fisher, samples, has_aux, axes)
+    check_layers(layers)
 
     def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:
         plan = planning.make_plan(layers, opt_state, fisher, parts * devices_along(axes))
-        if plan.fisher == "mc" and rng is None:
-            raise ValueError(
-                'fisher="mc" samples labels from the model and needs a key: call '
-                "grad_fn(params, batch, rng=key), with a new key each step."
-            )
-        output_cotangents.check_key(rng)
+        check_rng(plan.fisher, rng)
         tree, rest = model.split(params)
         check_params(layers, tree)
         check_axes(tree, args, axes)

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from natgrad_jax.layers.collection import Layers, Leftover
-from natgrad_jax.losses.loss import Loss, LossFn
+from natgrad_jax.losses.terms import Loss, LossFn
 from natgrad_jax.tagging.tagged import Tagged, tag
 from natgrad_jax.tracing import model
 from natgrad_jax.tracing.trace import trace

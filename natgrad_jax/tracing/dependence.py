@@ -93,16 +93,16 @@ class Walk:
             branches = enumerate(params["branches"])
             inner = [self._inside(b, taints[1:], outs, (*key, i)) for i, b in branches]
             return [None, *(functools.reduce(join, each) for each in zip(*inner, strict=True))]
-        programs = [] if name in RULES else list(_programs(params))
-        if name == "while" or len(programs) > 1 or (programs and not _same_inputs(equation)):
-            for i, program in enumerate(programs):
+        inside = [] if name in RULES else list(programs(params))
+        if name == "while" or len(inside) > 1 or (inside and not _same_inputs(equation)):
+            for i, program in enumerate(inside):
                 jaxpr = getattr(program, "jaxpr", program)
-                within = (*key, i) if len(programs) > 1 else key
+                within = (*key, i) if len(inside) > 1 else key
                 tainted = [_all(taints)] * len(jaxpr.invars)
                 self._inside(program, tainted, [WHOLE] * len(jaxpr.outvars), within)
             return [WHOLE] * len(equation.invars)
-        if programs:
-            return self._inside(programs[0], taints, outs, key)
+        if inside:
+            return self._inside(inside[0], taints, outs, key)
         return through(equation, outs)
 
     def _inside(self, program: Any, taints: Sequence[Taint], outs: Demands, key: Key) -> Demands:
@@ -160,7 +160,7 @@ def _differentiable(var: Any) -> bool:
     return jnp.issubdtype(getattr(var.aval, "dtype", np.int32), jnp.inexact)
 
 
-def _programs(params: dict[str, Any]) -> Iterator[Any]:
+def programs(params: dict[str, Any]) -> Iterator[Any]:
     """The programs inside an equation; of a custom derivative only what it computes."""
     for value in params.values():
         for x in value if isinstance(value, list | tuple) else [value]:
@@ -169,7 +169,7 @@ def _programs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def _same_inputs(equation: Any) -> bool:
-    (program,) = _programs(equation.params)
+    (program,) = programs(equation.params)
     jaxpr = getattr(program, "jaxpr", program)
     shapes = lambda variables: [getattr(v.aval, "shape", None) for v in variables]
     return shapes(jaxpr.invars) == shapes(equation.invars) and shapes(jaxpr.outvars) == shapes(

@@ -53,20 +53,39 @@ def evaluate(
     return [x.value for x in _run(closed.jaxpr, consts, given, plan, slots, ())]
 
 
-def values_of(closed: Any, values: Sequence[Any], places: Sequence[int]) -> list[Any]:
-    """The outputs at ``places`` alone, by the equations that they need."""
-    jaxpr = closed.jaxpr
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *values), strict=True))
+def needed_for(jaxpr: Any, places: Sequence[int], known: Sequence[int] = ()) -> tuple[Any, Any]:
+    """The equations, from the last, and the variables that the outputs at ``places`` need, where
+    those at the ``known`` places are given."""
+    given = {v for i in known if isinstance(v := jaxpr.outvars[i], core.Var)}
     needed = {v for i in places if isinstance(v := jaxpr.outvars[i], core.Var)}
     chosen = []
     for equation in reversed(jaxpr.eqns):
-        if needed & set(equation.outvars):
+        if (needed - given) & set(equation.outvars):
             chosen.append(equation)
             needed |= {v for v in equation.invars if isinstance(v, core.Var)}
+    return chosen, needed - given
+
+
+def values_of(
+    closed: Any,
+    values: Sequence[Any],
+    places: Sequence[int],
+    known: Mapping[int, Any] | None = None,
+) -> list[Any]:
+    """The outputs at ``places`` alone, by the equations that they need; ``known``: the values of
+    other outputs by their places, in place of what they are."""
+    jaxpr, known = closed.jaxpr, known or {}
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *values), strict=True))
+    chosen, _ = needed_for(jaxpr, places, tuple(known))
+    fixed = {
+        jaxpr.outvars[i]: x for i, x in known.items() if isinstance(jaxpr.outvars[i], core.Var)
+    }
+    env |= fixed
     read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
     for equation in reversed(chosen):
         with equation.ctx.manager:
             env.update(zip(equation.outvars, bind(equation, list(map(read, equation.invars)))))
+            env |= fixed
     return [read(jaxpr.outvars[i]) for i in places]
 
 

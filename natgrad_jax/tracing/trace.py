@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from natgrad_jax.losses.loss import Loss, LossFn, as_loss
+from natgrad_jax.losses.terms import Loss, LossFn, as_loss
 from natgrad_jax.tracing import model
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.tree_paths import Path
@@ -21,7 +21,8 @@ class Traced(NamedTuple):
     values of all inputs.
     ``result``: from the values of its outputs to ``(loss, aux, state)``. ``outputs``, ``weights``:
     for each term of the loss the places of the network's outputs, by name, and of the examples'
-    weights among its outputs, None where there are no weights.
+    weights among its outputs, None where there are no weights; ``raw``: of the outputs before
+    they were centred. ``scalar``: the place of what was added to the loss.
     """
 
     jaxpr: Any
@@ -31,7 +32,9 @@ class Traced(NamedTuple):
     result: Callable[[Sequence[Any]], tuple[Loss, Any, Any]]
     loss: Loss
     outputs: tuple[dict[str, int], ...]
+    raw: tuple[dict[str, int], ...]
     weights: tuple[int | None, ...]
+    scalar: int | None
 
 
 def trace(
@@ -65,7 +68,9 @@ def trace(
         pairs = zip(found["values"], found["is_array"], strict=True)
         return jax.tree.unflatten(found["tree"], [next(given) if a else x for x, a in pairs])
 
-    terms = whole(range(len(jaxpr.jaxpr.outvars)))[0].terms
+    loss = whole(range(len(jaxpr.jaxpr.outvars)))[0]
+    terms = loss.terms
+    places = lambda of, own: {name: int(x) for name, x in of.items() if name not in own}
     paths = tuple(tree_paths.leaves(tree))
     fixed = _fixed(jaxpr.jaxpr, len(paths), terms)
 
@@ -80,11 +85,10 @@ def trace(
         len(jax.tree.leaves((tree, rest))),
         result,
         _with_fixed(found["loss"], fixed),
-        tuple(
-            {name: int(x) for name, x in t.distribution.outputs.items() if name not in own}
-            for t, own in zip(terms, fixed, strict=True)
-        ),
+        tuple(places(t.distribution.outputs, own) for t, own in zip(terms, fixed, strict=True)),
+        tuple(places(t.raw, own) for t, own in zip(terms, fixed, strict=True)),
         tuple(t.weight if isinstance(t.weight, int) else None for t in terms),
+        loss.scalar if isinstance(loss.scalar, int) else None,
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.exact.matvec import forms, model_at
-from natgrad_jax.losses.loss import LossFn, as_loss
+from natgrad_jax.losses.terms import LossFn, as_loss
 from natgrad_jax.state.clock import due
 from natgrad_jax.state.walk import instances
 from natgrad_jax.transforms.common.extra_args import needed, on_parameters

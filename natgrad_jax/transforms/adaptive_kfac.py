@@ -8,7 +8,7 @@ from jaxtyping import DTypeLike
 from natgrad_jax.curvature.inverse_methods import Inverse
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.losses.loss import LossFn
+from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.transforms.adaptive_damping import (
     DampingRule,
     adaptive_damping,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.exact.matvec import forms, model_at
-from natgrad_jax.losses.loss import LossFn
+from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.transforms.common.extra_args import needed, on_parameters
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative

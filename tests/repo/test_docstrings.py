@@ -13,6 +13,8 @@ import natgrad_jax as ng
 
 # Names that have no mathematics, or no paper's.
 NO_SOURCE = {
+    "ExactNGDState",
+    "Rows",
     "AdaptiveDampingState", "Bernoulli", "Categorical", "Cholesky", "DampingRule", "Distribution",
     "EKFACState",
     "Eigh", "Gaussian",

@@ -171,7 +171,7 @@ DISTRIBUTIONS = [
     Bad("Gaussian shape", lambda: ng.Gaussian(LOGITS).nll(LOGITS[0]), ValueError,
         r"the shape of mean, \(8, 3\); got \(3,\)"),
     Bad("Gaussian variance", lambda: ng.Gaussian(LOGITS, jnp.ones(2)).nll(LOGITS).value, ValueError,
-        r"a scalar, \(3,\) or a covariance \(3, 3\); got shape \(2,\)"),
+        r"a number or has shape \(3,\) or \(8, 3\); got shape \(2,\)"),
     Bad("Gaussian of one axis", lambda: ng.Gaussian(LOGITS[:, 0]).nll(LOGITS[:, 0]), ValueError,
         r"Gaussian\(mean, event_ndims=0\) for 8 examples of one number each, or "
         r"Gaussian\(mean, event_ndims=1\) for one example of 8 numbers, as inside vmap"),
@@ -185,8 +185,8 @@ DISTRIBUTIONS = [
     Bad("event axes as a bool", lambda: ng.Gaussian(LOGITS, event_ndims=True).nll(LOGITS),
         ValueError, "got True"),
     Bad("variances of single numbers", lambda: ng.Gaussian(
-        LOGITS[0], LOGITS[0], event_ndims=0).nll(LOGITS[0]).value, ValueError,
-        r"with event_ndims=0 the variance is a scalar; got shape \(3,\)"),
+        LOGITS[0], LOGITS, event_ndims=0).nll(LOGITS[0]).value, ValueError,
+        r"a number or has shape \(3,\) or \(3,\); got shape \(8, 3\)"),
     Bad("negative weights", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=-jnp.ones(8)),
         ValueError, "weights must not be negative.*from -1 to -1.*where=mask.*no Fisher"),
     Bad("NaN weights", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=jnp.nan), ValueError,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Num, Shaped
 
-from natgrad_jax.losses.distribution_base import Predictive
+from natgrad_jax.losses.distribution_base import Outputs, Predictive
 from natgrad_jax.utils.hyperparams import is_concrete
 from natgrad_jax.utils.sharding import devices_along, psum, vary
 
@@ -37,6 +37,7 @@ class Term:
     Without ``targets`` it has a Fisher and no value.
     In a micro-batch (``part``) the denominator sums over the whole batch: micro-batches then add.
     ``scale`` is a Python number if its value is known, also while ``loss_fn`` is traced.
+    ``uncentred``: the outputs whose mean over examples was taken away, if it was.
     """
 
     distribution: Predictive
@@ -44,6 +45,19 @@ class Term:
     weight: Float[Array, "*examples"] | None
     scale: Float[Array, ""] | float = 1.0
     part: Part | None = None
+    uncentred: Outputs | None = None
+
+    @property
+    def raw(self) -> Outputs:
+        """The network's outputs, before they were centred."""
+        names = self.distribution.outputs
+        if self.uncentred is None:
+            return names
+        return {name: self.uncentred[name] for name in names}
+
+    def at(self, outputs: Outputs) -> "Term":
+        """The term at other outputs."""
+        return replace(self, distribution=self.distribution.with_outputs(outputs))
 
     @property
     def count(self) -> Float[Array, ""]:

@@ -1,0 +1,224 @@
+"""The exact damped natural gradient of any function, solved in sample space."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.state.clock import Clock, start, tick
+from natgrad_jax.statistics.sample_space import Rows
+from natgrad_jax.transforms.common.chain import descent, per_squared_rate
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.finite import only_finite
+from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_positive
+from natgrad_jax.utils.precision import HIGHEST, at_least_float32
+from natgrad_jax.utils.tree_paths import Path
+
+# By parameter.
+Tree = dict[Path, Float[Array, "..."]]
+
+
+class ExactNGDState(NamedTuple):
+    """State of :func:`scale_by_exact_ngd`.
+
+    ``clock``; ``damping``: λ of the last step, ``()``; ``last``: the last direction, for the
+    momentum, a tree like the parameters, None without; ``rejected``: how many updates were not
+    finite and replaced by zeros, int32 ``()``.
+
+    >>> import natgrad_jax as ng
+    >>> float(ng.scale_by_exact_ngd(0.5).init({}).damping)
+    0.5
+    """
+
+    clock: Clock
+    damping: jax.Array
+    last: Any
+    rejected: jax.Array
+
+
+def scale_by_exact_ngd(
+    damping: Scalar = 1e-3, *, momentum: Scalar | None = None, trust_radius: Scalar | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Precondition gradients by the exact damped Fisher of the batch.
+
+    With M rows ``F = Jᵀ J`` (examples times columns of the output Fisher), and the gradient split
+    into ``∇ = Jᵀ r + g``, g what does not come through the outputs (weight decay)::
+
+        Δ = (F + λ)⁻¹ ∇ = Jᵀ K⁻¹ r + (g − Jᵀ K⁻¹ J g) / λ,   K = J Jᵀ + λ I,  M × M
+
+    With momentum μ (SPRING) Δ is the minimiser of ``½ ΔᵀFΔ − ∇ᵀΔ + ½ λ ‖Δ − μ Δ₋‖²``, Δ₋ the last
+    one. Any function of any parameters, without layers; memory for ``M × parameters`` numbers, time
+    for M³. Where g is below the rounding of ∇ it is left out.
+
+    Args:
+      damping: λ > 0, in the units of the Fisher (loss per parameter squared). It is raised to 16
+        roundings of tr K: 2e-6 tr K in float32, below which K has no reliable inverse there.
+      momentum: μ in [0, 1); None: no momentum.
+      trust_radius: κ; Δ is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F. The learning rate
+        is taken as 1 here (:func:`exact_ngd` uses its own). None: no bound.
+
+    Returns:
+      A transformation with ``update(grads, state, params, *, statistics)``: the :class:`Rows` of
+      ``ng.value_and_grad(loss_fn, fisher="exact")``, without layers.
+
+    Raises:
+      TypeError: statistics of layers. ValueError: numbers out of range; rows of other parameters.
+
+    Source: Chen & Heyl 2024 (MinSR); Guzmán-Cordero et al. 2025 (ENGD by Woodbury's identity);
+    Goldshlager, Abrahamsen & Lin 2024 (SPRING).
+
+    >>> import jax.numpy as jnp, optax, natgrad_jax as ng
+    >>> params, x = {"w": jnp.ones(3)}, jnp.eye(3)
+    >>> loss_fn = lambda p, x: ng.Gaussian(x @ p["w"], event_ndims=0).nll(jnp.zeros(3))
+    >>> tx = ng.scale_by_exact_ngd(1e-6)
+    >>> loss, grads, rows = ng.value_and_grad(loss_fn, fisher="exact")(params, x)
+    >>> tx.update(grads, tx.init(params), statistics=rows)[0]["w"].round(3)
+    Array([1., 1., 1.], dtype=float32)
+    """
+    check_positive(damping=damping, trust_radius=1 if trust_radius is None else trust_radius)
+    check_fraction(momentum=0 if momentum is None else momentum)
+
+    def init_fn(params: optax.Params) -> ExactNGDState:
+        zero = jnp.zeros((), jnp.int32)
+        last = None if momentum is None else jax.tree.map(jnp.zeros_like, params)
+        return ExactNGDState(start(), at(damping, zero), last, jnp.copy(zero))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ExactNGDState,
+        params: optax.Params | None = None,
+        *,
+        statistics: Rows | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, ExactNGDState]:
+        del params, extra
+        step, gradient = state.clock.step, tree_paths.leaves(updates)
+        rows = _checked(statistics, gradient)
+        prior = None
+        if momentum is not None:
+            mu = at(momentum, step)
+            prior = {p: mu * x for p, x in tree_paths.leaves(state.last).items()}
+        found, quadratic, used = direction(rows, gradient, at(damping, step), prior)
+        if trust_radius is not None:
+            bound = jnp.sqrt(at(trust_radius, step) / jnp.where(quadratic > 0, quadratic, 1))
+            scale = jnp.where(quadratic > 0, jnp.minimum(1, bound), 1)
+            found = {p: x * scale for p, x in found.items()}
+        found = {p: x.astype(gradient[p].dtype) for p, x in found.items()}
+        found, bad = only_finite(found)
+        new = tree_paths.replace(updates, found)
+        last = state.last
+        if last is not None:
+            last = jax.tree.map(lambda x, old: jnp.where(bad, old, x), new, last)
+        clock = tick(state.clock, state.clock.statistics_due, rows.examples)
+        return new, ExactNGDState(clock, used, last, state.rejected + bad)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def exact_ngd(
+    learning_rate: Scalar, *, damping: Scalar = 1e-3, momentum: Scalar | None = None,
+    trust_radius: Scalar | None = None, weight_decay: Scalar = 0.0,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    """The exact natural gradient, with SPRING's momentum, a trust region and weight decay.
+
+    :func:`scale_by_exact_ngd`, then ``weight_decay · params`` added, then the learning rate.
+
+    Args:
+      learning_rate: η, a float, an array or a schedule; 1 is the Gauss-Newton step. For a line
+        search chain :func:`scale_by_exact_ngd`, ``optax.scale(-1)`` and one of optax.
+      damping, momentum: as in :func:`scale_by_exact_ngd`.
+      trust_radius: κ; the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None: no bound.
+      weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
+
+    Returns:
+      A transformation with ``update(grads, state, params, *, statistics)``.
+
+    Raises:
+      As :func:`scale_by_exact_ngd`.
+
+    Source: as :func:`scale_by_exact_ngd`.
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.exact_ngd(1.0, damping=1e-4, momentum=0.9)
+    """
+    radius = per_squared_rate(trust_radius, learning_rate)
+    return descent(
+        scale_by_exact_ngd(damping, momentum=momentum, trust_radius=radius),
+        Layers({}),
+        learning_rate,
+        optax.identity(),
+        weight_decay,
+    )
+
+
+def direction(
+    rows: Rows, gradient: Tree, damping: Float[Array, ""], prior: Tree | None = None
+) -> tuple[Tree, Float[Array, ""], Float[Array, ""]]:
+    """``Δ``, ``ΔᵀFΔ`` with the damped F, and the λ that was used; ``prior``: μ Δ₋."""
+    weight = rows.examples[rows.term]
+    share = jnp.where(weight > 0, 1 / jnp.sqrt(jnp.where(weight > 0, weight, 1)), 0)
+    wide = {p: at_least_float32(x.dtype) for p, x in gradient.items()}
+    J = {p: _flat(rows.J[p].astype(wide[p])) * share.astype(wide[p])[:, None] for p in gradient}
+    gradient = {p: x.astype(wide[p]) for p, x in gradient.items()}
+    dtype = jnp.result_type(*J.values())
+    r = (rows.residual * share).astype(dtype)
+    K = sum(jnp.matmul(j, j.T, precision=HIGHEST) for j in J.values())
+    eps = jnp.finfo(dtype).eps
+    used = jnp.maximum(damping, 16 * eps * jnp.trace(K)).astype(dtype)
+    factor = jax.scipy.linalg.cho_factor(K + used * jnp.eye(len(r), dtype=dtype))
+    solve = lambda y: jax.scipy.linalg.cho_solve(factor, y)
+
+    rest = _sub(gradient, _pull(J, r, gradient))
+    size = lambda tree: jnp.sqrt(sum(jnp.vdot(x, x) for x in tree.values()))
+    negligible = size(rest) <= 64 * eps * size(gradient)
+    rest = {p: jnp.where(negligible, 0, x) / used for p, x in rest.items()}
+    if prior is not None:
+        r = r - _push(J, prior)
+    found = _pull(J, solve(r - _push(J, rest)), gradient)
+    found = {p: x + rest[p] + (0 if prior is None else prior[p]) for p, x in found.items()}
+    along = _push(J, found)
+    quadratic = along @ along + used * sum(jnp.vdot(x, x) for x in found.values())
+    return found, quadratic, used.astype(damping.dtype)
+
+
+def _flat(J: Float[Array, "rows ..."]) -> Float[Array, "rows n"]:
+    return J.reshape(len(J), -1)
+
+
+def _push(J: Tree, v: Tree) -> Float[Array, " rows"]:
+    """``J v``."""
+    each = [jnp.matmul(j, v[p].ravel().astype(j.dtype), precision=HIGHEST) for p, j in J.items()]
+    return jnp.sum(jnp.stack(each), 0)
+
+
+def _pull(J: Tree, y: Float[Array, " rows"], like: Tree) -> Tree:
+    """``Jᵀ y``, in the shapes of ``like``."""
+    of = lambda j, x: jnp.matmul(y.astype(j.dtype), j, precision=HIGHEST).reshape(x.shape)
+    return {p: of(j, like[p]) for p, j in J.items()}
+
+
+def _sub(a: Tree, b: Tree) -> Tree:
+    return {p: x - b[p] for p, x in a.items()}
+
+
+def _checked(statistics: Any, gradient: Tree) -> Rows:
+    """The rows of these gradients; raises for anything else."""
+    if not isinstance(statistics, Rows):
+        came = "none" if statistics is None else f"a {type(statistics).__name__}"
+        raise (ValueError if statistics is None else TypeError)(
+            f"exact_ngd needs rows as statistics; got {came}. Write grad_fn = "
+            'ng.value_and_grad(loss_fn, fisher="exact"), without layers, and tx.update(grads, '
+            "opt_state, params, statistics=statistics) with its third result."
+        )
+    for path, x in gradient.items():
+        own = statistics.J.get(path)
+        if own is None or own.shape[1:] != x.shape:
+            came = "are missing" if own is None else f"have shape {own.shape[1:]}"
+            raise ValueError(
+                f"the rows of {tree_paths.join(path)} {came}, its gradient has shape {x.shape}: "
+                "statistics and gradients must come from one call of value_and_grad."
+            )
+    return statistics
