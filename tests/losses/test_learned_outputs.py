@@ -223,7 +223,7 @@ def test_a_policy_learns_its_deviation() -> None:
         goal = -(log_p * ADVANTAGE).mean() + 0.5 * (value**2).mean()
         return ng.loss(goal, ng.Gaussian(mean, jnp.exp(2 * log_std)), ng.Gaussian(value))
 
-    tx = ng.kfac(0.1, ng.find_layers(loss_fn, p, X), damping=1e-6, trust_radius=None)
+    tx = ng.kfac(0.1, ng.find_layers(loss_fn, p, X), damping=1e-6, momentum=None, trust_radius=None)
     grad_fn = ng.value_and_grad(loss_fn, ng.find_layers(loss_fn, p, X), fisher="exact")
     state = tx.init(p)
     _, grads, statistics = grad_fn(p, X, rng=KEY, opt_state=state)

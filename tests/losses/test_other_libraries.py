@@ -1,0 +1,124 @@
+"""Distributions of other libraries: numpyro's Gaussians and counts against this library's own."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import natgrad_jax as ng
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from numpyro import distributions as dist
+
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
+
+N = D = 3  # as many examples as numbers: axes are not told apart by their lengths
+random = np.random.default_rng(0)
+X, Y, TRIALS = random.normal(size=(N, 4)), random.normal(size=(N, D)), np.array([3, 7, 9])
+MASK, KEY = np.array([1, 0, 1], bool), jax.random.key(0)
+
+Loc = lambda p: X @ p["w"]
+independent = lambda loc, scale: dist.Normal(loc, scale).to_event(1)
+ours = lambda p: ng.Gaussian(Loc(p), jnp.exp(2 * p["log_std"]))
+with_covariance = lambda p: ng.Gaussian(Loc(p), covariance=jnp.diag(jnp.exp(2 * p["log_std"])))
+
+# theirs, ours, targets, mask
+CASES = {
+    "event of the library": (
+        lambda p: ng.from_distribution(independent, loc=Loc(p), scale=jnp.exp(p["log_std"])),
+        ours, Y, MASK),
+    "event of batch axes": (
+        lambda p: ng.from_distribution(
+            dist.Normal, loc=Loc(p), scale=jnp.exp(p["log_std"]), event_ndims=1),
+        ours, Y, MASK),
+    "one variance": (
+        lambda p: ng.from_distribution(independent, loc=Loc(p), scale=jnp.exp(p["log_std"][0])),
+        lambda p: ng.Gaussian(Loc(p), jnp.exp(2 * p["log_std"][0])), Y, None),
+    "numbers": (
+        lambda p: ng.from_distribution(dist.Normal, loc=Loc(p), scale=jnp.exp(p["log_std"])),
+        lambda p: ng.Gaussian(Loc(p), jnp.exp(2 * p["log_std"]), event_ndims=0), Y, None),
+    "covariance": (
+        lambda p: ng.from_distribution(dist.MultivariateNormal, loc=Loc(p),
+            covariance_matrix=jnp.diag(jnp.exp(2 * p["log_std"]))),
+        with_covariance, Y, MASK),
+    "counts": (
+        lambda p: ng.from_distribution(dist.Poisson, rate=jnp.exp(Loc(p)[:, 0])),
+        lambda p: ng.Poisson(Loc(p)[:, 0], event_ndims=0), TRIALS, MASK),
+    "positive numbers, masked": (
+        lambda p: ng.from_distribution(dist.LogNormal, loc=Loc(p)[:, 0], scale=0.7),
+        lambda p: ng.Gaussian(Loc(p)[:, 0] - jnp.log(TRIALS), 0.7**2, event_ndims=0),
+        TRIALS * 1.0, MASK),
+}  # fmt: skip
+
+
+def params() -> Any:
+    r = np.random.default_rng(1)
+    return {"w": jnp.asarray(r.normal(size=(4, D))), "log_std": jnp.asarray(0.2 * r.normal(size=D))}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_they_have_the_gradients_and_fisher_of_ours(name: str) -> None:
+    theirs, own, y, mask = CASES[name]
+    if mask is not None and y.dtype == float:
+        y = np.where(mask.reshape(-1, *[1] * (y.ndim - 1)), y, np.nan)
+    target = np.zeros(N) if name.startswith("positive") else y
+    losses = [lambda p: theirs(p).nll(y, where=mask), lambda p: own(p).nll(target, where=mask)]
+    p = params()
+    found = []
+    for loss_fn in losses:
+        empirical = jax.jit(lambda p, f=loss_fn: ng.fisher(f, p, fisher="empirical", rng=KEY))(p)
+        found.append((jax.grad(lambda p, f=loss_fn: f(p).value)(p), empirical))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+    exact = ng.fisher(losses[1], p)
+    sampled = jax.jit(lambda p: ng.fisher(losses[0], p, fisher="mc", samples=3000, rng=KEY))(p)
+    assert np.linalg.norm(sampled - exact) < 0.1 * np.linalg.norm(exact)
+
+
+def test_a_student_t_with_learned_everything() -> None:
+    """Whose arguments numpyro keeps twice; numbers that count trials stay whole."""
+    p, y = params() | {"df": jnp.asarray(1.5)}, Y[:, 0]
+    make = lambda p: ng.from_distribution(
+        dist.StudentT, df=jnp.exp(p["df"]), loc=Loc(p)[:, 0], scale=jnp.exp(p["log_std"][0])
+    )
+    loss_fn = lambda p: make(p).nll(y)
+    theirs = lambda p: (
+        -dist.StudentT(jnp.exp(p["df"]), Loc(p)[:, 0], jnp.exp(p["log_std"][0])).log_prob(y)
+    )
+    per_example = jax.tree.leaves(jax.jacrev(theirs)(p))
+    v = np.concatenate([np.reshape(x, (N, -1)) for x in per_example], 1)
+    F = ng.fisher(loss_fn, p, fisher="empirical", rng=KEY)
+    np.testing.assert_allclose(F, v.T @ v / N, rtol=1e-10, atol=1e-12)
+    layers = ng.find_layers(loss_fn, p)
+    _, _, statistics = jax.jit(ng.value_and_grad(loss_fn, layers))(p, rng=KEY)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(statistics))
+
+
+def test_integer_arguments_stay_whole() -> None:
+    p = params()
+    loss_fn = lambda p, n: ng.from_distribution(
+        dist.BinomialLogits, logits=Loc(p)[:, 0], total_count=n
+    ).nll(n - 1)
+    trials = jnp.asarray(TRIALS)
+    q = jax.nn.sigmoid(Loc(p)[:, 0])
+    wanted = jnp.einsum("n,na,nb->ab", trials * q * (1 - q), X, X) / N
+    F = ng.fisher(loss_fn, p, trials, fisher="mc", samples=2000, rng=KEY)
+    at = D + np.arange(4 * D).reshape(4, D)[:, 0]
+    assert np.linalg.norm(F[np.ix_(at, at)] - wanted) < 0.1 * np.linalg.norm(wanted)
+
+
+def test_labels_do_not_depend_on_how_the_batch_is_divided() -> None:
+    p = params()
+    loss_fn = lambda p, x: ng.from_distribution(dist.Normal, loc=x @ p["w"], scale=1.0).nll(
+        x[:, :D]
+    )
+    x = jnp.asarray(np.concatenate([X, X[:1]]))
+    layers = ng.find_layers(loss_fn, {"w": p["w"]}, x)
+    whole = ng.value_and_grad(loss_fn, layers)({"w": p["w"]}, x, rng=KEY)
+    parts = ng.accumulate(loss_fn, layers)({"w": p["w"]}, x.reshape(2, 2, 4), rng=KEY)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
