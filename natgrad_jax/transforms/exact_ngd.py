@@ -128,7 +128,9 @@ def exact_ngd(
 
     Args:
       learning_rate: η, a float, an array or a schedule; 1 is the Gauss-Newton step. For a line
-        search chain :func:`scale_by_exact_ngd`, ``optax.scale(-1)`` and one of optax.
+        search chain :func:`scale_by_exact_ngd`, ``optax.scale(-1)`` and one of optax, with
+        ``value_fn=lambda params, statistics: loss_fn(params, batch).value``: it must name every
+        extra argument of ``update``.
       damping, momentum: as in :func:`scale_by_exact_ngd`.
       trust_radius: κ; the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None: no bound.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
