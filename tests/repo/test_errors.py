@@ -187,6 +187,56 @@ DISTRIBUTIONS = [
         r"the shape of mean, \(8, 3\); got \(3,\)"),
     Bad("Gaussian variance", lambda: ng.Gaussian(LOGITS, jnp.ones(2)).nll(LOGITS).value, ValueError,
         r"a number or has shape \(3,\) or \(8, 3\); got shape \(2,\)"),
+    Bad("covariance as a variance", lambda: ng.Gaussian(LOGITS, jnp.eye(3)).nll(LOGITS), ValueError,
+        r"got shape \(3, 3\)\. Write covariance= for a matrix"),
+    Bad("covariance as a square batch's variance", lambda: ng.Gaussian(
+        jnp.zeros((3, 3)), jnp.eye(3)).nll(jnp.zeros((3, 3))), UserWarning,
+        r"the mean's shape, is the variance of each number.*a covariance matrix, write cov"),
+    Bad("covariance of another shape", lambda: ng.Gaussian(LOGITS, covariance=jnp.eye(2)).nll(
+        LOGITS), ValueError, r"a covariance has shape \(3, 3\) or \(8, 3, 3\); got \(2, 2\)"),
+    Bad("variance and covariance", lambda: ng.Gaussian(LOGITS, 1.0, jnp.eye(3)).nll(LOGITS),
+        ValueError, "variance= or covariance=, not both"),
+    Bad("covariance of single numbers", lambda: ng.Gaussian(
+        LOGITS, covariance=jnp.eye(3), event_ndims=0).nll(LOGITS), ValueError,
+        "for one event axis; got event_ndims=0"),
+    Bad("negative counts", lambda: ng.Poisson(LOGITS).nll(LOGITS - 1), ValueError,
+        "counts, 0, 1, 2, …; got values from -1 to -1.*where="),
+    Bad("half a count", lambda: ng.NegativeBinomial(LOGITS, 1.0).nll(LOGITS + 0.5), ValueError,
+        "from 0.5 to 0.5, not all of them whole"),
+    Bad("share of 1", lambda: ng.Beta(LOGITS + 1, 1.0).nll(LOGITS + 1), ValueError,
+        r"inside \(0, 1\); got values from 1 to 1.*Bernoulli"),
+    Bad("von Mises shape", lambda: ng.VonMises(LOGITS, 1.0).nll(LOGITS[0]), ValueError,
+        r"the shape of mean, \(8, 3\)"),
+    Bad("one variance of a mixture", lambda: ng.GaussianMixture(LOGITS, LOGITS, 1.0).nll(
+        LOGITS[:, 0]), ValueError, r"a last axis.*variance \* jnp\.ones\(K\)"),
+    Bad("exact Fisher of a mixture", lambda: ng.fisher(lambda p: ng.GaussianMixture(
+        p, p, jnp.ones(3), event_ndims=0).nll(LOGITS[:, 0]), LOGITS), ValueError,
+        r'GaussianMixture over \(logits, means\) has no formula here.*fisher="mc"'),
+    Bad("exact Fisher of a dispersion", lambda: ng.fisher(lambda p: ng.NegativeBinomial(
+        p, jnp.exp(p)).nll(Y[:, None] + 0 * LOGITS), LOGITS), ValueError,
+        r"NegativeBinomial over \(log_mean, dispersion\) has no formula"),
+    Bad("distribution without a Fisher", lambda: type("Own", (ng.Distribution,), {
+        "log_prob": lambda self, y: y}), TypeError,
+        r"Own: a distribution defines log_prob\(self, targets\), and sample\(self, key\) or "
+        r"fisher\(self\)"),
+    Bad("distribution without a likelihood", lambda: type("Own", (ng.Distribution,), {
+        "sample": lambda self, key: key}), TypeError, "Own: a distribution defines log_prob"),
+    Bad("distribution of another library", lambda: ng.from_distribution(Theirs()), TypeError,
+        r"takes what builds the distribution.*got a Theirs\. Write "
+        r"ng\.from_distribution\(Theirs, loc=loc"),
+    Bad("no outputs", lambda: ng.from_distribution(Theirs), TypeError, "arguments by name"),
+    Bad("targets of another library", lambda: ng.from_distribution(Theirs, loc=LOGITS).nll(Y),
+        ValueError, r"a Theirs of batch_shape \(8, 3\) and event_shape \(\).*got \(8,\)"),
+    Bad("loss without distributions", lambda: ng.loss(0.0), TypeError, "at least one distribution"),
+    Bad("loss of logits", lambda: ng.loss(0.0, LOGITS), TypeError,
+        r"pass distributions.*ng\.Categorical\(logits\).*or 0\.5 \* ng\.Gaussian"),
+    Bad("loss of a penalized loss", lambda: ng.loss(0.0, ng.Gaussian(LOGITS).nll(LOGITS) + 1.0),
+        TypeError, "pass distributions.*got Loss"),
+    Bad("loss of losses", lambda: ng.loss(LOGITS[:, 0], ng.Gaussian(LOGITS)), TypeError,
+        r"cannot add to a Loss an array of shape \(8,\)"),
+    Bad("true labels of a loss without", lambda: ng.fisher(lambda p: ng.loss(
+        0.0, ng.Gaussian(p)), LOGITS, fisher="empirical", rng=KEY), ValueError,
+        r'fisher="empirical" needs the true labels of every term.*"mc" or "exact"'),
     Bad("Gaussian of one axis", lambda: ng.Gaussian(LOGITS[:, 0]).nll(LOGITS[:, 0]), ValueError,
         r"Gaussian\(mean, event_ndims=0\) for 8 examples of one number each, or "
         r"Gaussian\(mean, event_ndims=1\) for one example of 8 numbers, as inside vmap"),
@@ -199,6 +249,9 @@ DISTRIBUTIONS = [
         ValueError, r"0 to 2 for shape \(8, 3\); got 3"),
     Bad("event axes as a bool", lambda: ng.Gaussian(LOGITS, event_ndims=True).nll(LOGITS),
         ValueError, "got True"),
+    Bad("variances of single numbers", lambda: ng.Gaussian(
+        LOGITS[0], LOGITS, event_ndims=0).nll(LOGITS[0]).value, ValueError,
+        r"a number or has shape \(3,\) or \(3,\); got shape \(8, 3\)"),
     Bad("negative weights", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=-jnp.ones(8)),
         ValueError, "weights must not be negative.*from -1 to -1.*where=mask.*no Fisher"),
     Bad("NaN weights", lambda: ng.Gaussian(LOGITS).nll(LOGITS, weights=jnp.nan), ValueError,
