@@ -67,7 +67,9 @@ def accumulate(
     options |= {"has_aux": has_aux, "axis_name": axis_name}
     value_and_grad(loss_fn, layers, **options)  # checks them
 
-    def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:
+    def grad_fn(
+        params: Any, *args: Any, rng: Any = None, opt_state: Any = None, loss_scale: Any = None
+    ) -> Any:
         number = _number(args)
         tree, rest = model.split(params)
 
@@ -86,7 +88,8 @@ def accumulate(
 
             own = model.merge(tree, rest)
             grad_fn = of_one_part(number, part, layers, **options)
-            loss, grads, statistics = grad_fn(own, *args, rng=rng, opt_state=opt_state)
+            extra = {"rng": rng, "opt_state": opt_state, "loss_scale": loss_scale}
+            loss, grads, statistics = grad_fn(own, *args, **extra)
             value, aux = loss if has_aux else (loss, None)
             sums, rows = (None, statistics) if layers is None else (statistics, None)
             return model.split(own)[1], (value, grads, sums), (rows, aux)

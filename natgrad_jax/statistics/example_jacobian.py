@@ -95,7 +95,7 @@ class Problem(NamedTuple):
 def problem_of(loss_fn: Any, tree: Any, rest: Any, args: Any, traced: Traced) -> Problem:
     """The :class:`Problem`; warns where examples that do not interact cannot be told apart."""
     problem = Problem(loss_fn, rest, args, traced, (None,) * len(traced.outputs))
-    examples = find_examples(traced._replace(outputs=traced.raw))
+    examples = find_examples(traced)
     random = _has(traced.jaxpr.jaxpr, RANDOM)
     found: list[tuple[Slices, int] | None] = []
     for t, term in enumerate(examples.terms):

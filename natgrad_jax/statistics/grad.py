@@ -15,7 +15,6 @@ from natgrad_jax.losses.likelihood import check_values
 from natgrad_jax.losses.terms import Loss, LossFn, whole_count
 from natgrad_jax.state.walk import statistics_due
 from natgrad_jax.statistics import from_cotangents as measurement, plan as planning
-from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_axes, check_params, check_terms
 from natgrad_jax.statistics.fisher_pass import (
     measure,
@@ -23,7 +22,7 @@ from natgrad_jax.statistics.fisher_pass import (
     shares_training_pass,
 )
 from natgrad_jax.statistics.from_cotangents import Measured
-from natgrad_jax.statistics.sample_space import check_rng, value_and_rows
+from natgrad_jax.statistics.sample_space import check_rng, scaled, value_and_rows
 from natgrad_jax.tagging.tagged import Tagged, tag
 from natgrad_jax.tracing import model
 from natgrad_jax.tracing.evaluate import evaluate
@@ -42,7 +41,8 @@ class GradFn(Protocol):
         *args: Any,
         rng: PRNGKeyArray | None = None,
         opt_state: PyTree = None,
-    ) -> tuple[Any, optax.Updates, Statistics]:
+        loss_scale: Any = None,
+    ) -> tuple[Any, optax.Updates, Any]:
         """The loss or ``(loss, aux)``, the gradients, and the statistics of this batch."""
 
 
@@ -86,7 +86,10 @@ def value_and_grad(
       has_aux ``(loss, aux), grads, statistics``. ``rng`` is a key, needed by ``"mc"``; ``"exact"``
       and ``"empirical"`` draw from it the signs for the diagonal of leftover parameters (one fixed
       draw without it). With ``opt_state`` statistics are measured only on the steps on which its
-      transformation needs them; without, on every call. For NNX, ``params`` is the model: its batch
+      transformation needs them; without, on every call. With ``loss_scale``, a number ``()``, the
+      loss is multiplied by it before gradients are computed and the gradients divided by it after,
+      so that they do not underflow in float16; statistics have cotangents of their own, which are
+      of order one, and are not scaled. For NNX, ``params`` is the model: its batch
       statistics and rng counts are updated in place.
 
     Raises:
@@ -127,7 +130,9 @@ def of_one_part(
         return value_and_rows(loss_fn, fisher, samples, has_aux, axes)
     check_layers(layers)
 
-    def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:
+    def grad_fn(
+        params: Any, *args: Any, rng: Any = None, opt_state: Any = None, loss_scale: Any = None
+    ) -> Any:
         plan = planning.make_plan(layers, opt_state, fisher, parts * devices_along(axes))
         check_rng(plan.fisher, rng)
         tree, rest = model.split(params)
@@ -146,17 +151,18 @@ def of_one_part(
         )
         check_values(loss)
         model.propagate(params, state)
-        one, none = jnp.ones_like(value), jax.tree.map(jnp.zeros_like, outputs)
+        none, one = jax.tree.map(jnp.zeros_like, outputs), jnp.ones_like(value)
 
         def pull(cotangents: Any) -> Measured:
             return measurement.measured(plan, axes, *pullback((jnp.zeros_like(value), cotangents)))
 
         due = True if opt_state is None else _due(opt_state, loss, axes)
-        if plan.fisher == "empirical" and shares_training_pass(loss, plan):
+        alone = loss_scale is not None or not shares_training_pass(loss, plan)
+        if plan.fisher == "empirical" and not alone:
             both = partial(measure_in_training_pass, pullback, (one, none), loss, plan, axes)
             grads, statistics = _when(due, both, lambda: pullback((one, none))[0])
         else:
-            grads = pullback((one, none))[0]
+            grads = scaled(lambda one: pullback((one, none))[0], one, loss_scale)
             own_pass = partial(measure, samples, rng, loss, plan, pull, axes)
             statistics = _when(due, lambda: ((), own_pass()), lambda: ())[1]
         value, grads = psum(value, axes), psum(grads, axes)

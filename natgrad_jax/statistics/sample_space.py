@@ -4,7 +4,7 @@ With W the weighted number of examples of a term, ``F = Jᵀ J / W`` and, where 
 parameters through the outputs alone, ``∇ = Jᵀ r / W``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from natgrad_jax.statistics.checks import check_axes
 from natgrad_jax.statistics.example_jacobian import Problem, problem_of, pulled
 from natgrad_jax.tracing import model
 from natgrad_jax.tracing.trace import trace
+from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.sharding import psum, vary
 from natgrad_jax.utils.tree_paths import Path
 
@@ -58,7 +59,9 @@ def value_and_rows(
 ) -> Any:
     """:func:`natgrad_jax.value_and_grad` without layers."""
 
-    def grad_fn(params: Any, *args: Any, rng: Any = None, opt_state: Any = None) -> Any:
+    def grad_fn(
+        params: Any, *args: Any, rng: Any = None, opt_state: Any = None, loss_scale: Any = None
+    ) -> Any:
         del opt_state  # rows are needed in every step
         check_rng(fisher, rng)
         tree, rest = model.split(params)
@@ -75,7 +78,7 @@ def value_and_rows(
         value, pullback, (loss, aux, state) = jax.vjp(forward, tree, has_aux=True)
         check_values(loss)
         model.propagate(params, state)
-        (grads,) = pullback(jnp.ones_like(value))
+        grads = scaled(lambda one: pullback(one)[0], jnp.ones_like(value), loss_scale)
         rows = None
         if fisher != "none":
             problem = problem_of(loss_fn, tree, rest, args, traced)
@@ -84,6 +87,14 @@ def value_and_rows(
         return ((value, aux) if has_aux else value), grads, rows
 
     return grad_fn
+
+
+def scaled(pullback: Callable[[Any], Any], one: Any, loss_scale: Any) -> Any:
+    """The gradients, through a loss that is multiplied by ``loss_scale``."""
+    if loss_scale is None:
+        return pullback(one)
+    over = lambda x: (x.astype(at_least_float32(x.dtype)) / loss_scale).astype(x.dtype)
+    return jax.tree.map(over, pullback(one * jnp.asarray(loss_scale, one.dtype)))
 
 
 def check_rng(fisher: str, rng: Any) -> None:

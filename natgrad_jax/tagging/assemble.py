@@ -62,8 +62,9 @@ def assemble(uses: Uses, parameters: Sequence[Parameter]) -> Assembled:
             kernels[p] = _kernel(p, uses, biases, parameters)
         except UnsupportedError as e:
             reasons[p] = str(e)
-    joined = {k.bias for k in kernels.values()}
-    free = [p for p in uses.meetings if p not in uses.lost and p not in kernels and p not in joined]
+    # rows of what is contracted too would be of a part of its uses
+    others = {k.bias for k in kernels.values()} | {*kernels} | {*uses.lost} | uses.contracted
+    free = [p for p in uses.meetings if p not in others]
     return Assembled(kernels, _groups(free, uses, parameters), reasons)
 
 

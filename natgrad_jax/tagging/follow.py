@@ -237,6 +237,8 @@ class Follower:
         hot, outputs = any(s.hot == "hot" for s in given), []
         sources = frozenset(v.source for v in given[i].views)
         self.found.lose(given[i].depends - sources, f"a function of it goes into {name}")
+        if not constant:
+            self.found.contracted |= sources
         for view in given[i].views:
             p = view.source
             try:

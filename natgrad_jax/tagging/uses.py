@@ -61,7 +61,7 @@ class Uses:
     the operations that use it so; ``events``: how often. ``ends``: why a parameter is not in
     ``uses`` alone; ``lost``: why the examples' own gradients cannot be had. ``chain``: the
     equations that parameters go through. ``marked``: parameters of which the user said what
-    is done with them."""
+    is done with them. ``contracted``: those that meet the examples in a contraction."""
 
     uses: list[Use] = field(default_factory=list)
     meetings: dict[int, list[Meeting]] = field(default_factory=dict)
@@ -72,6 +72,7 @@ class Uses:
     events: Counter[int] = field(default_factory=Counter)
     chain: set[Key] = field(default_factory=set)
     marked: set[int] = field(default_factory=set)
+    contracted: set[int] = field(default_factory=set)
 
     def end(self, parameters: Iterable[int], reason: str) -> None:
         """These parameters have other than Kronecker uses."""

@@ -54,6 +54,12 @@ def parameters_of(tree: Any) -> tuple[Parameter, ...]:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             what = type(leaf).__name__ if dtype is None else f"dtype {dtype}"
+            if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"parameter {join(path)} has {what}: layers of complex parameters have no "
+                    "Kronecker-factored block. Use ng.exact_ngd, which takes any function without "
+                    "layers, or keep real and imaginary parts as two real parameters."
+                )
             raise TypeError(
                 f"parameter {join(path)} has {what}; expected a floating-point array. Keep "
                 "integers, keys, functions and other constants out of params: pass them as another "

@@ -50,8 +50,11 @@ def scale_by_exact_ngd(
         Δ = (F + λ)⁻¹ ∇ = Jᵀ K⁻¹ r + (g − Jᵀ K⁻¹ J g) / λ,   K = J Jᵀ + λ I,  M × M
 
     With momentum μ (SPRING) Δ is the minimiser of ``½ ΔᵀFΔ − ∇ᵀΔ + ½ λ ‖Δ − μ Δ₋‖²``, Δ₋ the last
-    one. Any function of any parameters, without layers; memory for ``M × parameters`` numbers, time
-    for M³. Where g is below the rounding of ∇ it is left out.
+    one. Where g is below the rounding of ∇ it is left out.
+
+    Any function of any parameters, without layers; complex ones too, by the real Fisher over their
+    real and imaginary parts, in the convention of ``jax.grad``. Memory for M × parameters numbers,
+    time for M³.
 
     Args:
       damping: λ > 0, in the units of the Fisher (loss per parameter squared). It is raised to 16
@@ -163,18 +166,18 @@ def direction(
     weight = rows.examples[rows.term]
     share = jnp.where(weight > 0, 1 / jnp.sqrt(jnp.where(weight > 0, weight, 1)), 0)
     wide = {p: at_least_float32(x.dtype) for p, x in gradient.items()}
-    J = {p: _flat(rows.J[p].astype(wide[p])) * share.astype(wide[p])[:, None] for p in gradient}
+    J = {p: (_flat(rows.J[p]) * share[:, None]).astype(wide[p]) for p in gradient}
     gradient = {p: x.astype(wide[p]) for p, x in gradient.items()}
-    dtype = jnp.result_type(*J.values())
+    dtype = jnp.result_type(*(x.real for x in J.values()))
     r = (rows.residual * share).astype(dtype)
-    K = sum(jnp.matmul(j, j.T, precision=HIGHEST) for j in J.values())
+    K = sum(jnp.matmul(j, j.conj().T, precision=HIGHEST).real for j in J.values())
     eps = jnp.finfo(dtype).eps
     used = jnp.maximum(damping, 16 * eps * jnp.trace(K)).astype(dtype)
     factor = jax.scipy.linalg.cho_factor(K + used * jnp.eye(len(r), dtype=dtype))
     solve = lambda y: jax.scipy.linalg.cho_solve(factor, y)
 
     rest = _sub(gradient, _pull(J, r, gradient))
-    size = lambda tree: jnp.sqrt(sum(jnp.vdot(x, x) for x in tree.values()))
+    size = lambda tree: jnp.sqrt(sum(_square(x) for x in tree.values()))
     negligible = size(rest) <= 64 * eps * size(gradient)
     rest = {p: jnp.where(negligible, 0, x) / used for p, x in rest.items()}
     if prior is not None:
@@ -182,7 +185,7 @@ def direction(
     found = _pull(J, solve(r - _push(J, rest)), gradient)
     found = {p: x + rest[p] + (0 if prior is None else prior[p]) for p, x in found.items()}
     along = _push(J, found)
-    quadratic = along @ along + used * sum(jnp.vdot(x, x) for x in found.values())
+    quadratic = _square(along) + used * sum(_square(x) for x in found.values())
     return found, quadratic, used.astype(damping.dtype)
 
 
@@ -191,15 +194,19 @@ def _flat(J: Float[Array, "rows ..."]) -> Float[Array, "rows n"]:
 
 
 def _push(J: Tree, v: Tree) -> Float[Array, " rows"]:
-    """``J v``."""
-    each = [jnp.matmul(j, v[p].ravel().astype(j.dtype), precision=HIGHEST) for p, j in J.items()]
-    return jnp.sum(jnp.stack(each), 0)
+    """``J v``; complex numbers are pairs of real ones, as gradients give them."""
+    of = lambda j, x: jnp.matmul(j, x.conj().ravel().astype(j.dtype), precision=HIGHEST).real
+    return jnp.sum(jnp.stack([of(j, v[p]) for p, j in J.items()]), 0)
 
 
 def _pull(J: Tree, y: Float[Array, " rows"], like: Tree) -> Tree:
     """``Jᵀ y``, in the shapes of ``like``."""
     of = lambda j, x: jnp.matmul(y.astype(j.dtype), j, precision=HIGHEST).reshape(x.shape)
     return {p: of(j, like[p]) for p, j in J.items()}
+
+
+def _square(x: Float[Array, "..."]) -> Float[Array, ""]:
+    return jnp.sum(jnp.square(jnp.abs(x)))
 
 
 def _sub(a: Tree, b: Tree) -> Tree:

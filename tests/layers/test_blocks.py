@@ -274,6 +274,16 @@ def test_a_free_parameter_has_the_outer_product_of_its_gradient() -> None:
     close({path: f.A for path, f in ng.factors(state).items()}, F)
 
 
+def test_a_parameter_multiplied_and_indexed_has_the_rows_of_both_uses() -> None:
+    loss_fn = lambda p, x: ng.Gaussian(x @ p["w"] + x[:, :1] * p["w"][0, 0]).nll(x[:, :2])
+    params, x = {"w": random(1, 3, 2)}, random(0, 1, 3)
+    layers = ng.find_layers(loss_fn, params, x)
+    grad_fn = ng.value_and_grad(loss_fn, layers, fisher="empirical")
+    (sums,) = grad_fn(params, x)[2].layers.values()
+    (F,) = ng.fisher(loss_fn, params, x, layers=layers, fisher="empirical").values()
+    np.testing.assert_allclose(sums.A, F, atol=1e-12)  # exact for one example
+
+
 # ----------------------------------------------------------------------- shared and tied weights
 
 
