@@ -41,8 +41,8 @@ from natgrad_jax.state.checkpoints import check_state, restore_state
 from natgrad_jax.state.train_state import TrainState
 from natgrad_jax.statistics.accumulation import accumulate
 from natgrad_jax.statistics.batch_statistics import Statistics
+from natgrad_jax.statistics.fisher_rows import Rows
 from natgrad_jax.statistics.grad import value_and_grad
-from natgrad_jax.statistics.sample_space import Rows
 from natgrad_jax.tagging import UncoveredWarning, find_layers
 from natgrad_jax.tracing.mark import as_layer
 from natgrad_jax.transforms.adaptive_damping import (

@@ -114,7 +114,10 @@ class Distribution(Predictive):
         Args:
           where, weights: as for :meth:`nll`.
           centred: use ``Jₙ − J̄``, J̄ the weighted mean over examples: the covariance instead of the
-            second moment, as for unnormalized models ``log |ψ|``.
+            second moment, as for unnormalized models ``log |ψ|``. :func:`exact_ngd` and
+            :func:`fisher` have it exactly, the diagonal of leftover parameters in expectation. What
+            K-FAC and EKFAC sum over examples (Kronecker factors, full blocks, moments) is the
+            second moment, without weights times ``1 − 1/N`` in expectation: J̄ is not taken away.
 
         Raises:
           ValueError: weights out of range, if concrete.
@@ -274,7 +277,7 @@ def _not_negative(name: str, value: Real[Array, "..."]) -> Real[Array, "..."]:
 NEGATIVE = (
     "nll: {} must not be negative (nor NaN); {}. They say how often an example counts: 0, or "
     "where=mask, leaves one out. With signed weights (advantages, policy gradients) the sum is not "
-    "a likelihood and has no Fisher."
+    "a likelihood and has no Fisher: write ng.loss(surrogate, distribution)."
 )
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.losses.terms import LossFn, as_loss
+from natgrad_jax.statistics.fisher_rows import stacked
 from natgrad_jax.statistics.grad import GradFn, of_one_part, value_and_grad
-from natgrad_jax.statistics.sample_space import stacked
+from natgrad_jax.statistics.sample_space import wants_pieces
 from natgrad_jax.tracing import model
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.sharding import AxisName
@@ -71,6 +72,11 @@ def accumulate(
         params: Any, *args: Any, rng: Any = None, opt_state: Any = None, loss_scale: Any = None
     ) -> Any:
         number = _number(args)
+        if layers is None and wants_pieces(opt_state):
+            raise ValueError(
+                "whole_jacobian=False needs the whole batch at once: K has products between the "
+                "examples of different micro-batches. Keep J whole, or do not accumulate."
+            )
         tree, rest = model.split(params)
 
         def count(args: Any) -> list[jax.Array]:

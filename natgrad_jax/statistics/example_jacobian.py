@@ -8,7 +8,7 @@ depend on one another, or cannot be told apart, every row is a pullback of the w
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,12 +40,16 @@ APART = (
 # For each array that goes into the loss the axis of examples, and how many neighbours are one.
 Slices = tuple[tuple[int, int] | None, ...]
 
+# By parameter.
+Own = Mapping[Path, Array]
+
 
 class Problem(NamedTuple):
     """A loss at ``tree``: the function, its other arguments, and its trace. ``slices``: for each
     term how its examples are cut out of the arguments, and their axis in its outputs."""
 
     loss_fn: Callable[..., Any]
+    tree: Any
     rest: Any
     args: tuple[Any, ...]
     traced: Traced
@@ -78,8 +82,9 @@ class Problem(NamedTuple):
 
         return of
 
-    def outputs(self, tree: Any, arrays: Sequence[Any], t: int, centred: bool = False) -> Outputs:
-        """The outputs of term ``t`` for other parameters and arrays."""
+    def outputs(self, own: Own, arrays: Sequence[Any], t: int, centred: bool = False) -> Outputs:
+        """The outputs of term ``t`` for other values of these parameters, and other arrays."""
+        tree = tree_paths.replace(self.tree, own)
         leaves, structure = jax.tree.flatten((self.rest, self.args))
         given = iter(arrays)
         whole = [next(given) if _is_array(x) else x for x in leaves]
@@ -94,7 +99,7 @@ class Problem(NamedTuple):
 
 def problem_of(loss_fn: Any, tree: Any, rest: Any, args: Any, traced: Traced) -> Problem:
     """The :class:`Problem`; warns where examples that do not interact cannot be told apart."""
-    problem = Problem(loss_fn, rest, args, traced, (None,) * len(traced.outputs))
+    problem = Problem(loss_fn, tree, rest, args, traced, (None,) * len(traced.outputs))
     examples = find_examples(traced)
     random = _has(traced.jaxpr.jaxpr, RANDOM)
     found: list[tuple[Slices, int] | None] = []
@@ -106,7 +111,7 @@ def problem_of(loss_fn: Any, tree: Any, rest: Any, args: Any, traced: Traced) ->
         cut = functools.partial(_cut, size=shape[axis], axis=axis)
         wanted = term.wanted[len(traced.paths) :]
         slices = tuple(cut(x, d) for x, d in zip(problem.arrays, wanted, strict=True))
-        if not random and _fits(problem, tree, t, axis, slices):
+        if not random and _fits(problem, t, axis, slices):
             found[t] = slices, axis
         else:
             warnings.warn(APART.format(t), stacklevel=4)
@@ -114,56 +119,57 @@ def problem_of(loss_fn: Any, tree: Any, rest: Any, args: Any, traced: Traced) ->
 
 
 def pulled(
-    problem: Problem, t: int, term: Term, tree: Any, columns: Outputs, axes: Sequence[str]
+    problem: Problem, t: int, term: Term, own: Own, columns: Outputs, axes: Sequence[str]
 ) -> dict[Path, Float[Array, "rows ..."]]:
-    """``cᵀ ∂o/∂θ`` for each example and each of the ``columns`` c of output cotangents; for all
-    examples at once where they cannot be told apart."""
+    """``cᵀ ∂o/∂θ`` over the parameters ``own``, for each example and each of the ``columns`` c of
+    output cotangents; for all examples at once where they cannot be told apart."""
     arrays, found = problem.arrays, problem.slices[t]
     if found is None:
-        of = lambda tree: problem.outputs(tree, arrays, t, centred=True)
-        _, pull = jax.vjp(of, tree)
-        return tree_paths.leaves(jax.lax.map(lambda c: pull(c)[0], columns))
+        of = lambda own: problem.outputs(own, arrays, t, centred=True)
+        _, pull = jax.vjp(of, own)
+        return jax.lax.map(lambda c: pull(c)[0], columns)
     slices, axis = found
     in_axes = [None if s is None else s[0] for s in slices]
     data = [_divided(x, s) for x, s in zip(arrays, slices, strict=True)]
 
     def rows(data: list[Any], columns: Outputs) -> tuple[Outputs, Any]:
-        outputs, pull = jax.vjp(lambda tree: problem.outputs(tree, data, t), tree)
+        outputs, pull = jax.vjp(lambda own: problem.outputs(own, data, t), own)
         each = jax.tree.map(lambda c: jnp.expand_dims(c, axis + 1), columns)
         return outputs, jax.vmap(lambda c: pull(c)[0])(each)
 
     outputs, J = jax.vmap(rows, in_axes=(in_axes, axis + 1))(data, columns)
     if term.uncentred is not None:
-        J = _centred(problem, t, term, tree, J, columns, axes)
+        J = _centred(problem, t, term, own, J, columns, axes)
     outputs = {k: jnp.moveaxis(jnp.squeeze(x, axis + 1), 0, axis) for k, x in outputs.items()}
     same = _same(term.raw, outputs)
     flat = lambda x: jnp.where(same, x, jnp.nan).reshape(-1, *x.shape[2:])
-    return tree_paths.leaves(jax.tree.map(flat, J))
+    return {path: flat(x) for path, x in J.items()}
 
 
 def _centred(
-    problem: Problem, t: int, term: Term, tree: Any, J: Any, columns: Outputs, axes: Sequence[str]
-) -> Any:
+    problem: Problem, t: int, term: Term, own: Own, J: Own, columns: Outputs, axes: Sequence[str]
+) -> dict[Path, Float[Array, "rows ..."]]:
     """The rows of ``∂o/∂θ`` less its weighted mean over examples."""
     axis = problem.axis(t) or 0
-    for name, mean in _mean_jacobian(problem, t, term, tree, axes).items():
+    for name, mean in _mean_jacobian(problem, t, term, own, axes).items():
         c = jnp.moveaxis(columns[name], axis + 1, 0)
-        size = len(jax.tree.leaves(mean)[0])
+        size = len(next(iter(mean.values())))
         c = c.reshape(*c.shape[:2], -1, size).sum(2)  # over an example's positions
         less = lambda j, m, c=c: j - jnp.tensordot(c, m, 1, precision=HIGHEST).astype(j.dtype)
-        J = jax.tree.map(less, J, mean)
-    return J
+        J = {path: less(j, mean[path]) for path, j in J.items()}
+    return dict(J)
 
 
 def _mean_jacobian(
-    problem: Problem, t: int, term: Term, tree: Any, axes: Sequence[str]
-) -> dict[str, Any]:
+    problem: Problem, t: int, term: Term, own: Own, axes: Sequence[str]
+) -> dict[str, dict[Path, Array]]:
     """``Σ w ∂o/∂θ / Σ w`` of each output's numbers, ``(numbers, *parameter)``."""
     distribution, arrays = term.distribution, problem.arrays
     weight = jnp.ones(distribution.examples) if term.weight is None else term.weight
     weight = weight / psum(vary(weight.sum(), axes), axes)
-    outputs, pull = jax.vjp(lambda tree: problem.outputs(tree, arrays, t), tree)
-    zeros, found = jax.tree.map(jnp.zeros_like, outputs), {}
+    outputs, pull = jax.vjp(lambda own: problem.outputs(own, arrays, t), own)
+    zeros = jax.tree.map(jnp.zeros_like, outputs)
+    found: dict[str, dict[Path, Array]] = {}
     for name, x in outputs.items():
         of_one = x.shape[len(distribution.examples) :]
         share = jnp.broadcast_to(distribution.beside(name, weight), x.shape).astype(x.dtype)
@@ -194,19 +200,19 @@ def _cut(x: Any, demand: Any, size: int, axis: int) -> tuple[int, int] | None:
     return None if at is None else (at, 1)
 
 
-def _fits(problem: Problem, tree: Any, t: int, axis: int, slices: Slices) -> bool:
+def _fits(problem: Problem, t: int, axis: int, slices: Slices) -> bool:
     """Whether the loss runs on one example, and gives the outputs of one."""
 
-    def one(tree: Any, arrays: Any) -> Any:
+    def one(own: Any, arrays: Any) -> Any:
         pairs = zip(arrays, slices, strict=True)
         data = [
             _divided(x, s) if s is None else jax.lax.index_in_dim(_divided(x, s), 0, s[0], False)
             for x, s in pairs
         ]
-        return problem.outputs(tree, data, t)
+        return problem.outputs(own, data, t)
 
     try:
-        outputs = jax.eval_shape(one, tree, list(problem.arrays))
+        outputs = jax.eval_shape(one, tree_paths.leaves(problem.tree), list(problem.arrays))
     except (TypeError, ValueError):
         return False
     whole = problem.traced.loss.terms[t].raw

@@ -1,5 +1,8 @@
 """The exact damped natural gradient of any function, solved in sample space."""
 
+import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +12,9 @@ from jaxtyping import Array, Float
 
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.state.clock import Clock, start, tick
-from natgrad_jax.statistics.sample_space import Rows
+from natgrad_jax.statistics.fisher_rows import Gram, Rows, gram
+from natgrad_jax.statistics.sample_space import GRAM
+from natgrad_jax.statistics.spec import EncodedSpec
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import only_finite
@@ -26,7 +31,7 @@ class ExactNGDState(NamedTuple):
 
     ``clock``; ``damping``: λ of the last step, ``()``; ``last``: the last direction, for the
     momentum, a tree like the parameters, None without; ``rejected``: how many updates were not
-    finite and replaced by zeros, int32 ``()``.
+    finite and replaced by zeros, int32 ``()``; ``request``: what is to be measured.
 
     >>> import natgrad_jax as ng
     >>> float(ng.scale_by_exact_ngd(0.5).init({}).damping)
@@ -37,11 +42,13 @@ class ExactNGDState(NamedTuple):
     damping: jax.Array
     last: Any
     rejected: jax.Array
+    request: EncodedSpec
 
 
 def scale_by_exact_ngd(
-    damping: Scalar = 1e-3, *, momentum: Scalar | None = None, trust_radius: Scalar | None = None
-) -> optax.GradientTransformationExtraArgs:
+    damping: Scalar = 1e-3, *, momentum: Scalar | None = None,
+    trust_radius: Scalar | None = None, whole_jacobian: bool = True,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Precondition gradients by the exact damped Fisher of the batch.
 
     With M rows ``F = Jᵀ J`` (examples times columns of the output Fisher), and the gradient split
@@ -62,6 +69,10 @@ def scale_by_exact_ngd(
       momentum: μ in [0, 1); None: no momentum.
       trust_radius: κ; Δ is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F. The learning rate
         is taken as 1 here (:func:`exact_ngd` uses its own). None: no bound.
+      whole_jacobian: whether J lies in memory. If not, K is summed over parameters, one after
+        another (memory for M × the largest of them), and Jᵀ is one more backward pass: a pass over
+        the batch for each parameter. ``value_and_grad`` then needs ``opt_state=``; not for
+        micro-batches, masked parameters and named axes.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``: the :class:`Rows` of
@@ -87,7 +98,8 @@ def scale_by_exact_ngd(
     def init_fn(params: optax.Params) -> ExactNGDState:
         zero = jnp.zeros((), jnp.int32)
         last = None if momentum is None else jax.tree.map(jnp.zeros_like, params)
-        return ExactNGDState(start(), at(damping, zero), last, jnp.copy(zero))
+        request: EncodedSpec = {} if whole_jacobian else {GRAM: ()}
+        return ExactNGDState(start(), at(damping, zero), last, jnp.copy(zero), request)
 
     def update_fn(
         updates: optax.Updates,
@@ -104,7 +116,9 @@ def scale_by_exact_ngd(
         if momentum is not None:
             mu = at(momentum, step)
             prior = {p: mu * x for p, x in tree_paths.leaves(state.last).items()}
-        found, quadratic, used = direction(rows, gradient, at(damping, step), prior)
+        wide = {p: x.astype(at_least_float32(x.dtype)) for p, x in gradient.items()}
+        J = _operators(rows, gradient)
+        found, quadratic, used = direction(J, wide, at(damping, step), prior)
         if trust_radius is not None:
             bound = jnp.sqrt(at(trust_radius, step) / jnp.where(quadratic > 0, quadratic, 1))
             scale = jnp.where(quadratic > 0, jnp.minimum(1, bound), 1)
@@ -116,14 +130,14 @@ def scale_by_exact_ngd(
         if last is not None:
             last = jax.tree.map(lambda x, old: jnp.where(bad, old, x), new, last)
         clock = tick(state.clock, state.clock.statistics_due, rows.examples)
-        return new, ExactNGDState(clock, used, last, state.rejected + bad)
+        return new, ExactNGDState(clock, used, last, state.rejected + bad, state.request)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def exact_ngd(
     learning_rate: Scalar, *, damping: Scalar = 1e-3, momentum: Scalar | None = None,
-    trust_radius: Scalar | None = None, weight_decay: Scalar = 0.0,
+    trust_radius: Scalar | None = None, weight_decay: Scalar = 0.0, whole_jacobian: bool = True,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """The exact natural gradient, with SPRING's momentum, a trust region and weight decay.
 
@@ -134,7 +148,7 @@ def exact_ngd(
         search chain :func:`scale_by_exact_ngd`, ``optax.scale(-1)`` and one of optax, with
         ``value_fn=lambda params, statistics: loss_fn(params, batch).value``: it must name every
         extra argument of ``update``.
-      damping, momentum: as in :func:`scale_by_exact_ngd`.
+      damping, momentum, whole_jacobian: as in :func:`scale_by_exact_ngd`.
       trust_radius: κ; the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None: no bound.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
 
@@ -150,47 +164,61 @@ def exact_ngd(
     >>> tx = ng.exact_ngd(1.0, damping=1e-4, momentum=0.9)
     """
     radius = per_squared_rate(trust_radius, learning_rate)
-    return descent(
-        scale_by_exact_ngd(damping, momentum=momentum, trust_radius=radius),
-        Layers({}),
-        learning_rate,
-        optax.identity(),
-        weight_decay,
+    inner = scale_by_exact_ngd(
+        damping, momentum=momentum, trust_radius=radius, whole_jacobian=whole_jacobian
     )
+    return descent(inner, Layers({}), learning_rate, optax.identity(), weight_decay)
+
+
+class Operators(NamedTuple):
+    """J as what it does: ``K = J Jᵀ``, ``push(v) = J v``, ``pull(y) = Jᵀ y``, and r."""
+
+    K: Float[Array, "M M"]
+    push: Callable[[Tree], Float[Array, " M"]]
+    pull: Callable[[Float[Array, " M"]], Tree]
+    r: Float[Array, " M"]
 
 
 def direction(
-    rows: Rows, gradient: Tree, damping: Float[Array, ""], prior: Tree | None = None
+    J: Operators, gradient: Tree, damping: Float[Array, ""], prior: Tree | None = None
 ) -> tuple[Tree, Float[Array, ""], Float[Array, ""]]:
     """``Δ``, ``ΔᵀFΔ`` with the damped F, and the λ that was used; ``prior``: μ Δ₋."""
-    weight = rows.examples[rows.term]
-    share = jnp.where(weight > 0, 1 / jnp.sqrt(jnp.where(weight > 0, weight, 1)), 0)
-    wide = {p: at_least_float32(x.dtype) for p, x in gradient.items()}
-    J = {p: (_flat(rows.J[p]) * share[:, None]).astype(wide[p]) for p in gradient}
-    gradient = {p: x.astype(wide[p]) for p, x in gradient.items()}
-    dtype = jnp.result_type(*(x.real for x in J.values()))
-    r = (rows.residual * share).astype(dtype)
-    K = sum(jnp.matmul(j, j.conj().T, precision=HIGHEST).real for j in J.values())
-    eps = jnp.finfo(dtype).eps
-    used = jnp.maximum(damping, 16 * eps * jnp.trace(K)).astype(dtype)
-    factor = jax.scipy.linalg.cho_factor(K + used * jnp.eye(len(r), dtype=dtype))
+    eps, r = jnp.finfo(J.K.dtype).eps, J.r
+    used = jnp.maximum(damping, 16 * eps * jnp.trace(J.K)).astype(J.K.dtype)
+    factor = jax.scipy.linalg.cho_factor(J.K + used * jnp.eye(len(r), dtype=J.K.dtype))
     solve = lambda y: jax.scipy.linalg.cho_solve(factor, y)
 
-    rest = _sub(gradient, _pull(J, r, gradient))
+    own = J.pull(r)
+    rest = {p: x - own[p] for p, x in gradient.items()}
     size = lambda tree: jnp.sqrt(sum(_square(x) for x in tree.values()))
     negligible = size(rest) <= 64 * eps * size(gradient)
     rest = {p: jnp.where(negligible, 0, x) / used for p, x in rest.items()}
     if prior is not None:
-        r = r - _push(J, prior)
-    found = _pull(J, solve(r - _push(J, rest)), gradient)
+        r = r - J.push(prior)
+    found = J.pull(solve(r - J.push(rest)))
     found = {p: x + rest[p] + (0 if prior is None else prior[p]) for p, x in found.items()}
-    along = _push(J, found)
-    quadratic = _square(along) + used * sum(_square(x) for x in found.values())
+    quadratic = _square(J.push(found)) + used * sum(_square(x) for x in found.values())
     return found, quadratic, used.astype(damping.dtype)
 
 
-def _flat(J: Float[Array, "rows ..."]) -> Float[Array, "rows n"]:
-    return J.reshape(len(J), -1)
+def _operators(statistics: Rows | Gram, gradient: Tree) -> Operators:
+    """The operators of these statistics over the parameters of ``gradient``, with F a mean."""
+    weight = statistics.examples[statistics.term]
+    share = jnp.where(weight > 0, 1 / jnp.sqrt(jnp.where(weight > 0, weight, 1)), 0)
+    if isinstance(statistics, Gram):
+        scale = share.astype(statistics.K.dtype)
+        whole = statistics
+        return Operators(
+            whole.K * scale[:, None] * scale,
+            lambda v: whole.push({p: x.astype(gradient[p].dtype) for p, x in v.items()}) * scale,
+            lambda y: whole.pull(y * scale),
+            (whole.residual * share).astype(scale.dtype),
+        )
+    J = {p: statistics.J[p].reshape(len(share), -1) * share[:, None] for p in gradient}
+    J = {p: x.astype(at_least_float32(gradient[p].dtype)) for p, x in J.items()}
+    K = functools.reduce(jnp.add, map(gram, J.values()))
+    r = (statistics.residual * share).astype(K.dtype)
+    return Operators(K, partial(_push, J), partial(_pull, J, gradient), r)
 
 
 def _push(J: Tree, v: Tree) -> Float[Array, " rows"]:
@@ -199,7 +227,7 @@ def _push(J: Tree, v: Tree) -> Float[Array, " rows"]:
     return jnp.sum(jnp.stack([of(j, v[p]) for p, j in J.items()]), 0)
 
 
-def _pull(J: Tree, y: Float[Array, " rows"], like: Tree) -> Tree:
+def _pull(J: Tree, like: Tree, y: Float[Array, " rows"]) -> Tree:
     """``Jᵀ y``, in the shapes of ``like``."""
     of = lambda j, x: jnp.matmul(y.astype(j.dtype), j, precision=HIGHEST).reshape(x.shape)
     return {p: of(j, like[p]) for p, j in J.items()}
@@ -209,19 +237,17 @@ def _square(x: Float[Array, "..."]) -> Float[Array, ""]:
     return jnp.sum(jnp.square(jnp.abs(x)))
 
 
-def _sub(a: Tree, b: Tree) -> Tree:
-    return {p: x - b[p] for p, x in a.items()}
-
-
-def _checked(statistics: Any, gradient: Tree) -> Rows:
-    """The rows of these gradients; raises for anything else."""
-    if not isinstance(statistics, Rows):
+def _checked(statistics: Any, gradient: Tree) -> Rows | Gram:
+    """The statistics of these gradients; raises for anything else."""
+    if not isinstance(statistics, Rows | Gram):
         came = "none" if statistics is None else f"a {type(statistics).__name__}"
         raise (ValueError if statistics is None else TypeError)(
             f"exact_ngd needs rows as statistics; got {came}. Write grad_fn = "
             'ng.value_and_grad(loss_fn, fisher="exact"), without layers, and tx.update(grads, '
             "opt_state, params, statistics=statistics) with its third result."
         )
+    if isinstance(statistics, Gram):
+        return statistics
     for path, x in gradient.items():
         own = statistics.J.get(path)
         if own is None or own.shape[1:] != x.shape:

@@ -1,5 +1,6 @@
 """The exact natural gradient in sample space against dense solves."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -113,6 +114,42 @@ def test_spring_is_the_damped_minimiser(case: str) -> None:
     prior = jax.tree.map(lambda x: 0.9 * jnp.cos(x), p)
     close(updates, by_hand(CASES[case], p, 1e-2, prior))
     close(state.last, updates, 0)
+
+
+@pytest.mark.parametrize(
+    "case", ["gaussian", "learned variance", "several terms", "tokens", "weight decay", "log psi",
+             "surrogate", "interacting"],
+)  # fmt: skip
+def test_without_the_whole_jacobian(case: str) -> None:
+    p = params()
+    whole, pieces = (
+        ng.scale_by_exact_ngd(1e-3, momentum=0.9, trust_radius=1e-2, whole_jacobian=whole)
+        for whole in (True, False)
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(tx: Any, state: Any) -> Any:
+        grad_fn = ng.value_and_grad(CASES[case], fisher="exact")
+        _, grads, rows = grad_fn(p, X, Y, opt_state=state)
+        return tx.update(grads, state, statistics=rows)
+
+    states = [tx.init(p)._replace(last=jax.tree.map(jnp.cos, p)) for tx in (whole, pieces)]
+    right, state = step(whole, states[0])
+    found, again = step(pieces, states[1])
+    close(found, right)
+    close((again.last, again.damping), (state.last, state.damping))
+
+
+def test_pieces_are_refused_where_they_cannot_be() -> None:
+    p, tx = params(), ng.exact_ngd(1.0, whole_jacobian=False)
+    state, split = tx.init(p), lambda x: jnp.asarray(x).reshape(4, 2, *x.shape[1:])
+    with pytest.raises(ValueError, match=r"whole_jacobian=False .*micro-batches"):
+        ng.accumulate(CASES["gaussian"], fisher="exact")(p, split(X), split(Y), opt_state=state)
+    grad_fn = ng.value_and_grad(CASES["gaussian"], fisher="exact", axis_name="data")
+    with pytest.raises(ValueError, match="whole_jacobian=False works under jit"):
+        jax.vmap(lambda x, y: grad_fn(p, x, y, opt_state=state), axis_name="data")(
+            split(X), split(Y)
+        )
 
 
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])
