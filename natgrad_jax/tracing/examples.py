@@ -97,8 +97,8 @@ def _axis(demand: Demand) -> Axis | None:
 
 
 def find_examples(traced: Traced) -> Examples:
-    """The walks of a traced loss."""
-    terms = zip(traced.loss.terms, traced.outputs, strict=True)
+    """The walks of a traced loss; examples that meet in the outputs' mean alone are independent."""
+    terms = zip(traced.loss.terms, traced.raw, strict=True)
     return Examples(tuple(_term(traced, places, term.distribution) for term, places in terms))
 
 
