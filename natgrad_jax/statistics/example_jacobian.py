@@ -223,8 +223,9 @@ def _fits(problem: Problem, t: int, axis: int, slices: Slices) -> bool:
 def _same(a: Outputs, b: Outputs) -> Array:
     """Whether the outputs agree up to rounding."""
     off = [jnp.max(jnp.abs(a[name] - b[name])) for name in a]
+    rounding = max(float(jnp.finfo(x.dtype).eps) for x in a.values()) ** 0.5
     size = [jnp.max(jnp.abs(x)) for x in a.values()]
-    return jnp.max(jnp.stack(off)) <= 1e-2 * jnp.max(jnp.stack(size)) + 1e-30
+    return jnp.max(jnp.stack(off)) <= 10 * rounding * jnp.max(jnp.stack(size))
 
 
 def _has(jaxpr: Any, names: Sequence[str]) -> bool:

@@ -247,6 +247,12 @@ def _checked(statistics: Any, gradient: Tree) -> Rows | Gram:
             "opt_state, params, statistics=statistics) with its third result."
         )
     if isinstance(statistics, Gram):
+        measured = jax.eval_shape(statistics.pull, statistics.residual)
+        if measured.keys() != gradient.keys():
+            raise ValueError(
+                "exact_ngd with whole_jacobian=False cannot leave parameters out: K is of all that "
+                "loss_fn gets. Keep J whole, or pass frozen parameters as another argument."
+            )
         return statistics
     for path, x in gradient.items():
         own = statistics.J.get(path)

@@ -143,6 +143,9 @@ def test_without_the_whole_jacobian(case: str) -> None:
 def test_pieces_are_refused_where_they_cannot_be() -> None:
     p, tx = params(), ng.exact_ngd(1.0, whole_jacobian=False)
     state, split = tx.init(p), lambda x: jnp.asarray(x).reshape(4, 2, *x.shape[1:])
+    _, grads, rows = ng.value_and_grad(CASES["gaussian"], fisher="exact")(p, X, Y, opt_state=state)
+    with pytest.raises(ValueError, match="cannot leave parameters out"):
+        tx.update(grads | {"w": optax.MaskedNode()}, state, p, statistics=rows)
     with pytest.raises(ValueError, match=r"whole_jacobian=False .*micro-batches"):
         ng.accumulate(CASES["gaussian"], fisher="exact")(p, split(X), split(Y), opt_state=state)
     grad_fn = ng.value_and_grad(CASES["gaussian"], fisher="exact", axis_name="data")
