@@ -1,4 +1,4 @@
-"""Damped inverses by Cholesky factorisation."""
+"""Cholesky factors, and damped inverses from them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,46 @@ from natgrad_jax.linalg.batching import over_batch
 from natgrad_jax.utils.precision import HIGHEST
 
 LEAF = 128  # up to this size LAPACK's Cholesky factorisation is fastest
+PANEL = 64  # rows that are factorised one after another
+OWN = 1536  # up to this size it is done without LAPACK on CPU
 WHOLE = 512  # up to this size one matrix product is faster than a product by halves
+
+
+def upper_factor(M: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """U, upper triangular, with ``M = UᵀU``; NaN where M is not positive definite.
+
+    On CPU without LAPACK up to a size: its threads and XLA's wait for one another. Behind a matrix
+    product, on two cores that others use too, its call takes half a second for 510 rows, this 2 ms.
+
+    >>> import jax.numpy as jnp
+    >>> upper_factor(jnp.array([[4.0, 2.0], [2.0, 5.0]]))
+    Array([[2., 1.],
+           [0., 2.]], dtype=float32)
+    """
+    backend = lambda M: jnp.linalg.cholesky(M, upper=True)
+    if len(M) > OWN:
+        return backend(M)
+    return jax.lax.platform_dependent(M, cpu=_by_panels, default=backend)
+
+
+def _by_panels(M: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    n, U = len(M), M[:0]
+    for k in range(0, n, PANEL):
+        top = slice(k, k + PANEL)
+        panel = _by_rows(M[top, k:] - _matmul(U[:, top].T, U[:, k:]))
+        U = jnp.concatenate([U, jnp.pad(panel, ((0, 0), (k, 0)))])
+    return U
+
+
+def _by_rows(panel: Float[Array, "b n"]) -> Float[Array, "b n"]:
+    """The first b rows of the factor of a matrix, from these of its own."""
+    rows, columns = jnp.arange(len(panel)), jnp.arange(panel.shape[1])
+
+    def row(j: jax.Array, P: Float[Array, "b n"]) -> Float[Array, "b n"]:
+        left = P[j] - _matmul(jnp.where(rows < j, P[:, j], 0), P)
+        return P.at[j].set(jnp.where(columns < j, 0, left / jnp.sqrt(left[j])))
+
+    return jax.lax.fori_loop(0, len(panel), row, panel)
 
 
 def damped_inverse(

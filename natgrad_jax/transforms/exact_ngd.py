@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from natgrad_jax.layers.collection import Layers
+from natgrad_jax.linalg.cholesky import upper_factor
 from natgrad_jax.state.clock import Clock, start, tick
 from natgrad_jax.statistics.fisher_rows import Gram, Rows, gram
 from natgrad_jax.statistics.sample_space import GRAM
@@ -185,8 +186,8 @@ def direction(
     """``Δ``, ``ΔᵀFΔ`` with the damped F, and the λ that was used; ``prior``: μ Δ₋."""
     eps, r = jnp.finfo(J.K.dtype).eps, J.r
     used = jnp.maximum(damping, 16 * eps * jnp.trace(J.K)).astype(J.K.dtype)
-    factor = jax.scipy.linalg.cho_factor(J.K + used * jnp.eye(len(r), dtype=J.K.dtype))
-    solve = lambda y: jax.scipy.linalg.cho_solve(factor, y)
+    factor = upper_factor(J.K + used * jnp.eye(len(r), dtype=J.K.dtype))
+    solve = lambda y: jax.scipy.linalg.cho_solve((factor, False), y)
 
     own = J.pull(r)
     rest = {p: x - own[p] for p, x in gradient.items()}

@@ -32,6 +32,24 @@ def test_damped_inverse(n: int, batch: tuple[int, ...]) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 64, 150])
+def test_upper_factor(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = np.random.default_rng(n).normal(size=(n, n))
+    M = root @ root.T + np.eye(n)
+    found = cholesky.upper_factor(jnp.asarray(M))
+    np.testing.assert_allclose(found, np.linalg.cholesky(M).T, rtol=1e-11, atol=1e-11)
+    assert np.isnan(cholesky.upper_factor(jnp.asarray(M - 2 * np.trace(M) * np.eye(n)))).any()
+    monkeypatch.setattr(cholesky, "OWN", 1)  # LAPACK's
+    np.testing.assert_allclose(found, cholesky.upper_factor(jnp.asarray(M)), rtol=1e-11, atol=1e-11)
+
+
+def test_upper_factor_is_as_stable_as_lapacks() -> None:
+    root = np.random.default_rng(0).normal(size=(300, 40)) @ np.diag(10.0 ** -np.arange(40))
+    M = root @ root.T + 16 * np.finfo(float).eps * np.trace(root @ root.T) * np.eye(300)
+    U = np.asarray(cholesky.upper_factor(jnp.asarray(M)))
+    assert np.linalg.norm(U.T @ U - M) < 4e-16 * np.linalg.norm(M)
+
+
 @pytest.mark.parametrize("n", [2, 515])
 @pytest.mark.parametrize("at", [0, -1])
 def test_an_indefinite_matrix_gives_nan(n: int, at: int) -> None:
