@@ -5,6 +5,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -24,10 +27,15 @@ def test_the_example_of_the_readme_trains() -> None:
 
 
 def test_the_example_of_a_differentiated_network_is_covered() -> None:
-    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    _, code, after, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     scope: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exec(compile(code, str(README), "exec"), scope)
     assert scope["layers"].uncovered == () and len(scope["layers"]) == 3
     assert all(float(sums.A.trace()) > 0 for sums in scope["statistics"].layers.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(after, str(README), "exec"), scope)  # any loss: tests/whole/test_any_loss.py
+    moved = jax.tree.map(jnp.add, scope["params"], scope["updates"])
+    assert scope["loss_fn"](moved, scope["points"]).value < 0.5 * scope["loss"]
