@@ -122,6 +122,11 @@ class Predictive:
         numbers = self.numbers
         given: dict[str, Any] = {}
         for name, x in self.parametrized.items():
+            if jnp.iscomplexobj(x):
+                raise TypeError(
+                    f"{type(self).__name__}: got complex {name}. Real and imaginary part are two "
+                    "real numbers: jnp.stack([z.real, z.imag], axis=-1)."
+                )
             features = self.features.get(name, 0)
             if name not in self.fixed or np.ndim(x) > self.event_axes + features:
                 x = jnp.asarray(x)

@@ -87,7 +87,8 @@ class Distribution(Predictive):
             values cannot be checked; negative ones then make the loss and its gradients NaN.
 
         Raises:
-          ValueError: targets of the wrong shape; targets or weights out of range, if concrete.
+          TypeError: complex outputs. ValueError: targets of the wrong shape; targets or weights out
+            of range, if concrete.
         """
         full, weight = _weighted(self, "nll", where, weights)
         if _OUTPUTS_ALONE.get():
@@ -120,7 +121,7 @@ class Distribution(Predictive):
             second moment, without weights times ``1 − 1/N`` in expectation: J̄ is not taken away.
 
         Raises:
-          ValueError: weights out of range, if concrete.
+          TypeError: complex outputs. ValueError: weights out of range, if concrete.
         """
         full, weight = _weighted(self, "curvature", where, weights)
         if not centred:
@@ -153,7 +154,8 @@ def loss(
       A :class:`Loss`; it adds to others. ``fisher="empirical"`` has no labels here.
 
     Raises:
-      TypeError: a value that is no scalar, no distributions, or others than these.
+      TypeError: a value that is no scalar; no distributions, or others than these; where, weights
+        or centred without bare ones.
 
     Source: Wu et al. 2017, section 3 (ACKTR: the Fisher of the policy and the critic); Pfau et al.
     2020, appendix (log |ψ|).
@@ -177,6 +179,12 @@ def loss(
         terms += tuple(replace(term, targets=None) for term in own.terms)
     if not terms:
         raise TypeError("ng.loss(value, *distributions) needs at least one distribution.")
+    unused = where is not None or weights is not None or centred
+    if unused and not any(isinstance(x, Distribution) for x in distributions):
+        raise TypeError(
+            "ng.loss: where, weights and centred are for bare distributions, and there are none. "
+            "Give them to curvature(where=…, weights=…, centred=…)."
+        )
     return Loss(terms) + value  # type: ignore[operator]
 
 

@@ -105,3 +105,27 @@ def test_masked_examples_enter_no_factor() -> None:
     for x, y in zip(a.layers.values(), b.layers.values(), strict=True):
         same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10)
         jax.tree.map(same, (x.A, x.G), (y.A, y.G))
+
+
+def test_what_a_centred_loss_cannot_be_is_told() -> None:
+    z = jnp.ones((4, 1))
+    with pytest.raises(TypeError, match="there are none"):
+        ng.loss(z.mean(), ng.Gaussian(z).curvature(), centred=True)
+    with pytest.raises(TypeError, match="complex mean"):
+        ng.loss(z.mean(), ng.Gaussian(z + 1j * z), centred=True)
+
+
+def test_a_complex_log_psi_has_the_real_part_of_the_geometric_tensor() -> None:
+    p = {"w": jnp.asarray(random.normal(size=(3, 2)))}
+    of = lambda p, x: jax.lax.complex(*jnp.moveaxis(jnp.tanh(x @ p["w"]), -1, 0))
+
+    def loss_fn(p: Any, x: Any) -> ng.Loss:
+        z = of(p, x)
+        psi = ng.Gaussian(jnp.stack([z.real, z.imag], axis=-1))
+        return ng.loss(z.real.mean(), psi, centred=True)
+
+    parts = lambda p: jnp.stack([of(p, X).real, of(p, X).imag])
+    J = np.asarray(jax.jacfwd(parts)(p)["w"]).reshape(2, N, 6)
+    slopes = J[0] + 1j * J[1]
+    slopes = slopes - slopes.mean(0)
+    assert off(ng.fisher(loss_fn, p, X), (slopes.conj().T @ slopes).real / N) < 1e-12
