@@ -44,7 +44,11 @@ def test_the_quadrature_solves_burgers_equation():
 
 @pytest.mark.parametrize(
     "problem, contenders",
-    [("poisson-2", ["kfac-rescaled", "adam"]), ("burgers", ["lbfgs"])],
+    [
+        ("poisson-2", ["kfac-rescaled", "adam"]),
+        ("burgers", ["lbfgs"]),
+        ("heat", ["exact-ngd", "spring"]),
+    ],
 )
 def test_a_tiny_race(problem, contenders, tmp_path, capsys):
     prefix = tmp_path / "new" / "pinn"
