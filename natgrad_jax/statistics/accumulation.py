@@ -23,7 +23,7 @@ def accumulate(
     samples: int = 1,
     has_aux: bool = False,
     axis_name: AxisName = None,
-) -> GradFn:
+) -> GradFn[Any]:
     """:func:`value_and_grad` of a large batch, one micro-batch after another.
 
     With k micro-batches, and term t of the loss over ``N_ti`` examples of micro-batch i (weighted;

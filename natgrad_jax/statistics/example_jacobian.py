@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from natgrad_jax.losses.distribution_base import Outputs
-from natgrad_jax.losses.likelihood import outputs_alone
+from natgrad_jax.losses.example_weights import outputs_alone
 from natgrad_jax.losses.terms import Term, as_loss
 from natgrad_jax.tracing import model
 from natgrad_jax.tracing.axes import Along

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses.distribution_base import Outputs
-from natgrad_jax.losses.likelihood import check_values
+from natgrad_jax.losses.example_weights import check_values
 from natgrad_jax.losses.terms import Loss, LossFn, whole_count
 from natgrad_jax.state.walk import statistics_due
 from natgrad_jax.statistics import from_cotangents as measurement, plan as planning
+from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_axes, check_params, check_terms
 from natgrad_jax.statistics.fisher_pass import (
     measure,
@@ -32,7 +33,11 @@ from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum
 FISHERS = ("mc", "exact", "empirical", "none")
 
 
-class GradFn(Protocol):
+# Statistics of layers, or rows.
+S = TypeVar("S", covariant=True)
+
+
+class GradFn(Protocol[S]):
     """What :func:`value_and_grad` returns."""
 
     def __call__(
@@ -42,10 +47,30 @@ class GradFn(Protocol):
         rng: PRNGKeyArray | None = None,
         opt_state: PyTree = None,
         loss_scale: Any = None,
-    ) -> tuple[Any, optax.Updates, Any]:
+    ) -> tuple[Any, optax.Updates, S]:
         """The loss or ``(loss, aux)``, the gradients, and the statistics of this batch."""
 
 
+@overload
+def value_and_grad(
+    loss_fn: LossFn,
+    layers: Layers,
+    *,
+    fisher: str = "mc",
+    samples: int = 1,
+    has_aux: bool = False,
+    axis_name: AxisName = None,
+) -> GradFn[Statistics]: ...
+@overload
+def value_and_grad(
+    loss_fn: LossFn,
+    layers: None = None,
+    *,
+    fisher: str = "mc",
+    samples: int = 1,
+    has_aux: bool = False,
+    axis_name: AxisName = None,
+) -> GradFn[Any]: ...
 def value_and_grad(
     loss_fn: LossFn,
     layers: Layers | None = None,
@@ -54,7 +79,7 @@ def value_and_grad(
     samples: int = 1,
     has_aux: bool = False,
     axis_name: AxisName = None,
-) -> GradFn:
+) -> GradFn[Any]:
     """Like ``jax.value_and_grad`` of the loss, with the layers' curvature statistics.
 
     One forward pass. Its pullback is called with the loss's cotangent for the gradients, and with
@@ -122,7 +147,7 @@ def of_one_part(
     samples: int,
     has_aux: bool,
     axis_name: AxisName,
-) -> GradFn:
+) -> GradFn[Any]:
     """:func:`value_and_grad` of one of ``parts`` equal micro-batches, which the caller adds up."""
     _check_choices(fisher, samples)
     axes = axis_names(axis_name)

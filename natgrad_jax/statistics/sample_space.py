@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from natgrad_jax.losses import output_cotangents
-from natgrad_jax.losses.likelihood import check_values
+from natgrad_jax.losses.example_weights import check_values
 from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.state.walk import plain, states
 from natgrad_jax.statistics.checks import check_axes
