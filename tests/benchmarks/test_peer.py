@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from lib.autoencoder import ENCODERS
-from peer import compare as peer
+from peer import compare as peer, gauss_newton
 from peer.optimizers import OURS, Problem, Setting
 
 import natgrad_jax as ng
@@ -109,3 +109,12 @@ def test_our_kfac_at_the_peers_setting() -> None:
     (G0, inverse0), (G1, inverse1), (G2, inverse2) = seen
     assert not np.allclose(G0, G1) and not np.allclose(G1, G2)
     assert np.array_equal(inverse0, inverse1) and not np.array_equal(inverse1, inverse2)
+
+
+def test_gauss_newton_without_somax(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gauss_newton.main(["--rounds", "1", "--size", "16", "--output", str(tmp_path / "out")])
+    assert "exact-ngd" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out.json").read_text())["runs"]
+    exact = [row for row in rows if row["optimizer"] == "exact-ngd"]
+    assert [row["task"] for row in exact] == ["regression", "digits"]
+    assert all(row["loss"] < row["curve"][0] / 2 for row in exact)
