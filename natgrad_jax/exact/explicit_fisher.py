@@ -243,7 +243,9 @@ def _squares(
     """``total + Σₙ vₙ²`` over the n examples of one term, one after another."""
 
     def only(i: int, outputs: Outputs, example: Int[Array, ""]) -> Outputs:
-        here = (jnp.arange(n)[:, None] == example) & (i == term)
+        if i != term:
+            return jax.tree.map(jnp.zeros_like, outputs)
+        here = jnp.arange(n)[:, None] == example
         of = lambda x: jnp.where(here, x.reshape(n, -1), 0).reshape(x.shape)
         return jax.tree.map(of, outputs)
 

@@ -15,7 +15,7 @@ from natgrad_jax.losses import output_cotangents
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
-N, COVARIANCE = 5, jnp.array([[0.5, 0.1, 0], [0.1, 1.0, 0.2], [0, 0.2, 2.0]])
+N, COVARIANCE = 5, np.array([[0.5, 0.1, 0], [0.1, 1.0, 0.2], [0, 0.2, 2.0]])
 
 
 class Net(nn.Module):
@@ -49,7 +49,7 @@ def problem(name: str) -> Any:
         "categorical": lambda z: ng.Categorical(z).nll(y),
         "tokens": lambda z: ng.Categorical(z).nll(y),
         "bernoulli": lambda z: ng.Bernoulli(z).nll(jax.nn.one_hot(y, 3)),
-        "gaussian": lambda z: ng.Gaussian(z, COVARIANCE).nll(x) * 3.0 + 1.0,
+        "gaussian": lambda z: ng.Gaussian(z, covariance=COVARIANCE).nll(x) * 3.0 + 1.0,
         "weights": lambda z: ng.Categorical(z).nll(y, weights=weight, where=weight > 0.7),
         "two terms": lambda z: 2 * ng.Categorical(z).nll(y) + 0.5 * ng.Gaussian(z).nll(x),
         "two lengths": lambda z: ng.Categorical(z).nll(y) + 3 * ng.Gaussian(z[:2]).nll(x[:2]),
