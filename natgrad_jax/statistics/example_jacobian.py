@@ -142,7 +142,7 @@ def pulled(
         J = _centred(problem, t, term, own, J, columns, axes)
     outputs = {k: jnp.moveaxis(jnp.squeeze(x, axis + 1), 0, axis) for k, x in outputs.items()}
     same = _same(term.raw, outputs)
-    flat = lambda x: jnp.where(same, x, jnp.nan).reshape(-1, *x.shape[2:])
+    flat = lambda x: jnp.where(same, x, jnp.nan).reshape(math.prod(x.shape[:2]), *x.shape[2:])
     return {path: flat(x) for path, x in J.items()}
 
 

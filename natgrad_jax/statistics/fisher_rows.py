@@ -5,6 +5,7 @@ parameters through the outputs alone, ``∇ = Jᵀ r / W``.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -160,13 +161,14 @@ def gram_of(problem: Problem, loss: Loss, choice: Choice, pullback: Any, zero: A
     of = lambda own: _jacobian(problem, loss, found, own, ()).values()
     parameters = tree_paths.leaves(problem.tree).items()
     products = (gram(j) for path, x in parameters for j in of({path: x}))
-    K = functools.reduce(jnp.add, products)
+    none = jnp.zeros((len(found.residual),) * 2, jnp.float32)
+    K = functools.reduce(jnp.add, products, none)
     return Gram(K, *found[1:], found.columns, pullback, zero, axes)
 
 
 def gram(j: Float[Array, "rows ..."]) -> Float[Array, "rows rows"]:
     """``J Jᵀ`` of one parameter; complex numbers are pairs of real ones."""
-    flat = j.reshape(len(j), -1)
+    flat = j.reshape(len(j), math.prod(j.shape[1:]))
     return jnp.matmul(flat, flat.conj().T, precision=HIGHEST).real
 
 

@@ -185,14 +185,17 @@ def direction(
 ) -> tuple[Tree, Float[Array, ""], Float[Array, ""]]:
     """``Δ``, ``ΔᵀFΔ`` with the damped F, and the λ that was used; ``prior``: μ Δ₋."""
     eps, r = jnp.finfo(J.K.dtype).eps, J.r
-    used = jnp.maximum(damping, 16 * eps * jnp.trace(J.K)).astype(J.K.dtype)
+    trace = jnp.trace(J.K)  # λ enters the state: of rows that are not finite it takes nothing
+    floor = jnp.where(jnp.isfinite(trace), 16 * eps * trace, 0)
+    used = jnp.maximum(damping, floor).astype(J.K.dtype)
     factor = upper_factor(J.K + used * jnp.eye(len(r), dtype=J.K.dtype))
     solve = lambda y: jax.scipy.linalg.cho_solve((factor, False), y)
 
     own = J.pull(r)
     rest = {p: x - own[p] for p, x in gradient.items()}
     size = lambda tree: jnp.sqrt(sum(_square(x) for x in tree.values()))
-    negligible = size(rest) <= 64 * eps * size(gradient)
+    whole = size(gradient)
+    negligible = jnp.isfinite(whole) & (size(rest) <= 64 * eps * whole)
     rest = {p: jnp.where(negligible, 0, x) / used for p, x in rest.items()}
     if prior is not None:
         r = r - J.push(prior)
@@ -215,17 +218,17 @@ def _operators(statistics: Rows | Gram, gradient: Tree) -> Operators:
             lambda y: whole.pull(y * scale),
             (whole.residual * share).astype(scale.dtype),
         )
-    J = {p: statistics.J[p].reshape(len(share), -1) * share[:, None] for p in gradient}
-    J = {p: x.astype(at_least_float32(gradient[p].dtype)) for p, x in J.items()}
-    K = functools.reduce(jnp.add, map(gram, J.values()))
+    rows = lambda p, x: statistics.J[p].reshape(len(share), x.size) * share[:, None]
+    J = {p: rows(p, x).astype(at_least_float32(x.dtype)) for p, x in gradient.items()}
+    K = functools.reduce(jnp.add, map(gram, J.values()), jnp.zeros((len(share),) * 2, jnp.float32))
     r = (statistics.residual * share).astype(K.dtype)
-    return Operators(K, partial(_push, J), partial(_pull, J, gradient), r)
+    return Operators(K, partial(_push, J, jnp.zeros_like(r)), partial(_pull, J, gradient), r)
 
 
-def _push(J: Tree, v: Tree) -> Float[Array, " rows"]:
+def _push(J: Tree, zero: Float[Array, " rows"], v: Tree) -> Float[Array, " rows"]:
     """``J v``; complex numbers are pairs of real ones, as gradients give them."""
     of = lambda j, x: jnp.matmul(j, x.conj().ravel().astype(j.dtype), precision=HIGHEST).real
-    return jnp.sum(jnp.stack([of(j, v[p]) for p, j in J.items()]), 0)
+    return functools.reduce(jnp.add, [of(j, v[p]) for p, j in J.items()], zero)
 
 
 def _pull(J: Tree, like: Tree, y: Float[Array, " rows"]) -> Tree:

@@ -206,6 +206,16 @@ TABLE = {
         )
         for coordinates in ("whitening", "whitening_plus", "both_sides", "eigenbasis", "identity")
     },
+    "scale_by_exact_ngd": Row(ng.scale_by_exact_ngd, lambda s: {"damping": 1e-2}),
+    "exact_ngd": Row(
+        ng.exact_ngd, lambda s: {"learning_rate": 0.1, "damping": 1e-2, "momentum": 0.5}
+    ),
+    "exact_ngd, schedules, weight decay": Row(
+        ng.exact_ngd,
+        lambda s: {"learning_rate": falling(0.1), "damping": falling(0.1), "weight_decay": 1e-3,
+                   "momentum": falling(0.9), "trust_radius": falling(1e-2)},
+        base=False,
+    ),
     "adaptive_kfac": Row(
         ng.adaptive_kfac, lambda s: {"layers": s.layers, "loss_fn": s.loss_fn}, ("loss_fn",), True
     ),
@@ -242,12 +252,18 @@ class Poison(NamedTuple):
     leftover: Any = 0.0
     moments: Any = 0.0
 
-    def into(self, grads: Any, statistics: ng.Statistics) -> tuple[Any, ng.Statistics]:
+    def into(self, grads: Any, statistics: Any) -> tuple[Any, Any]:
         def add(x: Any, y: Any) -> Any:
             if x is None or not x.size:
                 return x
             return x.at[(0,) * x.ndim].add(jnp.asarray(y, x.dtype))
 
+        if isinstance(statistics, ng.Rows):
+            rows = {path: add(x, self.A) for path, x in statistics.J.items()}
+            residual = add(statistics.residual, self.G)
+            return jax.tree.map(lambda g: add(g, self.grads), grads), statistics._replace(
+                J=rows, residual=residual
+            )
         sums = {path: s._replace(A=add(s.A, self.A), G=add(s.G, self.G))
                 for path, s in statistics.layers.items()}  # fmt: skip
         every = lambda tree, y: None if tree is None else {k: add(x, y) for k, x in tree.items()}
@@ -265,9 +281,9 @@ def fresh(tree: Any) -> Any:
 
 def stepper(tx: Any, s: Setting) -> Callable[..., Any]:
     """The step that users write, with every extra argument; and a poison, that of nothing."""
-    grad_fn = ng.value_and_grad(s.loss_fn, s.layers)
 
     def step(params: Any, state: Any, batch: Batch, key: Any, poison: Poison) -> Any:
+        grad_fn = ng.value_and_grad(s.loss_fn, layers_for(state, s))
         model = s.model(params)
         split = {"split": nnx.split(model)} if isinstance(model, nnx.Module) else {}
         loss, grads, statistics = grad_fn(model, batch, rng=key, opt_state=asks(state))
@@ -279,6 +295,12 @@ def stepper(tx: Any, s: Setting) -> Callable[..., Any]:
         return optax.apply_updates(params, updates), state, updates, loss
 
     return step
+
+
+def layers_for(state: Any, s: Setting) -> ng.Layers | None:
+    """The layers, but for what needs none."""
+    alone = any(isinstance(x, ng.ExactNGDState) for x in states(state))
+    return None if alone else s.layers
 
 
 def asks(state: Any) -> Any:

@@ -108,6 +108,8 @@ def matters(name: str, poison: Poison) -> bool:
     field = next(f for f, x in poison._asdict().items() if not np.isfinite(x))
     if field == "grads":
         return True
+    if any(isinstance(x, ng.ExactNGDState) for x in states(state)):
+        return field in ("A", "G")  # of its rows J and the residual
     own = [x for x in states(state) if hasattr(x, "factors") and x.factors]
     if field == "A" or not own:
         return bool(own)

@@ -47,7 +47,7 @@ def test_kfac_is_exact_for_linear_networks(widths: tuple[int, ...]) -> None:
     covariance = jnp.asarray([[1.0, 0.3, 0.0], [0.3, 0.5, 0.1], [0.0, 0.1, 2.0]])
     model = Linear(widths)
     params = model.init(jax.random.key(0), x)["params"]
-    loss_fn = lambda p, x: ng.Gaussian(model.apply({"params": p}, x), covariance).nll(y)
+    loss_fn = lambda p, x: ng.Gaussian(model.apply({"params": p}, x), covariance=covariance).nll(y)
     layers = ng.find_layers(loss_fn, params, x)
     grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
     _, grads, statistics = jax.jit(grad_fn)(params, x)
