@@ -116,6 +116,7 @@ class Distribution(Predictive):
             :func:`fisher` have it exactly, the diagonal of leftover parameters in expectation. What
             K-FAC and EKFAC sum over examples (Kronecker factors, full blocks, moments) is the
             second moment, without weights times ``1 − 1/N`` in expectation: J̄ is not taken away.
+            Each micro-batch has its own mean.
 
         Raises:
           TypeError: complex outputs. ValueError: weights out of range, if concrete.

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 def stacked(parts: Rows) -> Rows:
     """The rows of k micro-batches, each array with a leading axis of k, as those of one batch."""
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    flat = lambda x: x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
     J = {path: flat(x) for path, x in parts.J.items()}
     return Rows(J, flat(parts.residual), flat(parts.term), parts.examples.sum(0))
 
@@ -190,7 +190,7 @@ def _columns(loss: Loss, t: int, axis: int | None, choice: Choice) -> Outputs:
 
 
 def _residual(
-    term: Term, axis: int | None, choice: Choice, gradient: Outputs | None
+    term: Term, axis: int | None, choice: Choice, gradient: Outputs
 ) -> Float[Array, "..."] | None:
     """r of a term's rows, ``(examples, columns)``; None if it is not known."""
     distribution = term.distribution
@@ -201,7 +201,7 @@ def _residual(
             return None
         root = jnp.moveaxis(root, axis, 0)
         return root.reshape(len(root), -1)[:, 0]
-    if choice.fisher == "mc" or gradient is None:
+    if choice.fisher == "mc":
         return None
     coordinates = distribution.coordinates(gradient)
     if coordinates is None:
@@ -211,11 +211,9 @@ def _residual(
     return found if axis is None else jnp.moveaxis(found, axis, 0)
 
 
-def _output_gradients(
-    problem: Problem, loss: Loss, axes: Sequence[str]
-) -> Sequence[Outputs | None]:
-    """For each term the gradient of the loss with respect to its outputs; None where the loss is
-    not a function of the outputs."""
+def _output_gradients(problem: Problem, loss: Loss, axes: Sequence[str]) -> Sequence[Outputs]:
+    """For each term the gradient of the loss with respect to its outputs, without what was added to
+    the loss and is not a function of the outputs alone."""
     given = tuple(term.raw for term in loss.terms)
     of_scalar = problem.scalar()
 
