@@ -10,7 +10,8 @@ Entries = Sequence[Sequence[Any]]
 
 
 def root_of(distribution: str, names: Sequence[str], entries: Entries) -> list[list[Any]]:
-    """The rows of the Cholesky factor L, ``L Lᵀ = entries``; zero columns where it is singular.
+    """The rows of the Cholesky factor L, ``L Lᵀ = entries``; zero columns where it is singular, NaN
+    where a diagonal entry is negative.
 
     Raises ValueError where an entry has no formula.
     """
@@ -27,7 +28,8 @@ def root_of(distribution: str, names: Sequence[str], entries: Entries) -> list[l
             for a, b in zip(own[:j], before[:j], strict=True):
                 x = x - a * b
             if i == j:
-                own.append(jnp.sqrt(jnp.maximum(x, 0)))
+                # a negative information, as of a negative variance, is no rounding
+                own.append(jnp.where(jnp.asarray(row[i]) < 0, jnp.nan, jnp.sqrt(jnp.maximum(x, 0))))
             else:
                 own.append(over(x, root[j][j]))
         root.append(own + [jnp.zeros(())] * (len(entries) - i - 1))

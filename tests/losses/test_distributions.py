@@ -91,6 +91,11 @@ def test_root_columns_are_a_root_of_the_hessian(case: str) -> None:
     np.testing.assert_allclose(R @ np.swapaxes(R, -1, -2), H, atol=2e-6)
 
 
+def test_a_negative_variance_has_no_fisher_that_looks_like_one() -> None:
+    root = ng.Gaussian(LOGITS, -jnp.ones(5)).root_column(0)["mean"]
+    assert np.isnan(np.asarray(root)).any()
+
+
 @pytest.mark.parametrize(
     "case", ["categorical", "bernoulli", "gaussian, variances", "gaussian, covariance"]
 )
