@@ -34,12 +34,12 @@ def _by_panels(M: Float[Array, "n n"]) -> Float[Array, "n n"]:
     n, U = len(M), M[:0]
     for k in range(0, n, PANEL):
         top = slice(k, k + PANEL)
-        panel = _by_rows(M[top, k:] - _matmul(U[:, top].T, U[:, k:]))
+        panel = rows_of_factor(M[top, k:] - _matmul(U[:, top].T, U[:, k:]))
         U = jnp.concatenate([U, jnp.pad(panel, ((0, 0), (k, 0)))])
     return U
 
 
-def _by_rows(panel: Float[Array, "b n"]) -> Float[Array, "b n"]:
+def rows_of_factor(panel: Float[Array, "b n"]) -> Float[Array, "b n"]:
     """The first b rows of the factor of a matrix, from these of its own."""
     rows, columns = jnp.arange(len(panel)), jnp.arange(panel.shape[1])
 

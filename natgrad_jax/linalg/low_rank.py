@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.batching import over_batch, trace_of
+from natgrad_jax.linalg.orthonormal import orthonormal
 from natgrad_jax.utils.precision import HIGHEST
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -80,7 +81,7 @@ def subspace(
 ) -> tuple[Float[Array, "*batch n k"], Float[Array, "*batch k"]]:
     """Approximate leading eigenpairs of F: one step of subspace iteration and Rayleigh–Ritz.
 
-    ``Y = F S``, ``Q = qr(Y)``, ``QᵀFQ = W diag(d) Wᵀ``, ``V = Q W``: ``4 n² k`` operations. From a
+    ``Y = F S``, ``Q = orth(Y)``, ``QᵀFQ = W diag(d) Wᵀ``, ``V = Q W``: ``4 n² k`` operations. From a
     random ``start`` this is the randomized SVD of Halko et al.; from the last V it is warm-started,
     and follows a factor that moves slowly.
 
@@ -97,7 +98,10 @@ def subspace(
     >>> subspace(jnp.diag(jnp.array([3.0, 1.0, 0.0])), jnp.eye(3)[:, :1])[1]
     Array([3.], dtype=float32)
     """
-    Q = over_batch(lambda y: jnp.linalg.qr(y)[0], jnp.matmul(factor, start, precision=HIGHEST))
+    product = jnp.matmul(factor, start, precision=HIGHEST)
+    # what a factor of zeros takes away comes back when it has some
+    lost = jnp.sum(jnp.square(product), -2, keepdims=True) == 0
+    Q = orthonormal(jnp.where(lost, start, product))
     small = jnp.matmul(Q.mT, jnp.matmul(factor, Q, precision=HIGHEST), precision=HIGHEST)
     values, W = over_batch(jnp.linalg.eigh, (small + small.mT) / 2)
     return jnp.matmul(Q, W, precision=HIGHEST), jnp.maximum(values, 0)
