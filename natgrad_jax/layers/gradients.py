@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.linalg.batching import element, run_time_indices
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.tree_paths import Path, join
 
@@ -18,13 +20,18 @@ def map_layers(tree: Any, layers: Mapping[Path, Layer], of_layer: BlockMap) -> A
     """``tree`` with each layer's packed ``K̄`` mapped, all else unchanged; dtypes are kept."""
     given = tree_paths.leaves(tree)
     new: dict[Path, jax.Array] = {}
+    places = run_time_indices(max((len(layer.members) for layer in layers.values()), default=0))
     for path, layer in layers.items():
         arrays = _parameters_of(layer, given)
         if arrays is None:
             continue
         mapped = layer.unpack(of_layer(path, layer.pack(layer.to_matrix(*arrays))))
-        for parameter, x in zip(layer.parameters, layer.from_matrix(mapped), strict=True):
-            new[parameter.path] = x.astype(given[parameter.path].dtype)
+        for i, x in enumerate(layer.from_matrix(mapped)):
+            for place, member in enumerate(layer.each):
+                at = member.parameters[i].path
+                if at in given:
+                    own = element(x, places[place]) if layer.members else x
+                    new[at] = own.astype(given[at].dtype)
     return tree_paths.replace(tree, new)
 
 
@@ -40,7 +47,8 @@ def packed(updates: optax.Updates, layers: Layers) -> dict[Path, jax.Array]:
 
 
 def check_paths(given: dict[Path, Any], layers: Layers) -> None:
-    known = {p.path: p.shape for layer in layers.values() for p in layer.parameters}
+    each = (member for layer in layers.values() for member in layer.each)
+    known = {p.path: p.shape for layer in each for p in layer.parameters}
     known |= {x.path: x.parameter.shape for x in layers.leftover}
     for path, x in given.items():
         if path not in known or tuple(x.shape) != known[path]:
@@ -54,7 +62,17 @@ def check_paths(given: dict[Path, Any], layers: Layers) -> None:
 
 
 def _parameters_of(layer: Layer, given: dict[Path, jax.Array]) -> list[jax.Array] | None:
-    """The layer's gradients in its factors' dtype; None if all of them are masked out."""
+    """The layer's gradients in its factors' dtype; None if all of them are masked out. Of a bundle,
+    those of its members, stacked, with zeros for what is masked out."""
+    each = [_own_parameters(member, given) for member in layer.each]
+    present = next((arrays for arrays in each if arrays is not None), None)
+    if present is None or not layer.members:
+        return present
+    zeros = [jnp.zeros_like(x) for x in present]
+    return [jnp.stack(x) for x in zip(*(arrays or zeros for arrays in each), strict=True)]
+
+
+def _own_parameters(layer: Layer, given: dict[Path, jax.Array]) -> list[jax.Array] | None:
     present = [p for p in layer.parameters if p.path in given]
     if not present:
         return None

@@ -65,6 +65,8 @@ class Layer:
     matrices instead, where the loss differentiates its model.
     ``example_axis``: which of a call's row axes counts examples, −1 if none does. ``rows``: whether
     its parameters meet the examples elementwise, so that the examples' own gradients are measured.
+    ``members``: the layers of equal geometry that this one stands for, in optimizers' states; the
+    first axis of its stack, and of each of its parameters, is then theirs.
 
     >>> import flax.linen as nn, jax.numpy as jnp, natgrad_jax as ng
     >>> params, x = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, jnp.ones((8, 4))
@@ -87,11 +89,17 @@ class Layer:
     rows: bool = False
     matrices: bool = False
     approximation: Approximation = WHOLE
+    members: tuple["Layer", ...] = ()
 
     @functools.cached_property
     def traits(self) -> Traits:
         """Properties of its kind of layer."""
         return traits_of(self.kind)
+
+    @property
+    def each(self) -> tuple["Layer", ...]:
+        """The layers that it stands for: its members, or itself."""
+        return self.members or (self,)
 
     @property
     def kernel(self) -> Parameter:

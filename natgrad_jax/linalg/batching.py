@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-from jaxtyping import Array, Float, Shaped
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 T = TypeVar("T")  # a pytree of arrays
 
@@ -35,3 +36,19 @@ def trace_of(x: Float[Array, "*batch n n"]) -> Float[Array, "*batch"]:
     """The trace; it reads n numbers of a matrix, where ``jnp.trace`` writes n × n."""
     n = x.shape[-1]
     return x.reshape(*x.shape[:-2], n * n)[..., :: n + 1].sum(-1)
+
+
+def run_time_indices(count: int) -> list[Int[Array, ""]]:
+    """0, 1, 2, … as numbers that the compiler does not know: what differs in an index alone is then
+    compiled once. 72 elements of an array, each with some arithmetic, take 0.3 s instead of 2."""
+    if count == 0:
+        return []
+    zeros, known = ([jnp.int32(k) for k in each] for each in ([0] * count, range(count)))
+    # it keeps a loop that runs twice, whatever is in it
+    again = lambda carry: (carry[0] + 1, known)
+    return jax.lax.while_loop(lambda carry: carry[0] < 2, again, (jnp.int32(0), zeros))[1]
+
+
+def element(x: Shaped[Array, "count ..."], index: Int[Array, ""]) -> Shaped[Array, "..."]:
+    """``x[index]``."""
+    return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)

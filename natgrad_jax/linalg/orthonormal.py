@@ -1,10 +1,13 @@
 """Orthonormal columns by matrix products, without LAPACK, whose threads wait for XLA's on CPU."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.cholesky import rows_of_factor
 from natgrad_jax.utils.precision import HIGHEST
+
+PASSES = 3
 
 
 def orthonormal(Y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
@@ -27,11 +30,14 @@ def orthonormal(Y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
 def _orthonormal(Y: Float[Array, "n k"]) -> Float[Array, "n k"]:
     k = Y.shape[-1]
     eye = jnp.eye(k, dtype=Y.dtype)
-    rounding = k * jnp.finfo(Y.dtype).eps * eye
-    for shift in (10 * rounding, 10 * rounding, rounding):
+    rounding = k * jnp.finfo(Y.dtype).eps
+
+    def better(i: jax.Array, Y: Float[Array, "n k"]) -> Float[Array, "n k"]:
         norms = jnp.sqrt(jnp.sum(jnp.square(Y), 0))
         Y = Y / jnp.where(norms > 0, norms, 1)
-        gram = jnp.matmul(Y.T, Y, precision=HIGHEST) + shift
+        shift = jnp.where(i < PASSES - 1, 10 * rounding, rounding).astype(Y.dtype)
+        gram = jnp.matmul(Y.T, Y, precision=HIGHEST) + shift * eye
         both = rows_of_factor(jnp.concatenate([gram, eye], 1))  # U, U⁻ᵀ
-        Y = jnp.matmul(Y, both[:, k:].T, precision=HIGHEST)
-    return Y
+        return jnp.matmul(Y, both[:, k:].T, precision=HIGHEST)
+
+    return jax.lax.fori_loop(0, PASSES, better, Y)

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natgrad_jax.state.clock import Clock
+from natgrad_jax.state.members import by_layer
 
 
 def states(opt_state: Any) -> list[Any]:
-    """Every state of this library inside an optimizer state, at any depth: those with a clock."""
+    """Every state of this library inside an optimizer state, at any depth: those with a clock; each
+    as readers see it, with every layer at its own path."""
 
     def is_ours(x: Any) -> bool:
         return isinstance(getattr(x, "clock", None), Clock)
 
-    return _nodes(opt_state, is_ours)
+    return [by_layer(x) for x in _nodes(opt_state, is_ours)]
 
 
 def instances(opt_state: Any, kind: type) -> list[Any]:

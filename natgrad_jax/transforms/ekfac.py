@@ -14,6 +14,7 @@ from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.state.clock import Clock
+from natgrad_jax.state.members import Members
 from natgrad_jax.statistics.spec import EncodedSpec, StatisticsSpec, stride_of
 from natgrad_jax.transforms.common import second_moments
 from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
@@ -44,7 +45,8 @@ class EKFACState(NamedTuple):
     the mean of all others; ``moment_weights``: the accumulated weight of each S, ``(*stack,)``. If
     several terms of the loss each have their own S, both have a leading axis of terms.
     ``examples``: number of examples of the last measured batch, ``()`` or ``(terms,)``.
-    ``request``: which statistics the next backward pass must measure, without arrays.
+    ``request``: which statistics the next backward pass must measure, and ``members``: which layers
+    are stacked, at the path of the first, both without arrays.
 
     The other fields are those of
     :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
@@ -67,6 +69,7 @@ class EKFACState(NamedTuple):
     examples: jax.Array
     rejected: jax.Array
     request: EncodedSpec
+    members: Members
 
 
 @renamed_keywords

@@ -11,6 +11,7 @@ import optax
 from natgrad_jax.curvature import factor_averages, loss_terms
 from natgrad_jax.curvature.factor_averages import Batch, FactorsLike
 from natgrad_jax.curvature.layer_sums import Sums
+from natgrad_jax.layers.bundles import gathered
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.statistics.batch_statistics import Statistics
@@ -140,13 +141,21 @@ def update_factors(
 def sums_for(layer: Layer, statistics: Statistics) -> Sums:
     """The sums that this layer's factors are computed from."""
     found = statistics.sums[layer.approximation.weight_sharing]
-    if layer.path not in found:
-        raise ValueError(
-            f"statistics of layer {join(layer.path)} were measured for another weight_sharing than "
-            f"{layer.approximation.weight_sharing!r}: pass value_and_grad the state of this "
-            "transformation as opt_state."
-        )
-    return found[layer.path]
+
+    def of(layer: Layer) -> Sums:
+        if layer.path not in found:
+            raise ValueError(
+                f"statistics of layer {join(layer.path)} were measured for another weight_sharing "
+                f"than {layer.approximation.weight_sharing!r}: pass value_and_grad the state of "
+                "this transformation as opt_state."
+            )
+        return found[layer.path]
+
+    # an axis of terms comes first
+    on_g = None if of(layer.each[0]).G is None else int(len(layer.terms) > 1)
+    on_a = int(len(layer.terms) > 1 and layer.mixed)
+    axes: Any = Sums
+    return gathered(layer, of, axes(on_a, on_g, on_a))
 
 
 def _diagonals(

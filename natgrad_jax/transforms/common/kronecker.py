@@ -21,6 +21,7 @@ from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.state.clock import Clock
+from natgrad_jax.state.members import Members
 from natgrad_jax.statistics.spec import EncodedSpec
 from natgrad_jax.transforms.common import estimators
 from natgrad_jax.transforms.common.preconditioner import (
@@ -29,16 +30,20 @@ from natgrad_jax.transforms.common.preconditioner import (
     PreconditionerConfig,
     preconditioner,
 )
-from natgrad_jax.transforms.common.refresh_schedule import refresh_due
+from natgrad_jax.transforms.common.refresh_schedule import Renewed, refresh_due
 from natgrad_jax.utils.tree_paths import Path
 
 
 class KFACState(NamedTuple):
     """State of :func:`scale_by_kfac`; dictionaries by layer path, or parameter path if leftover.
 
+    Layers of equal geometry are kept at the path of the first, stacked; :func:`natgrad_jax.factors`
+    and :func:`natgrad_jax.bases` give each at its own.
+
     ``damping``: λ of the last step, ``()``. ``bases``: damped inverses of the factors at the last
-    refresh. ``request``: which statistics the next backward pass must measure, without arrays. The
-    other fields are those of :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
+    refresh. ``request``: which statistics the next backward pass must measure, and ``members``:
+    which layers are stacked, both without arrays. The other fields are those of
+    :class:`~natgrad_jax.transforms.common.estimators.Estimates`.
     """
 
     clock: Clock
@@ -50,6 +55,7 @@ class KFACState(NamedTuple):
     diagonal_weights: dict[Path, jax.Array]
     rejected: jax.Array
     request: EncodedSpec
+    members: Members
 
 
 def kronecker(
@@ -106,7 +112,7 @@ def _refresh(
 ) -> KFACState:
     """The state with inverses of the current factors, where due; failures keep the old ones."""
 
-    def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, FactorsLike], jax.Array]:
+    def renew(due: Mapping[Path, Layer], state: KFACState) -> Renewed:
         bases, rejected = {}, jnp.zeros((), jnp.int32)
         of = lambda path, layer: inverses(
             layer,
@@ -122,9 +128,6 @@ def _refresh(
             new, failures = found[path]
             bases[path], bad = keep_finite(layer, new, old, weights)
             rejected += bad + jnp.where(jnp.any(weights > 0), failures, 0)
-        return bases, rejected
+        return {"bases": bases}, rejected
 
-    bases, bad = refresh_due(
-        layers, config.refresh, state.clock.step, now.first, state.bases, renew
-    )
-    return state._replace(bases=bases, rejected=state.rejected + bad)
+    return refresh_due(layers, config.refresh, state, now.first, renew)

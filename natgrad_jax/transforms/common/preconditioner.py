@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax.layers.bundles import bundled, members_of
 from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.gradients import check_paths
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.state.clock import due, start, tick
 from natgrad_jax.statistics.batch_statistics import Statistics
@@ -15,6 +17,7 @@ from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.spec import StatisticsSpec, encode
 from natgrad_jax.transforms.common import apply, estimators
 from natgrad_jax.transforms.common.refresh_schedule import RefreshSchedule
+from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
 from natgrad_jax.utils.tree_paths import Path
 
@@ -47,11 +50,12 @@ class Now(NamedTuple):
 class Method(NamedTuple):
     """How one preconditioner uses the factors.
 
-    ``state``: a NamedTuple with the fields of Estimates, ``clock``, ``damping``, ``request`` and
-    its own, which ``start(layers)`` returns. ``follow(state, layers, now)`` → the state with this
-    step's inverses or bases, where the factors are up to date already. ``apply(layer, state, path,
-    gradient, damping)`` → the layer's natural gradient, packed as the gradient. ``estimator``:
-    computes the factors that are averaged.
+    ``state``: a NamedTuple with the fields of Estimates, ``clock``, ``damping``, ``request``,
+    ``members`` and its own, which ``start(layers)`` returns. ``follow(state, layers, now)`` → the
+    state with this step's inverses or bases, where the factors are up to date already.
+    ``apply(layer, state, path, gradient, damping)`` → the layer's natural gradient, packed as the
+    gradient. ``estimator``: computes the factors that are averaged. All see layers of equal
+    geometry as one (:mod:`~natgrad_jax.layers.bundles`).
     """
 
     state: Callable[..., Any]
@@ -73,7 +77,7 @@ def preconditioner(
 
     def init_fn(params: optax.Params) -> Any:
         # params only say which layers to keep; shapes come from the layers
-        own = all_layers.of(params)
+        own = bundled(all_layers.of(params))
         # one compiled program: op by op, every shape would compile on its own
         state = jax.jit(lambda: _initial_state(own, config, method))()
         return estimators.for_params(state, params)
@@ -87,8 +91,11 @@ def preconditioner(
         **extra: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra
-        layers = all_layers.within(state.factors, state.diagonal)
+        kept = {path for own in state.members.values() for path in own}
+        layers = all_layers.within(kept, state.diagonal)
         check_statistics(statistics, layers, config.name)
+        check_paths(tree_paths.leaves(updates), all_layers)
+        layers = bundled(layers)
         assert statistics is not None
         step = state.clock.step
         damping, decay = at(config.damping, step), at(config.decay, step)
@@ -101,9 +108,9 @@ def preconditioner(
         of_layer = lambda path, x: method.apply(layers[path], state, path, x, damping)
         over_diagonal = estimators.over_diagonal(state, damping)
         # the natural gradient, and Δᵀ∇ = ΔᵀFΔ of the damped F
-        updates, quadratic = apply.map_blocks(updates, all_layers, of_layer, over_diagonal)
+        updates, quadratic = apply.map_blocks(updates, layers, of_layer, over_diagonal)
         if radius is not None:
-            updates = apply.trust_region(updates, all_layers, quadratic, at(radius, step))
+            updates = apply.trust_region(updates, layers, quadratic, at(radius, step))
         wanted = due(step + 1, at(config.statistics_period, step + 1))
         clock = tick(state.clock, wanted, statistics.examples)
         rejected = state.rejected + jnp.isnan(quadratic)
@@ -117,6 +124,7 @@ def _initial_state(layers: Layers, config: PreconditionerConfig, method: Method)
         clock=start(len(layers.terms)),
         damping=at(config.damping, jnp.zeros((), jnp.int32)),
         request=encode(config.request),
+        members=members_of(layers),
         **method.start(layers),
         **estimators.start(layers, config.factor_dtype)._asdict(),
     )

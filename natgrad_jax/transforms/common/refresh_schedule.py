@@ -3,18 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from natgrad_jax.layers.bundles import part_of
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.distributed import DeviceAxes, Devices, balanced, devices
+from natgrad_jax.state import members
 from natgrad_jax.state.clock import due
 from natgrad_jax.utils.hyperparams import Scalar, at, check_period
 from natgrad_jax.utils.tree_paths import Path
 
-T = TypeVar("T")
+State = TypeVar("State", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,22 +142,33 @@ def refresh_schedule(
     return RefreshSchedule(period, is_staggered, devices(refresh.over))
 
 
-def phases(layers: Mapping[Path, Layer], when: RefreshSchedule) -> list[dict[Path, Layer]]:
-    """The layers refreshed at each step of a period: all at the first, or equal work at each.
+class Turns(NamedTuple):
+    """When the members of one bundle are refreshed: ``size`` of them in each turn, one turn in each
+    phase of ``phases``, which ascend; a phase may have several turns, or none."""
 
-    Staggered refreshes begin with the second half of the period, since all layers were refreshed at
-    step 0 and factors have moved little in the first half. The period's first step, which measures
-    too, is used last."""
-    if not when.staggered:
-        return [dict(layers)]
-    assert isinstance(when.period, int | float)
-    period, half = int(when.period), int(when.period) // 2
-    found: list[dict[Path, Layer]] = [{} for _ in range(period)]
+    size: int
+    phases: tuple[int, ...]
+
+
+def turns(layers: Mapping[Path, Layer], period: int) -> dict[Path, Turns]:
+    """Equal work at each step of a period, for staggered refreshes.
+
+    They begin with the second half of the period, since all layers were refreshed at step 0 and
+    factors have moved little in the first half. The period's first step, which measures too, is
+    used last."""
+    half = period // 2
     steps = [*range(half + 1, period), *range(1, half + 1), 0]
-    shares = balanced([cost(layer) for layer in layers.values()], period)
-    for (path, layer), i in zip(layers.items(), shares, strict=True):
-        found[steps[i]][path] = layer
-    return found
+    sizes = {path: _share(len(layer.each), period) for path, layer in layers.items()}
+    counts = {path: len(layer.each) // sizes[path] for path, layer in layers.items()}
+    of_turn = {path: cost(layer) / counts[path] for path, layer in layers.items()}
+    places = iter(balanced([of_turn[p] for p, n in counts.items() for _ in range(n)], period))
+    own = {path: sorted(steps[next(places)] for _ in range(n)) for path, n in counts.items()}
+    return {path: Turns(sizes[path], tuple(own[path])) for path in layers}
+
+
+def _share(members: int, period: int) -> int:
+    """The largest divisor of a number of members that needs at least one turn a step."""
+    return max(n for n in range(1, -(-members // period) + 1) if members % n == 0)
 
 
 def cost(layer: Layer) -> float:
@@ -163,30 +177,82 @@ def cost(layer: Layer) -> float:
     return copies * sum(side.cost for side in (layer.input_side, layer.output_side) if side)
 
 
+# The new entries of each field of a state, by path, and the number of failures.
+Renewed = tuple[dict[str, dict[Path, Any]], jax.Array]
+Renew = Callable[[Mapping[Path, Layer], Any], Renewed]
+
+
 def refresh_due(
     layers: Mapping[Path, Layer],
     when: RefreshSchedule,
-    step: jax.Array,
+    state: State,
     first: jax.Array,
-    old: Mapping[Path, T],
-    renew: Callable[[Mapping[Path, Layer]], tuple[dict[Path, T], jax.Array]],
-) -> tuple[dict[Path, T], jax.Array]:
-    """``renew`` of the layers that are due, ``old`` of the others; and the number of failures.
+    renew: Renew,
+    fields: tuple[str, ...] = ("bases",),
+) -> State:
+    """The state with what ``renew`` returns for the layers that are due, given their part of it.
 
     ``first``: whether something was measured for the first time; all layers are due then.
+    ``fields``: those of the state that ``renew`` returns.
     """
-    found: dict[Path, T] = {}
-    rejected = jnp.zeros((), jnp.int32)
-    period = at(when.period, step).astype(jnp.int32)
-    for phase, members in enumerate(phases(layers, when)):
-        if not members:
-            continue
-        kept = {path: old[path] for path in members}
-        none = jnp.zeros((), jnp.int32)
-        is_due = due(step - phase, period) | first
-        new, bad = jax.lax.cond(
-            is_due, lambda m=members: renew(m), lambda kept=kept, none=none: (kept, none)
-        )
-        found |= new
-        rejected += bad
-    return {path: found[path] for path in layers}, rejected
+    step, period = state.clock.step, at(when.period, state.clock.step).astype(jnp.int32)
+    if not when.staggered:
+        return _at_once(layers, due(step, period) | first, state, renew, fields)
+    assert isinstance(when.period, int | float)
+    for path, own in turns(layers, int(when.period)).items():
+        if len(own.phases) == 1:
+            is_due = (step % period == own.phases[0]) | first
+            state = _at_once({path: layers[path]}, is_due, state, renew, fields)
+        else:
+            state = _in_turn(layers[path], own, step % period, first, state, renew, fields)
+    return state
+
+
+def _at_once(
+    layers: Mapping[Path, Layer],
+    is_due: jax.Array,
+    state: State,
+    renew: Renew,
+    fields: tuple[str, ...],
+) -> State:
+    """The state with all of these layers refreshed, if they are due."""
+
+    def renewed() -> Renewed:
+        new, bad = renew(layers, state)
+        return new, state.rejected + bad
+
+    kept = {name: {path: getattr(state, name)[path] for path in layers} for name in fields}
+    new, rejected = jax.lax.cond(is_due, renewed, lambda: (kept, state.rejected))
+    merged = {name: getattr(state, name) | own for name, own in new.items()}
+    return state._replace(**merged, rejected=rejected)
+
+
+def _in_turn(
+    bundle: Layer,
+    own: Turns,
+    phase: jax.Array,
+    first: jax.Array,
+    state: State,
+    renew: Renew,
+    fields: tuple[str, ...],
+) -> State:
+    """The state with those members of a bundle refreshed whose turn it is: one program for all."""
+    path, few = bundle.path, part_of(bundle, own.size)
+
+    def turn(i: jax.Array, carry: Any) -> Any:
+        entries, rejected = carry
+        now = state._replace(**{name: {path: x} for name, x in entries.items()})
+        start = i * own.size
+        new, bad = renew({path: few}, members.part(now, path, start, own.size))
+        put = lambda name: members.with_part(now, name, path, start, new[name][path])
+        return {name: put(name) for name in fields}, rejected + bad
+
+    last = max(own.phases) + 1
+    begin = jnp.asarray(np.searchsorted(own.phases, np.arange(last + 2)))
+    phase = jnp.minimum(phase, last)
+    start = jnp.where(first, 0, begin[phase])
+    end = jnp.where(first, len(own.phases), begin[phase + 1])
+    kept = {name: getattr(state, name)[path] for name in fields}
+    new, rejected = jax.lax.fori_loop(start, end, turn, (kept, state.rejected))
+    merged = {name: getattr(state, name) | {path: x} for name, x in new.items()}
+    return state._replace(**merged, rejected=rejected)

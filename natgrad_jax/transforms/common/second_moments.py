@@ -11,15 +11,21 @@ from natgrad_jax.curvature import factor_averages, loss_terms
 from natgrad_jax.curvature.eigenbases import Eigenbasis, eigenbases, second_moments, transport
 from natgrad_jax.curvature.inverses import keep_finite
 from natgrad_jax.layers import gradients
+from natgrad_jax.layers.bundles import gathered
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.transforms.common import estimators
-from natgrad_jax.transforms.common.refresh_schedule import RefreshSchedule, refresh_due
+from natgrad_jax.transforms.common.refresh_schedule import (
+    RefreshSchedule,
+    Renewed,
+    refresh_due,
+)
 from natgrad_jax.utils.tree_paths import Path
 
 State = TypeVar("State", bound=Any)
+RENEWED = ("bases", "moments", "moment_weights")
 
 
 def _averaged(
@@ -66,9 +72,12 @@ def measure(state: State, statistics: Statistics, layers: Layers, decay: jax.Arr
 
     def measured() -> State:
         moments, weights, rejected = dict(state.moments), dict(state.moment_weights), state.rejected
-        for path in found:
-            count = loss_terms.counts(statistics.examples, layers[path].terms)
-            new = factor_averages.divide(found[path], jnp.where(count > 0, count, 1))
+        for path, layer in layers.items():
+            if not all(member.path in found for member in layer.each):
+                continue
+            count = loss_terms.counts(statistics.examples, layer.terms)
+            sums = gathered(layer, lambda own: found[own.path], int(count.ndim))
+            new = factor_averages.divide(sums, jnp.where(count > 0, count, 1))
             seen = jnp.expand_dims(count > 0, tuple(range(count.ndim, weights[path].ndim)))
             moments[path], weights[path], bad = _averaged(state, path, new, seen, decay)
             rejected += bad
@@ -142,33 +151,26 @@ def refresh(
 ) -> State:
     """The state with new bases, where due, and S transported to them; failures keep the old."""
 
-    def unseen(path: Path) -> jax.Array:
-        return ~has_basis(state, path) & (state.weights[path] > 0)
-
-    def renew(due: Mapping[Path, Layer]) -> tuple[dict[Path, Any], jax.Array]:
-        new, rejected = {}, jnp.zeros((), jnp.int32)
+    def renew(due: Mapping[Path, Layer], state: Any) -> Renewed:
+        new: dict[str, dict[Path, Any]] = {name: {} for name in RENEWED}
+        rejected = jnp.zeros((), jnp.int32)
+        unseen = {p: ~has_basis(state, p) & (state.weights[p] > 0) for p in due}
         of = lambda path, layer: eigenbases(
             layer,
             factor_averages.in_full(layer, state.factors[path]),
             state.bases[path],
-            unseen(path),
+            unseen[path],
             how,
         )
         found = solve({path: of(path, layer) for path, layer in due.items()}, when.over)
         for path, layer in due.items():
             bases, S, portions, bad = _renewed(state, path, layer, *found[path])
             weight = state.moment_weights[path]
-            started = unseen(path) & (portions > 0) & (bad == 0)
-            new[path] = bases, S, jnp.where(started, 1 - decay, weight).astype(weight.dtype)
+            started = unseen[path] & (portions > 0) & (bad == 0)
+            later = jnp.where(started, 1 - decay, weight).astype(weight.dtype)
+            for name, x in zip(RENEWED, (bases, S, later), strict=True):
+                new[name][path] = x
             rejected += bad
         return new, rejected
 
-    kept = {
-        path: (state.bases[path], state.moments[path], state.moment_weights[path])
-        for path in layers
-    }
-    found, bad = refresh_due(layers, when, state.clock.step, first, kept, renew)
-    bases, moments, weights = ({path: x[i] for path, x in found.items()} for i in range(3))
-    return state._replace(
-        bases=bases, moments=moments, moment_weights=weights, rejected=state.rejected + bad
-    )
+    return refresh_due(layers, when, state, first, renew, RENEWED)
