@@ -3,8 +3,14 @@
 import dataclasses
 from typing import Literal
 
+from natgrad_jax.layers.limits import MAX_FACTOR
+
 CONVOLUTIONS = ("kfc", "sua")
 WEIGHT_SHARINGS = ("expand", "reduce")
+SIZES = (
+    ("group_size", "the number of channels in a group", "one group"),
+    ("max_size", "the most rows of one factor", "no limit"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +25,12 @@ class Approximation:
       weight_sharing: ``"expand"`` treats positions and calls as examples; ``"reduce"`` averages
         activations and sums gradients over them first.
       centred: under SUA, keep the channels' mean with C. Whitening needs this and sets it.
+      max_size: most rows of one factor; beyond it, a factor of a convolution's patches is that of
+        its channels (as under SUA), and any other is its diagonal. None: no limit. A vocabulary of
+        50,000 words has 10 GB of factor otherwise.
 
     Raises:
-      ValueError: an unknown choice, or a ``group_size`` that is no whole number of at least 1.
+      ValueError: an unknown choice, or a size that is no whole number of at least 1.
 
     Source: Grosse & Martens 2016 (KFC); Laurent et al. 2018, section 2 (SUA, groups); Eschenhagen
     et al. 2023 (expand, reduce).
@@ -34,19 +43,21 @@ class Approximation:
     group_size: int | None = None
     weight_sharing: Literal["expand", "reduce"] = "expand"
     centred: bool = False
+    max_size: int | None = MAX_FACTOR
 
     def __post_init__(self) -> None:
         for name, known in (("convolution", CONVOLUTIONS), ("weight_sharing", WEIGHT_SHARINGS)):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")
-        size = self.group_size
-        whole = isinstance(size, int) and not isinstance(size, bool)
-        if size is not None and (not whole or size < 1):
-            raise ValueError(
-                "group_size, the number of channels in a group, must be a whole number of at least "
-                f"1, or None for one group; got {size!r}."
-            )
+        for name, meaning, nothing in SIZES:
+            size = getattr(self, name)
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            if size is not None and (not whole or size < 1):
+                raise ValueError(
+                    f"{name}, {meaning}, must be a whole number of at least 1, or None for "
+                    f"{nothing}; got {size!r}."
+                )
 
 
 # Nothing simplified.

@@ -170,7 +170,7 @@ class Layer:
             rows = sum(self._rows) * self.outputs
             return Dense(rows * math.prod(self.blocks) if self.block == "full" else rows)
         if self.traits.one_hot:
-            return Diagonal(self.inputs)
+            return Diagonal(self.inputs, one_hot=True)
         layout, own = self.layouts[0], self.approximation
         channels = self.inputs
         if self.traits.has_receptive_field:
@@ -178,14 +178,17 @@ class Layer:
         bias = self.bias is not None
         places = self.inputs // channels if channels else 1
         shared = own.convolution == "sua"
-        return input_structure(places, channels, bias, own.group_size, shared, own.centred)
+        return input_structure(
+            places, channels, bias, own.group_size, shared, own.centred, own.max_size
+        )
 
     @functools.cached_property
     def output_side(self) -> FactorStructure | None:
         """How the factor G acts on the columns of a block; None if the block has no G."""
         if self.block != "kronecker":
             return None
-        return output_structure(self.outputs, self.approximation.group_size)
+        own = self.approximation
+        return output_structure(self.outputs, own.group_size, own.max_size)
 
     @property
     def factor_blocks(self) -> tuple[int, ...]:

@@ -10,6 +10,9 @@ MAX_FULL_NORM = 512
 # have rank one per measurement, too little for a larger matrix.
 MAX_FREE = 256
 
+# Most rows of a Kronecker factor, unless another number is chosen.
+MAX_FACTOR = 8192
+
 # Largest full block that can be chosen: its inverse takes about a second on one core.
 MAX_FULL = 8192
 

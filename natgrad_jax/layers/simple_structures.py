@@ -1,5 +1,6 @@
 """One matrix over all coordinates, or a diagonal; and the structures of a kernel's two factors."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,10 +66,11 @@ class Dense(FactorStructure):
 
 @dataclass(frozen=True)
 class Diagonal(FactorStructure):
-    """One number per coordinate, ``(n,)``, for one-hot inputs. It needs no factorisation: its
-    eigenvectors are the unit vectors."""
+    """One number per coordinate, ``(n,)``, for one-hot inputs and sides too wide for a matrix. It
+    needs no factorisation: its eigenvectors are the unit vectors."""
 
     n: int
+    one_hot: bool = False
 
     @property
     def size(self) -> int:
@@ -102,6 +104,8 @@ class Diagonal(FactorStructure):
         dtype: jnp.dtype,
         weight: jax.Array | None = None,
     ) -> jax.Array | None:
+        if not self.one_hot:
+            return None
         return cast(OneHotCall, call).frequencies(examples, dtype, weight)
 
     def narrow(self, factor: jax.Array) -> jax.Array:
@@ -162,24 +166,34 @@ def input_structure(
     group_size: int | None = None,
     shared: bool = False,
     centred: bool = False,
+    max_size: int | None = None,
 ) -> FactorStructure:
     """The structure of A for a kernel with ``places × channels`` inputs.
 
-    ``shared``: all places share one matrix over channels; ``centred``: with their mean in it.
+    ``shared``: all places share one matrix over channels, also if the whole one would have more
+    than ``max_size`` rows; ``centred``: with their mean in it.
     """
-    shared = shared and places > 1
+    most = math.inf if max_size is None else max_size
+    whole = places * channels + bias
+    shared = (shared or (whole > most and group_size is None)) and places > 1
     if shared and centred and bias:
         return Shared(places, channels, mean=True)
+    if group_size is None and shared and channels <= most:
+        return Shared(places, channels, bias)
     if group_size is None:
-        return Shared(places, channels, bias) if shared else Dense(places * channels + bias)
+        return Dense(whole) if whole <= most else Diagonal(whole)
     if places == 1:  # the bias counts as one more channel
         return _in_groups(group_size, channels + bias)
     return _in_groups(group_size, channels, places, bias, shared)
 
 
-def output_structure(channels: int, group_size: int | None = None) -> FactorStructure:
+def output_structure(
+    channels: int, group_size: int | None = None, max_size: int | None = None
+) -> FactorStructure:
     """The structure of G for a kernel with ``channels`` outputs, in groups if given a size."""
-    return Dense(channels) if group_size is None else _in_groups(group_size, channels)
+    if group_size is not None:
+        return _in_groups(group_size, channels)
+    return Dense(channels) if max_size is None or channels <= max_size else Diagonal(channels)
 
 
 def _in_groups(

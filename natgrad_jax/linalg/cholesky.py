@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from natgrad_jax.linalg.batching import over_batch
 from natgrad_jax.utils.precision import HIGHEST
 
-LEAF = 128  # up to this size LAPACK's Cholesky factorisation is fastest
+LEAF = 128  # up to this size a matrix is factorised row by row
 PANEL = 64  # rows that are factorised one after another
 OWN = 1536  # up to this size it is done without LAPACK on CPU
 WHOLE = 512  # up to this size one matrix product is faster than a product by halves
@@ -81,20 +81,33 @@ def inverse_root(M: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """``C⁻¹``, the inverse of the Cholesky factor of ``M = C Cᵀ``, recursively by halves.
 
     ``M = [[A, B], [Bᵀ, D]]`` has ``C⁻¹ = [[P, 0], [−R Yᵀ P, R]]``, where ``P`` is the inverse
-    Cholesky factor of A, ``Y = P B``, and R is the inverse Cholesky factor of ``D − YᵀY``. Only the
-    smallest blocks are factorised by LAPACK, on one core; all other work is matrix products, which
-    use every core. Errors are at most twice LAPACK's.
+    Cholesky factor of A, ``Y = P B``, and R is the inverse Cholesky factor of ``D − YᵀY``. On CPU
+    there is no call of LAPACK. Errors are at most twice LAPACK's.
     """
     n = M.shape[-1]
     if n <= LEAF:
-        eye = jnp.broadcast_to(jnp.eye(n, dtype=M.dtype), M.shape)
-        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(M), eye, lower=True)
+        return jax.lax.platform_dependent(M, cpu=_inverse_root_by_rows, default=_backend_root)
     m = n // 2
     P = inverse_root(M[..., :m, :m])
     Y = _matmul(P, M[..., :m, m:])
     R = inverse_root(M[..., m:, m:] - _matmul(Y.mT, Y))
     Q = -_matmul(_matmul(R, Y.mT), P)
     return _blocks(P, jnp.zeros((*M.shape[:-2], m, n - m), M.dtype), Q, R)
+
+
+def _inverse_root_by_rows(M: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """The rows of ``[M, I]`` become those of ``[U, U⁻ᵀ]``."""
+    n = M.shape[-1]
+
+    def one(M: Float[Array, "n n"]) -> Float[Array, "n n"]:
+        return rows_of_factor(jnp.concatenate([M, jnp.eye(n, dtype=M.dtype)], 1))[:, n:]
+
+    return jnp.vectorize(one, signature="(n,n)->(n,n)")(M)
+
+
+def _backend_root(M: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    eye = jnp.broadcast_to(jnp.eye(M.shape[-1], dtype=M.dtype), M.shape)
+    return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(M), eye, lower=True)
 
 
 def squared(half: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from natgrad_jax.linalg.batching import over_batch, trace_of
+from natgrad_jax.linalg.cholesky import inverse_root, squared
 from natgrad_jax.linalg.orthonormal import orthonormal
 from natgrad_jax.utils.precision import HIGHEST
 
@@ -15,44 +16,49 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 class LowRankInverse(NamedTuple):
-    """The symmetric matrix ``V diag(gains) Vᵀ + shift I``.
+    """The symmetric matrix ``V inner Vᵀ + shift I``.
 
-    ``V``: ``(*batch, n, k)``, orthonormal columns; ``gains``: ``(*batch, k)``; ``shift``:
-    ``(*batch,)``.
+    ``V``: ``(*batch, n, k)``, orthonormal columns; ``inner``: ``(*batch, k, k)``, symmetric;
+    ``shift``: ``(*batch,)``.
     """
 
     V: Float[Array, "*batch n k"]
-    gains: Float[Array, "*batch k"]
+    inner: Float[Array, "*batch k k"]
     shift: Float[Array, "*batch"]
 
     def as_matrix(self) -> jax.Array:
         """The matrix itself, ``(*batch, n, n)``."""
         eye = jnp.eye(self.V.shape[-2], dtype=self.V.dtype)
-        inner = jnp.matmul(self.V * self.gains[..., None, :], self.V.mT, precision=HIGHEST)
-        return inner + self.shift[..., None, None] * eye
+        return _times(_times(self.V, self.inner), self.V.mT) + self.shift[..., None, None] * eye
 
     def apply(self, x: Float[Array, "*batch n m"]) -> Float[Array, "*batch n m"]:
         """Its product with ``x (*batch, n, m)``: ``4 n k m`` operations instead of ``2 n² m``."""
-        inside = self.gains[..., None] * jnp.matmul(self.V.mT, x, precision=HIGHEST)
-        outside = jnp.matmul(self.V, inside, precision=HIGHEST)
+        outside = _times(self.V, _times(self.inner, _times(self.V.mT, x)))
         return outside + self.shift[..., None, None] * x
 
     def apply_right(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
         """``x (*batch, m, n)`` times it."""
-        inside = jnp.matmul(x, self.V, precision=HIGHEST) * self.gains[..., None, :]
-        outside = jnp.matmul(inside, self.V.mT, precision=HIGHEST)
+        outside = _times(_times(_times(x, self.V), self.inner), self.V.mT)
         return outside + self.shift[..., None, None] * x
 
     def repeated(self) -> "LowRankInverse":
         """With one more batch axis, last: the same matrix for everything along it."""
         return LowRankInverse(
-            self.V[..., None, :, :], self.gains[..., None, :], self.shift[..., None]
+            self.V[..., None, :, :], self.inner[..., None, :, :], self.shift[..., None]
         )
 
     def is_finite(self, lead: int) -> jax.Array:
-        """Whether all of its numbers are, for each index of the first ``lead`` axes: the shift is
-        made of the sum of all eigenvalues, and tells of every one that is not finite."""
-        return jnp.isfinite(self.shift.sum(tuple(range(lead, self.shift.ndim))))
+        """Whether all of its numbers are, for each index of the first ``lead`` axes. (The shift is
+        made of the factor's trace; in ``inner`` a failed factorisation shows.)"""
+        total = self.shift + self.inner.sum((-2, -1))
+        return jnp.isfinite(total.sum(tuple(range(lead, total.ndim))))
+
+
+def from_eigenpairs(V: jax.Array, values: jax.Array, rest: jax.Array) -> LowRankInverse:
+    """The matrix with eigenvectors V ``(*batch, n, k)``, their eigenvalues ``(*batch, k)`` and
+    ``rest (*batch,)`` for all others."""
+    eye = jnp.eye(values.shape[-1], dtype=values.dtype)
+    return LowRankInverse(V, (values - rest[..., None])[..., None, :] * eye, rest)
 
 
 def is_cheaper(rank: int, size: int) -> bool:
@@ -66,14 +72,27 @@ def between(left: LowRankInverse, x: jax.Array, right: LowRankInverse) -> jax.Ar
     With ``P = V_LᵀX`` and ``Y = X V_R``::
 
         L X R = s_L s_R X + [V_L, s_L Y D_R + V_L D_L P V_R D_R] [s_R D_L P; V_Rᵀ]
+
+    where D is ``inner``.
     """
-    times = partial(jnp.matmul, precision=HIGHEST)
     wide = lambda scalars: scalars[..., None, None]
-    P = left.gains[..., None] * times(left.V.mT, x)
-    Y = wide(left.shift) * times(x, right.V) + times(left.V, times(P, right.V))
-    columns = jnp.concatenate([left.V, Y * right.gains[..., None, :]], axis=-1)
+    P = _times(left.inner, _times(left.V.mT, x))
+    Y = wide(left.shift) * _times(x, right.V) + _times(left.V, _times(P, right.V))
+    columns = jnp.concatenate([left.V, _times(Y, right.inner)], axis=-1)
     rows = jnp.concatenate([wide(right.shift) * P, right.V.mT], axis=-2)
-    return wide(left.shift * right.shift) * x + times(columns, rows)
+    return wide(left.shift * right.shift) * x + _times(columns, rows)
+
+
+def projected(
+    factor: Float[Array, "*batch n n"], start: Float[Array, "*batch n k"]
+) -> tuple[Float[Array, "*batch n k"], Float[Array, "*batch k k"]]:
+    """One step of subspace iteration: ``Q = orth(F S)`` and ``QᵀFQ``, by products alone."""
+    product = _times(factor, start)
+    # what a factor of zeros takes away comes back when it has some
+    lost = jnp.sum(jnp.square(product), -2, keepdims=True) == 0
+    Q = orthonormal(jnp.where(lost, start, product))
+    small = _times(Q.mT, _times(factor, Q))
+    return Q, (small + small.mT) / 2
 
 
 def subspace(
@@ -99,13 +118,9 @@ def subspace(
     >>> round(float(values[0]), 3)
     3.0
     """
-    product = jnp.matmul(factor, start, precision=HIGHEST)
-    # what a factor of zeros takes away comes back when it has some
-    lost = jnp.sum(jnp.square(product), -2, keepdims=True) == 0
-    Q = orthonormal(jnp.where(lost, start, product))
-    small = jnp.matmul(Q.mT, jnp.matmul(factor, Q, precision=HIGHEST), precision=HIGHEST)
-    values, W = over_batch(jnp.linalg.eigh, (small + small.mT) / 2)
-    return jnp.matmul(Q, W, precision=HIGHEST), jnp.maximum(values, 0)
+    Q, small = projected(factor, start)
+    values, W = over_batch(jnp.linalg.eigh, small)
+    return _times(Q, W), jnp.maximum(values, 0)
 
 
 def initial_subspace(shape: tuple[int, ...], rank: int, dtype: Any) -> jax.Array:
@@ -123,18 +138,22 @@ def initial_subspace(shape: tuple[int, ...], rank: int, dtype: Any) -> jax.Array
 def low_rank_identity(shape: tuple[int, ...], rank: int, dtype: Any) -> LowRankInverse:
     """The identity for ``shape = (*batch, n)`` in that form, V a start of :func:`subspace`."""
     V = initial_subspace(shape, rank, dtype)
-    return LowRankInverse(V, jnp.zeros((*shape[:-1], rank), dtype), jnp.ones(shape[:-1], dtype))
+    inner = jnp.zeros((*shape[:-1], rank, rank), dtype)
+    return LowRankInverse(V, inner, jnp.ones(shape[:-1], dtype))
 
 
 def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) -> LowRankInverse:
-    """``(F + d I)⁻¹`` from k leading eigenpairs, the rest of the spectrum taken at its mean.
+    """``(F + d I)⁻¹`` from the span Q of k leading eigenvectors, the rest of the spectrum taken at
+    its mean.
 
-    With r the mean of the eigenvalues that are left out, ``(tr F − Σ dᵢ) / (n − k)``::
+    With ``T = QᵀFQ`` and r the mean of the eigenvalues that are left out,
+    ``(tr F − tr T) / (n − k)``::
 
-        V diag(1 / (dᵢ + d) − 1 / (r + d)) Vᵀ + I / (r + d)
+        Q [(T + d I)⁻¹ − I / (r + d)] Qᵀ + I / (r + d)
 
     Exact where the others are equal; otherwise the error is at most that of taking each of them
-    for r. Arguments as in :func:`subspace`; ``damping (*batch,)`` is positive.
+    for r. An inverse of T needs no eigenvectors, so that all of it is matrix products. Arguments as
+    in :func:`subspace`; ``damping (*batch,)`` is positive, and raised to the rounding errors of T.
 
     >>> import jax.numpy as jnp
     >>> F = jnp.diag(jnp.array([3.0, 1.0, 1.0]))
@@ -143,8 +162,13 @@ def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) ->
            [0.  , 0.5 , 0.  ],
            [0.  , 0.  , 0.5 ]], dtype=float32)
     """
-    V, values = subspace(factor, start)
-    n, k = V.shape[-2:]
-    left = trace_of(factor) - values.sum(-1)
-    rest = jnp.maximum(left, 0) / max(n - k, 1) + damping
-    return LowRankInverse(V, 1 / (values + damping[..., None]) - 1 / rest[..., None], 1 / rest)
+    Q, T = projected(factor, start)
+    n, k = Q.shape[-2:]
+    inside, eye = trace_of(T), jnp.eye(k, dtype=Q.dtype)
+    rest = jnp.maximum(trace_of(factor) - inside, 0) / max(n - k, 1) + damping
+    least = jnp.maximum(damping, inside * jnp.finfo(Q.dtype).eps)
+    whole = squared(inverse_root(T + least[..., None, None] * eye))
+    return LowRankInverse(Q, whole - eye / rest[..., None, None], 1 / rest)
+
+
+_times = partial(jnp.matmul, precision=HIGHEST)

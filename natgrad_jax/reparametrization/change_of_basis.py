@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.linalg.low_rank import LowRankInverse
+from natgrad_jax.linalg.low_rank import from_eigenpairs
 from natgrad_jax.reparametrization.coordinates import Coordinates
 from natgrad_jax.utils.precision import HIGHEST
 
@@ -110,8 +110,7 @@ def _out_of(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
 def _symmetric(own: Coordinates, x: jax.Array, power: int) -> jax.Array:
     """``(V diag(s) Vᵀ + r (I − V Vᵀ))^p x``."""
     assert own.A is not None and own.A_scale is not None and own.A_rest is not None
-    s, r = own.A_scale**power, own.A_rest**power
-    return LowRankInverse(own.A, s - r[..., None], r).repeated().apply(x)
+    return from_eigenpairs(own.A, own.A_scale**power, own.A_rest**power).repeated().apply(x)
 
 
 def _times(scale: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -124,9 +123,7 @@ def _over(scale: jax.Array | None, x: jax.Array) -> jax.Array:
 
 def _over_columns(own: Coordinates, x: jax.Array, scale: bool) -> jax.Array:
     """``x Q_G``, with columns multiplied or divided by the scale."""
-    if own.G is None:
-        return x
-    x = jnp.matmul(x, own.G, precision=HIGHEST)
+    x = x if own.G is None else jnp.matmul(x, own.G, precision=HIGHEST)
     if own.G_scale is None:
         return x
     s = own.G_scale[..., None, :]
@@ -135,12 +132,10 @@ def _over_columns(own: Coordinates, x: jax.Array, scale: bool) -> jax.Array:
 
 def _off_columns(own: Coordinates, x: jax.Array, divide: bool) -> jax.Array:
     """``x diag(s)^{±1} Q_Gᵀ``."""
-    if own.G is None:
-        return x
     if own.G_scale is not None:
         s = own.G_scale[..., None, :]
         x = x / s if divide else x * s
-    return jnp.matmul(x, own.G.mT, precision=HIGHEST)
+    return x if own.G is None else jnp.matmul(x, own.G.mT, precision=HIGHEST)
 
 
 def _squared_map(

@@ -20,7 +20,7 @@ from natgrad_jax.linalg.batched_solve import Problem, Solving, alone
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.linalg.low_rank import (
-    LowRankInverse,
+    from_eigenpairs,
     initial_subspace,
     is_cheaper,
     subspace,
@@ -61,8 +61,7 @@ class Coordinates(NamedTuple):
         if self.A is None or self.A_scale is None:
             raise ValueError("these coordinates whiten no inputs: there is no U.")
         if self.A_rest is not None:
-            own = LowRankInverse(self.A, self.A_scale - self.A_rest[..., None], self.A_rest)
-            return own.as_matrix()
+            return from_eigenpairs(self.A, self.A_scale, self.A_rest).as_matrix()
         return self.A_scale[..., :, None] * self.A.mT
 
 
@@ -100,11 +99,13 @@ def white_sides(
         layer.output_side.mean_eigenvalue(factors.G),
         epsilon,
     )
-    of_g, *of_a = yield [
-        Problem(eigenbasis, (factors.G,)),
-        *_eigenproblems(layer.input_side, second),
+    asked = [
+        _eigenproblems(layer.input_side, second),
+        _eigenproblems(layer.output_side, factors.G),
     ]
-    return Coordinates(*_white(second, on_a, of_a), mean, *_white(factors.G, on_g, [of_g]))
+    found = iter((yield [problem for own in asked for problem in own]))
+    of_a, of_g = ([next(found) for _ in own] for own in asked)
+    return Coordinates(*_white(second, on_a, of_a), mean, *_white(factors.G, on_g, of_g))
 
 
 def eigenbases(
@@ -112,11 +113,14 @@ def eigenbases(
 ) -> Solving[Coordinates]:
     """The Kronecker eigenbasis: ``L_A = Q_A``, ``L_G = Q_G``, no scale and no centre."""
     del epsilon, old
-    of_g, *of_a = yield [
-        Problem(eigenbasis, (factors.G,)),
-        *_eigenproblems(layer.input_side, factors.A),
+    assert layer.output_side is not None
+    asked = [
+        _eigenproblems(layer.input_side, factors.A),
+        _eigenproblems(layer.output_side, factors.G),
     ]
-    return Coordinates(of_a[0][0] if of_a else None, G=of_g[0])
+    found = iter((yield [problem for own in asked for problem in own]))
+    A, G = (next(found)[0] if own else None for own in asked)
+    return Coordinates(A, G=G)
 
 
 class Choice(NamedTuple):
@@ -182,8 +186,9 @@ def rescaled(layer: Layer, own: Coordinates, factors: Any, epsilon: jax.Array) -
 
 
 def second_and_mean(layer: Layer, A: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The covariance of the inputs and their mean; second moments and None without a bias."""
-    if layer.bias is None:
+    """The covariance of the inputs and their mean; second moments and None without a bias, or if
+    only the diagonal is known."""
+    if layer.bias is None or len(layer.input_side.shape) == 1:
         return A, None
     rows = A[..., -1:, -1]
     mean = A[..., :-1, -1] / jnp.where(rows > 0, rows, 1)

@@ -50,7 +50,7 @@ def bases(opt_state: PyTree) -> dict[Path, Any]:
 
     Returns:
       A dict from layer path to the damped inverses (K-FAC, NGD; low-rank ones are
-      ``V diag(gains) Vᵀ + shift I``), the eigenvectors in columns (EKFAC; all, or the leading
+      ``V inner Vᵀ + shift I``), the eigenvectors in columns (EKFAC; all, or the leading
       ones), or the :class:`Coordinates` (:func:`in_coordinates`).
 
     Raises:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from natgrad_jax.utils.tree_paths import join, normalize
+from natgrad_jax.state.named_leaves import is_empty, name_of, raw, shape_of
+from natgrad_jax.state.version_0_1_0 import as_now
 
 SHOWN = 5  # differences in a message
 
@@ -23,24 +24,6 @@ RENAMED: tuple[tuple[str, str], ...] = ()
 # no longer needed.
 ADDED: frozenset[str] = frozenset()
 REMOVED: frozenset[str] = frozenset()
-
-# For a loss of several terms, 0.1.0 had no axis of terms in these fields: it kept the sum over them
-# (True), of which each term now gets an equal part, or a value that holds for each of them.
-OF_TERMS = {
-    "shares": True,
-    "moments": True,
-    "diagonal": True,
-    "weights": False,
-    "moment_weights": False,
-    "diagonal_weights": False,
-    "statistics_due": False,
-    "examples": False,
-}
-# Where 0.1.0 kept what is now in the factors of such a layer.
-WITHOUT_TERMS = (
-    (r"/factors/([^/]+)/shares/", r"/factors/\1/"),
-    (r"/factors/([^/]+)/weights$", r"/weights/\1"),
-)
 
 # Fields by layer or parameter: 0.1.0 also kept those that optax.masked takes away.
 BY_LAYER = frozenset(
@@ -71,7 +54,7 @@ def check_state(saved: Any, state: Any) -> None:
     Traceback (most recent call last):
     ValueError: the saved state ... clock/step: saved with shape (), now (3,)...
     """
-    before, now = ({p: _shape(x) for p, x in _leaves(t).items()} for t in (saved, state))
+    before, now = ({p: shape_of(x) for p, x in _leaves(t).items()} for t in (saved, state))
     differences = [f"{path}: not in what was saved" for path in now if path not in before]
     differences += [f"{path}: saved, and not there now" for path in before if path not in now]
     differences += [
@@ -117,7 +100,7 @@ def restore_state(saved: Any, state: Any) -> Any:
     """
     now, before = _leaves(state), _leaves(saved)
     _check_arrays(state=now, saved=before)
-    before = _with_terms(_renamed(before, now), now)
+    before = as_now(_renamed(before, now), now, state)
     differences, infinite, values = [], [], {}
     for path, leaf in now.items():
         if path not in before:
@@ -129,7 +112,7 @@ def restore_state(saved: Any, state: Any) -> Any:
             )
         elif not _finite(before[path]) and _finite(leaf):
             infinite.append(path)
-        elif not _is_empty(leaf):
+        elif not is_empty(leaf):
             values[path] = _placed(before[path], leaf)
     left_out = _left_out(state)
     extra = [path for path in before if path not in now and not left_out(path)]
@@ -139,7 +122,7 @@ def restore_state(saved: Any, state: Any) -> Any:
             f"the saved state has non-finite numbers in {_listed(infinite)}. Restore an earlier "
             "checkpoint, or start from tx.init."
         )
-    return jax.tree_util.tree_map_with_path(lambda p, x: values.get(_name(p), x), state)
+    return jax.tree_util.tree_map_with_path(lambda p, x: values.get(name_of(p), x), state)
 
 
 def _renamed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -153,32 +136,11 @@ def _renamed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _with_terms(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The saved values, with what 0.1.0 kept for all terms of a loss divided among them."""
-    clocks = [path for path in now if path.endswith("/clock/statistics_due") and path in before]
-    without = [path for path in clocks if _shape(before[path]) != _shape(now[path])]
-    states = tuple(path.removesuffix("clock/statistics_due") for path in without)
-    found = dict(before)
-    for path, leaf in now.items():
-        origin, shape = path, _shape(leaf)
-        for now_at, old_at in WITHOUT_TERMS:
-            origin = re.sub(now_at, old_at, origin)
-        fields = [name for name in path.split("/") if name in OF_TERMS]
-        if not (path.startswith(states) and fields and shape and origin in before):
-            continue
-        x = np.asarray(before[origin])
-        # of a Kronecker product A ⊗ G only G is divided
-        whole = not OF_TERMS[fields[-1]] or (path.endswith("/A") and f"{path[:-1]}G" in now)
-        if shape[1:] == x.shape:
-            found[path] = np.stack([x if whole else x / shape[0]] * shape[0])
-    return found
-
-
 def _left_out(state: Any) -> Callable[[str], bool]:
     """A predicate: whether the value saved at a path is no longer needed."""
     is_masked = lambda x: isinstance(x, optax.MaskedState)
     flat = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_masked)[0]
-    under = tuple(f"{_name(path)}/" for path, x in flat if is_masked(x))
+    under = tuple(f"{name_of(path)}/" for path, x in flat if is_masked(x))
 
     def is_left_out(path: str) -> bool:
         fields = path.split("/")
@@ -204,12 +166,12 @@ def _listed(parts: list[str]) -> str:
 
 def _leaves(tree: Any) -> dict[str, Any]:
     """The leaves by path; also the words of a request, which are keys without arrays."""
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)[0]
-    twice = [p for p, count in Counter(_name(path) for path, _ in flat).items() if count > 1]
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)[0]
+    twice = [p for p, count in Counter(name_of(path) for path, _ in flat).items() if count > 1]
     if twice:
         raise ValueError(f"two values have one path: {_listed(twice)}. Rename one of each.")
-    named = {_name(path): x for path, x in flat}
-    return {p: x for p, x in named.items() if not _is_empty(x) or "/request/" in p}
+    named = {name_of(path): x for path, x in flat}
+    return {p: x for p, x in named.items() if not is_empty(x) or "/request/" in p}
 
 
 def _check_arrays(**trees: dict[str, Any]) -> None:
@@ -223,47 +185,24 @@ def _check_arrays(**trees: dict[str, Any]) -> None:
                 )
 
 
-def _is_empty(x: Any) -> bool:
-    """A word of a request, or a state without arrays; Flax's bytes have {} for ()."""
-    return x is None or (isinstance(x, tuple | list | dict) and not x)
-
-
-def _name(key_path: tuple[Any, ...]) -> str:
-    """A path such as ``/clock/step``, without the key of the array in an NNX variable."""
-    path = normalize(key_path)
-    return "/" + join(path[:-1] if path[-1:] == ("value",) else path)
-
-
-def _raw(x: Any) -> Any:
-    """An array as it is stored: a key by its numbers."""
-    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-        concrete = isinstance(x, jax.Array)
-        return jax.random.key_data(x) if concrete else jax.eval_shape(jax.random.key_data, x)
-    return x
-
-
-def _shape(x: Any) -> tuple[int, ...]:
-    return tuple(getattr(_raw(x), "shape", ()))
-
-
 def _described(x: Any) -> str:
-    if _is_empty(x):
+    if is_empty(x):
         return "requested"
-    return f"{_raw(x).dtype if hasattr(x, 'dtype') else type(x).__name__} of shape {_shape(x)}"
+    return f"{raw(x).dtype if hasattr(x, 'dtype') else type(x).__name__} of shape {shape_of(x)}"
 
 
 def _fits(x: Any, leaf: Any) -> bool:
     """Whether shape and dtype agree; for a Python number, the kind of number."""
-    if _is_empty(x) or _is_empty(leaf):
-        return _is_empty(x) and _is_empty(leaf)
-    x, leaf = _raw(x), _raw(leaf)
+    if is_empty(x) or is_empty(leaf):
+        return is_empty(x) and is_empty(leaf)
+    x, leaf = raw(x), raw(leaf)
     if hasattr(x, "dtype") and hasattr(leaf, "dtype"):
-        return _shape(x) == _shape(leaf) and x.dtype == leaf.dtype
-    return _shape(x) == _shape(leaf) and np.asarray(x).dtype.kind == np.asarray(leaf).dtype.kind
+        return shape_of(x) == shape_of(leaf) and x.dtype == leaf.dtype
+    return shape_of(x) == shape_of(leaf) and np.asarray(x).dtype.kind == np.asarray(leaf).dtype.kind
 
 
 def _finite(x: Any) -> bool:
-    if _is_empty(x) or not jnp.issubdtype(jnp.result_type(_raw(x)), jnp.inexact):
+    if is_empty(x) or not jnp.issubdtype(jnp.result_type(raw(x)), jnp.inexact):
         return True
     return bool(jnp.isfinite(x).all())
 
@@ -274,9 +213,9 @@ def _placed(x: Any, leaf: Any) -> Any:
         return type(leaf)(x)
     if not isinstance(leaf, jax.Array):
         return np.array(x)
-    x = _raw(x)
+    x = raw(x)
     if not leaf.committed:
-        x = jnp.array(np.asarray(x), _raw(leaf).dtype)  # uncommitted to a device, as the leaf is
-    if _raw(leaf) is not leaf:
+        x = jnp.array(np.asarray(x), raw(leaf).dtype)  # uncommitted to a device, as the leaf is
+    if raw(leaf) is not leaf:
         x = jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(leaf))
     return jax.device_put(x, leaf.sharding, may_alias=False) if leaf.committed else x

@@ -76,8 +76,10 @@ def make_plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Pl
     strides = [spec.stride for spec, _ in requested]
     stride = min(strides, key=lambda s: 1.5 if s is None else s, default=1)  # None is 1 or 2
     whole = len(forms) != 1
-    own = layers.approximate(Approximation() if whole else forms.pop())
-    reduced = layers.approximate(Approximation(weight_sharing="reduce")) if whole else {}
+    widest = _widest([form.max_size for form in forms])
+    own = layers.approximate(Approximation(max_size=widest) if whole else forms.pop())
+    mean = Approximation(weight_sharing="reduce", max_size=widest)
+    reduced = layers.approximate(mean) if whole else {}
     with_moments = [(spec, state) for spec, state in requested if spec.moments]
     if len(with_moments) > 1:
         raise ValueError(
@@ -110,6 +112,13 @@ def make_plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Pl
     together = [{*x.terms} for x in layers.values()] + [{*p.terms} for p in diagonals]
     passes = _apart(len(examples), together)
     return Plan(readers, bases, blocks, moments, diagonals, in_bases, fisher, examples, passes)
+
+
+def _widest(sizes: Sequence[int | None]) -> int | None:
+    """The largest of several limits of a factor's size; the usual one if there are none."""
+    if None in sizes:
+        return None
+    return max((size for size in sizes if size is not None), default=Approximation().max_size)
 
 
 def _apart(terms: int, together: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:

@@ -45,8 +45,8 @@ def encode(spec: StatisticsSpec) -> EncodedSpec:
 def decode(encoded: EncodedSpec) -> StatisticsSpec:
     """The inverse of :func:`encode`."""
     values: dict[str, Any] = dict(key.split("=") for key in encoded if "=" in key)
-    if "group_size" in values:
-        values["group_size"] = int(values["group_size"])
+    for size in values.keys() & {"group_size", "max_size"}:
+        values[size] = None if values[size] == "None" else int(values[size])
     if "centred" in values:
         values["centred"] = values["centred"] == "True"
     stride, split = values.pop("stride", "1"), values.pop("split", StatisticsSpec().split)

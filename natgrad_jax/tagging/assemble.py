@@ -9,7 +9,7 @@ from natgrad_jax.layers.kinds.dense import DenseCall
 from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.layers.layer_call import LayerCall
 from natgrad_jax.layers.layout import Layout
-from natgrad_jax.layers.limits import MAX_ROWS
+from natgrad_jax.layers.limits import MAX_FACTOR, MAX_ROWS
 from natgrad_jax.tagging.biases import Bias, common_stack, find_biases
 from natgrad_jax.tagging.uses import Use, Uses
 from natgrad_jax.tracing.contractions import Geometry, UnsupportedError
@@ -188,6 +188,11 @@ def paths_of(
     ]
 
 
+def _sides(kernel: Kernel) -> tuple[int, int]:
+    layout = kernel.layouts[0]
+    return math.prod(layout.sizes(layout.inputs)), math.prod(layout.sizes(layout.outputs))
+
+
 def kernel_layer(
     kernel: Kernel, parameters: Sequence[Parameter], path: Path, differentiated: bool
 ) -> Layer:
@@ -198,7 +203,9 @@ def kernel_layer(
     constant = any(c.use.axis is None for c in kernel.calls)
     shared = positions > 1 or len(kernel.calls) > 1 or constant
     numbers = max(c.examples for c in kernel.calls) * sum(parameters[p].size for p in own)
-    matrices = differentiated and shared and kernel.kind == "dense" and numbers <= MAX_ROWS
+    narrow = max(_sides(kernel)) <= MAX_FACTOR  # such matrices have whole factors on the way
+    few = numbers <= MAX_ROWS and narrow
+    matrices = differentiated and shared and kernel.kind == "dense" and few
     axes = {c.axis for c in kernel.calls}
     layer = Layer(
         path=path,

@@ -21,7 +21,7 @@ from saving import assert_same_bits, manager, save, scrambled
 from transformations import TABLE as TABLE_OF_NOW, setting as setting_of_table, setting_nnx
 
 import natgrad_jax as ng
-from natgrad_jax.state import checkpoints
+from natgrad_jax.state import checkpoints, named_leaves
 from natgrad_jax.utils import tree_paths
 
 # what made the states is written as 0.1.0 had it
@@ -111,7 +111,7 @@ def test_states_of_flax_and_of_nnx_come_back(tmp_path: Path) -> None:
     save(tmp_path, state)
     with manager(tmp_path) as of:  # as the README says
         restored = ng.restore_state(of.restore(0, args=ocp.args.StandardRestore()), start)
-    raw = lambda tree: jax.tree.map(checkpoints._raw, tree)
+    raw = lambda tree: jax.tree.map(named_leaves.raw, tree)
     assert restored["train"].step == 7 and isinstance(restored["nnx"], nnx.State)
     restored["train"], state["train"] = restored["train"].params, state["train"].params
     assert_same_bits(raw(restored), raw(state))
