@@ -62,6 +62,8 @@ from natgrad_jax.transforms.kfac import kfac, scale_by_kfac
 from natgrad_jax.transforms.ngd import linear_natural_gradient, ngd
 from natgrad_jax.transforms.prong import prong
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState, scale_by_quadratic_model
+from natgrad_jax.transforms.shampoo import ShampooState, scale_by_shampoo, shampoo
+from natgrad_jax.transforms.soap import SOAPState, scale_by_soap, soap
 from natgrad_jax.transforms.trust_region import clip_by_trust_radius
 
 __version__ = "0.1.0"
@@ -93,6 +95,8 @@ __all__ = [
     "Poisson",
     "QuadraticModelState",
     "Rows",
+    "SOAPState",
+    "ShampooState",
     "Statistics",
     "TrainState",
     "UncoveredWarning",
@@ -136,6 +140,10 @@ __all__ = [
     "scale_by_exact_ngd",
     "scale_by_kfac",
     "scale_by_quadratic_model",
+    "scale_by_shampoo",
+    "scale_by_soap",
+    "shampoo",
+    "soap",
     "staggered",
     "unwhiten",
     "value_and_grad",

@@ -15,7 +15,7 @@ from natgrad_jax.utils.tree_paths import Path
 # The keys of a dict without leaves, as in a request: the members of each bundle, by its path.
 Members = dict[Path, dict[Path, tuple[()]]]
 
-PER_LAYER = ("factors", "weights", "bases", "moments", "moment_weights")
+PER_LAYER = ("factors", "weights", "bases", "moments", "moment_weights", "momentum", "products")
 
 
 def axes_of(state: Any, field: str, path: Path) -> Any:

@@ -1,0 +1,262 @@
+"""SOAP: Adam in the eigenbases of Shampoo's factors."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.curvature import factor_averages
+from natgrad_jax.curvature.eigenbases import (
+    Eigenbasis,
+    initial,
+    scaled,
+    second_moments,
+    transport,
+)
+from natgrad_jax.curvature.factor_averages import FactorsLike, zero_factors
+from natgrad_jax.curvature.inverse_methods import LowRank
+from natgrad_jax.layers.bundles import members_of
+from natgrad_jax.layers.collection import Layers
+from natgrad_jax.layers.gradients import map_layers, packed
+from natgrad_jax.layers.layer import Layer
+from natgrad_jax.layers.limits import MAX_FACTOR
+from natgrad_jax.state.clock import Clock
+from natgrad_jax.state.members import Members
+from natgrad_jax.transforms.common import gradient_factors
+from natgrad_jax.transforms.common.chain import descent
+from natgrad_jax.transforms.common.estimators import for_params
+from natgrad_jax.transforms.common.options import eigenbasis_method
+from natgrad_jax.transforms.common.refresh_schedule import (
+    Refresh,
+    RefreshSchedule,
+    Renewed,
+    refresh_due,
+    refresh_schedule,
+    staggered,
+)
+from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.finite import all_finite
+from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_positive
+from natgrad_jax.utils.tree_paths import Path
+
+USUAL = staggered(10)
+
+
+class SOAPState(NamedTuple):
+    """State of :func:`scale_by_soap`; dictionaries by the path of a kernel, those of equal shape
+    stacked at the path of the first (``members``, without arrays, names them).
+
+    ``factors``: ``E[∇∇ᵀ]`` and ``E[∇ᵀ∇]``; ``weights``: the accumulated weight of each. ``bases``:
+    their eigenvectors. ``momentum``: averaged gradients, as matrices. ``moments``: averaged squares
+    in the bases; ``moment_weights``: their weights. ``rest``: Adam's state for all other
+    parameters, whose count is that of accepted gradients. ``rejected``: number of non-finite
+    gradients and bases that were dropped, int32 ``()``.
+    """
+
+    clock: Clock
+    factors: dict[Path, FactorsLike]
+    weights: dict[Path, jax.Array]
+    bases: dict[Path, FactorsLike]
+    momentum: dict[Path, jax.Array]
+    moments: dict[Path, jax.Array]
+    moment_weights: dict[Path, jax.Array]
+    rest: optax.ScaleByAdamState
+    rejected: jax.Array
+    members: Members
+
+
+def scale_by_soap(
+    b1: Scalar = 0.95, b2: Scalar = 0.95, eps: float = 1e-8, *, decay: Scalar | None = None,
+    basis: LowRank | Eigenbasis | str = "qr", refresh: Refresh | str | None = None,
+    max_size: int | None = MAX_FACTOR,
+) -> optax.GradientTransformation:  # fmt: skip
+    """Adam in the eigenbases of ``E[∇∇ᵀ]`` and ``E[∇ᵀ∇]`` of each kernel; no loss, no layers.
+
+    With ``Q_L, Q_R`` the eigenvectors of ``L = E[∇∇ᵀ]`` and ``R = E[∇ᵀ∇]``, m the averaged gradient
+    and ``S = E[(Q_Lᵀ ∇ Q_R)²]``, all averages bias-corrected::
+
+        Δ = Q_L [(Q_Lᵀ m Q_R) / (√S + ε)] Q_Rᵀ
+
+    Any pytree: arrays of at least two axes are kernels, divided into rows and columns where the two
+    sides are the most equal; all others get Adam. When bases are renewed S is transported to the
+    new ones, so that their order and signs do not matter. The first step computes the bases and
+    uses them. Non-finite gradients change nothing; ``state.rejected`` counts them.
+
+    Args:
+      b1: decay of the averaged gradient.
+      b2: decay of S.
+      eps: ε, in the units of the gradient.
+      decay: of L and R; None: ``b2``.
+      basis: ``"qr"``: after the first basis one step of orthogonal iteration a refresh; ``"eigh"``,
+        ``"low_rank"``, or a record: :class:`~natgrad_jax.Eigenbasis`,
+        :class:`~natgrad_jax.LowRank`.
+      refresh: :func:`~natgrad_jax.every` or :func:`~natgrad_jax.staggered`; None: staggered over 10
+        steps.
+      max_size: a side of more rows keeps its own coordinates (one-sided SOAP); None: no limit.
+
+    Returns:
+      A transformation with ``update(grads, state, params=None)``.
+
+    Raises:
+      ValueError: numbers or choices out of range.
+
+    Source: Vyas et al. 2024, algorithm 3; George et al. 2018 for the same with a Fisher's factors.
+
+    >>> import jax.numpy as jnp, optax, natgrad_jax as ng
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    >>> tx = optax.chain(ng.scale_by_soap(), optax.scale_by_learning_rate(3e-3))
+    >>> updates, _ = tx.update(params, tx.init(params))
+    """
+    check_fraction(b1=b1, b2=b2, decay=b2 if decay is None else decay)
+    check_positive(eps=eps)
+    how, rank = gradient_factors.method(eigenbasis_method(basis))
+    when = refresh_schedule(refresh, None, USUAL)
+
+    def init_fn(params: optax.Params) -> SOAPState:
+        layers = gradient_factors.kernels_of(params, max_size)
+        starts = {path: initial(layer, rank) for path, layer in layers.items()}
+        weights = {path: jnp.zeros(x.stack_sizes, float) for path, x in layers.items()}
+        state = SOAPState(
+            clock=Clock(jnp.zeros((), jnp.int32), jnp.zeros((), bool)),
+            factors={path: zero_factors(x) for path, x in layers.items()},
+            weights=weights,
+            bases={path: bases for path, (bases, _) in starts.items()},
+            momentum={p: jnp.zeros_like(x) for p, x in packed(_zeros(params), layers).items()},
+            moments={path: S for path, (_, S) in starts.items()},
+            moment_weights=jax.tree.map(jnp.copy, weights),
+            rest=_adam(b1, b2, eps, 0).init(_others(params, layers)),
+            rejected=jnp.zeros((), jnp.int32),
+            members=members_of(layers),
+        )
+        return for_params(state, params)
+
+    def update_fn(
+        updates: optax.Updates, state: SOAPState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, SOAPState]:
+        del params
+        layers, step = gradient_factors.kernels_of(updates, max_size), state.clock.step
+        good = all_finite(updates)
+        on_m, on_s = at(b1, step), at(b2, step)
+        state = _averaged(state, updates, layers, on_s if decay is None else at(decay, step), good)
+        first = jnp.any(step == 0) | _unknown(state)
+        state = _refreshed(state, layers, first, how, when)
+        state = _moments(state, updates, layers, on_m, on_s, good)
+        of = lambda path, x: _direction(layers[path], state, path, eps)
+        adam = _adam(on_m, on_s, eps, step)
+        rest, adam_state = adam.update(_others(updates, layers), state.rest)
+        found = tree_paths.replace(map_layers(updates, layers, of), rest)
+        found = jax.tree.map(lambda x, g: jnp.where(good, x, 0).astype(g.dtype), found, updates)
+        keep = lambda new, old: jnp.where(good, new, old)
+        return found, state._replace(
+            clock=state.clock._replace(step=step + 1),
+            rest=jax.tree.map(keep, adam_state, state.rest),
+            rejected=state.rejected + ~good,
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _zeros(params: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+
+
+def _adam(b1: Any, b2: Any, eps: float, step: Any) -> optax.GradientTransformation:
+    return optax.scale_by_adam(at(b1, step), at(b2, step), eps)
+
+
+def _others(tree: Any, layers: Layers) -> dict[Path, jax.Array]:
+    """The arrays that are no kernels."""
+    own = {p.path for layer in layers.values() for one in layer.each for p in one.parameters}
+    return {path: x for path, x in tree_paths.leaves(tree).items() if path not in own}
+
+
+def _unknown(state: SOAPState) -> jax.Array:
+    """Whether a kernel with factors has no basis yet."""
+    pairs = ((state.weights[p], state.moment_weights[p]) for p in state.weights)
+    news = [jnp.any((w > 0) & (s == 0)) for w, s in pairs]
+    return jnp.any(jnp.stack(news)) if news else jnp.zeros((), bool)
+
+
+def _averaged(
+    state: SOAPState, updates: Any, layers: Layers, decay: jax.Array, good: jax.Array
+) -> SOAPState:
+    factors, weights = dict(state.factors), dict(state.weights)
+    for path, x in packed(updates, layers).items():
+        factors[path], weights[path] = gradient_factors.average(
+            layers[path], factors[path], weights[path], x, decay, good
+        )
+    return state._replace(factors=factors, weights=weights)
+
+
+def _refreshed(
+    state: SOAPState, layers: Layers, first: jax.Array, how: Eigenbasis, when: RefreshSchedule
+) -> SOAPState:
+    """The state with new bases, where due, and S transported to them."""
+
+    def renew(due: Mapping[Path, Layer], state: Any) -> Renewed:
+        known = lambda path: state.moment_weights[path] > 0
+        found = gradient_factors.renewed(due, state, how, when.over, known)
+        S = {
+            path: transport(layer, state.moments[path], state.bases[path], found.bases[path])
+            for path, layer in due.items()
+        }
+        return {"bases": found.bases, "moments": S}, found.failures
+
+    return refresh_due(layers, when, state, first, renew, ("bases", "moments"))
+
+
+def _moments(
+    state: SOAPState, updates: Any, layers: Layers, b1: jax.Array, b2: jax.Array, good: jax.Array
+) -> SOAPState:
+    """The state with this gradient in the averages m and S."""
+    count = state.rest.count + 1
+    on_m = jnp.where(good, (1 - b1) / (1 - b1**count), 0)
+    momentum, moments, weights = (
+        dict(x) for x in (state.momentum, state.moments, state.moment_weights)
+    )
+    for path, x in packed(updates, layers).items():
+        momentum[path] = factor_averages.step(on_m, momentum[path], x)
+        squares = second_moments(layers[path], state.bases[path], x)
+        informative = jnp.broadcast_to(good, weights[path].shape)
+        rate, weights[path] = factor_averages.rate(weights[path], b2, informative)
+        moments[path] = factor_averages.step(rate, moments[path], squares)
+    return state._replace(momentum=momentum, moments=moments, moment_weights=weights)
+
+
+def _direction(layer: Layer, state: SOAPState, path: Path, eps: float) -> jax.Array:
+    gains = 1 / (jnp.sqrt(state.moments[path]) + eps)
+    return scaled(layer, state.bases[path], gains, state.momentum[path])
+
+
+def soap(
+    learning_rate: Scalar, b1: Scalar = 0.95, b2: Scalar = 0.95, eps: float = 1e-8, *,
+    weight_decay: Scalar = 0.0, decay: Scalar | None = None,
+    basis: LowRank | Eigenbasis | str = "qr", refresh: Refresh | str | None = None,
+    max_size: int | None = MAX_FACTOR,
+) -> optax.GradientTransformation:  # fmt: skip
+    """SOAP with decoupled weight decay.
+
+    :func:`scale_by_soap`, then ``weight_decay · params`` added, then the learning rate.
+
+    Args:
+      learning_rate: η, a float, an array or a schedule.
+      weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
+      b1, b2, eps, decay, basis, refresh, max_size: as in :func:`scale_by_soap`.
+
+    Returns:
+      A transformation with ``update(grads, state, params)``.
+
+    Raises:
+      ValueError: as :func:`scale_by_soap`.
+
+    Source: Vyas et al. 2024.
+
+    >>> import natgrad_jax as ng
+    >>> tx = ng.soap(3e-3, weight_decay=1e-2)
+    """
+    preconditioner = scale_by_soap(
+        b1, b2, eps, decay=decay, basis=basis, refresh=refresh, max_size=max_size
+    )
+    return descent(preconditioner, Layers({}), learning_rate, optax.identity(), weight_decay)
