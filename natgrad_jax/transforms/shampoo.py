@@ -61,7 +61,7 @@ def scale_by_shampoo(
     graft: optax.GradientTransformation | None = None,
     basis: LowRank | Eigenbasis | str = "eigh", refresh: Refresh | str | None = None,
     max_size: int | None = MAX_FACTOR,
-) -> optax.GradientTransformation:  # fmt: skip
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Multiply each kernel's gradient by inverse roots of ``E[∇∇ᵀ]`` and ``E[∇ᵀ∇]``.
 
     With ``L = E[∇∇ᵀ] = Q_L diag(d_L) Q_Lᵀ``, R likewise, ``p`` the power, ε relative to the
@@ -121,8 +121,12 @@ def scale_by_shampoo(
         return for_params(state, params)
 
     def update_fn(
-        updates: optax.Updates, state: ShampooState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: ShampooState,
+        params: optax.Params | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, ShampooState]:
+        del extra
         layers, step = gradient_factors.kernels_of(updates, max_size), state.clock.step
         good = all_finite(updates)
         first = step == 0
@@ -145,14 +149,14 @@ def scale_by_shampoo(
         of = lambda path, x: _direction(layers[path], state, path, x, epsilon, power)
         found = _with_norms(map_layers(updates, layers, of), steps, layers)
         found = jax.tree.map(lambda x, g: jnp.where(good, x, 0).astype(g.dtype), found, updates)
-        keep = lambda new, old: jnp.where(good, new, old)
+        keep = lambda new, old: jnp.where(good, new, old).astype(old.dtype)
         return found, state._replace(
             clock=state.clock._replace(step=step + 1),
             graft=jax.tree.map(keep, graft_state, state.graft),
             rejected=state.rejected + ~good,
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _averaged(
@@ -198,7 +202,7 @@ def shampoo(
     power: float = 0.25, graft: optax.GradientTransformation | None = None,
     basis: LowRank | Eigenbasis | str = "eigh", refresh: Refresh | str | None = None,
     max_size: int | None = MAX_FACTOR,
-) -> optax.GradientTransformation:  # fmt: skip
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Shampoo with momentum and decoupled weight decay.
 
     :func:`scale_by_shampoo`, then ``optax.trace(momentum, nesterov)``, then

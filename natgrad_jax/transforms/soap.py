@@ -71,7 +71,7 @@ def scale_by_soap(
     b1: Scalar = 0.95, b2: Scalar = 0.95, eps: float = 1e-8, *, decay: Scalar | None = None,
     basis: LowRank | Eigenbasis | str = "qr", refresh: Refresh | str | None = None,
     max_size: int | None = MAX_FACTOR,
-) -> optax.GradientTransformation:  # fmt: skip
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Adam in the eigenbases of ``E[∇∇ᵀ]`` and ``E[∇ᵀ∇]`` of each kernel; no loss, no layers.
 
     With ``Q_L, Q_R`` the eigenvectors of ``L = E[∇∇ᵀ]`` and ``R = E[∇ᵀ∇]``, m the averaged gradient
@@ -79,10 +79,11 @@ def scale_by_soap(
 
         Δ = Q_L [(Q_Lᵀ m Q_R) / (√S + ε)] Q_Rᵀ
 
-    Any pytree: arrays of at least two axes are kernels, divided into rows and columns where the two
-    sides are the most equal; all others get Adam. When bases are renewed S is transported to the
-    new ones, so that their order and signs do not matter. The first step computes the bases and
-    uses them. Non-finite gradients change nothing; ``state.rejected`` counts them.
+    where the rounding errors of the largest √S are added to ε. Any pytree: arrays of at least two
+    axes are kernels, divided into rows and columns where the two sides are the most equal; all
+    others get Adam. When bases are renewed S is transported to the new ones, so that their order
+    and signs do not matter. The first step computes the bases and uses them. Non-finite gradients
+    change nothing; ``state.rejected`` counts them.
 
     Args:
       b1: decay of the averaged gradient.
@@ -133,9 +134,9 @@ def scale_by_soap(
         return for_params(state, params)
 
     def update_fn(
-        updates: optax.Updates, state: SOAPState, params: optax.Params | None = None
+        updates: optax.Updates, state: SOAPState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, SOAPState]:
-        del params
+        del params, extra
         layers, step = gradient_factors.kernels_of(updates, max_size), state.clock.step
         good = all_finite(updates)
         on_m, on_s = at(b1, step), at(b2, step)
@@ -148,14 +149,14 @@ def scale_by_soap(
         rest, adam_state = adam.update(_others(updates, layers), state.rest)
         found = tree_paths.replace(map_layers(updates, layers, of), rest)
         found = jax.tree.map(lambda x, g: jnp.where(good, x, 0).astype(g.dtype), found, updates)
-        keep = lambda new, old: jnp.where(good, new, old)
+        keep = lambda new, old: jnp.where(good, new, old).astype(old.dtype)
         return found, state._replace(
             clock=state.clock._replace(step=step + 1),
             rest=jax.tree.map(keep, adam_state, state.rest),
             rejected=state.rejected + ~good,
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _zeros(params: Any) -> Any:
@@ -226,7 +227,10 @@ def _moments(
 
 
 def _direction(layer: Layer, state: SOAPState, path: Path, eps: float) -> jax.Array:
-    gains = 1 / (jnp.sqrt(state.moments[path]) + eps)
+    roots = jnp.sqrt(state.moments[path])
+    # what is zero but for rounding, as outside a first gradient's span, is not made as large as it
+    least = jnp.finfo(roots.dtype).eps * max(roots.shape[-2:])
+    gains = 1 / (roots + eps + least * roots.max((-2, -1), keepdims=True))
     return scaled(layer, state.bases[path], gains, state.momentum[path])
 
 
@@ -235,7 +239,7 @@ def soap(
     weight_decay: Scalar = 0.0, decay: Scalar | None = None,
     basis: LowRank | Eigenbasis | str = "qr", refresh: Refresh | str | None = None,
     max_size: int | None = MAX_FACTOR,
-) -> optax.GradientTransformation:  # fmt: skip
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """SOAP with decoupled weight decay.
 
     :func:`scale_by_soap`, then ``weight_decay · params`` added, then the learning rate.
