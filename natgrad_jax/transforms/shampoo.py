@@ -37,13 +37,20 @@ USUAL = staggered(20)
 
 
 class ShampooState(NamedTuple):
-    """State of :func:`scale_by_shampoo`; dictionaries by the path of a kernel, those of equal shape
-    stacked at the path of the first (``members``, without arrays, names them).
+    """State of :func:`scale_by_shampoo`, dictionaries by the path of a kernel.
+
+    Kernels of equal shape are stacked at the path of the first (``members``, without arrays, names
+    them); :func:`natgrad_jax.factors` and :func:`natgrad_jax.bases` give each at its own.
 
     ``factors``: ``E[∇∇ᵀ]`` and ``E[∇ᵀ∇]``; ``weights``: the accumulated weight of each. ``bases``:
     their eigenvectors at the last refresh. ``products``: ``d_L d_Rᵀ`` of their eigenvalues there.
     ``graft``: the state of what gives the steps their size. ``rejected``: number of non-finite
     gradients and bases that were dropped, int32 ``()``.
+
+    >>> import natgrad_jax as ng
+    >>> state = ng.scale_by_shampoo().init({})
+    >>> isinstance(state, ng.ShampooState), int(state.clock.step), int(state.rejected)
+    (True, 0, 0)
     """
 
     clock: Clock

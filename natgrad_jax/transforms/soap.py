@@ -45,14 +45,21 @@ USUAL = staggered(10)
 
 
 class SOAPState(NamedTuple):
-    """State of :func:`scale_by_soap`; dictionaries by the path of a kernel, those of equal shape
-    stacked at the path of the first (``members``, without arrays, names them).
+    """State of :func:`scale_by_soap`, dictionaries by the path of a kernel.
+
+    Kernels of equal shape are stacked at the path of the first (``members``, without arrays, names
+    them); :func:`natgrad_jax.factors` and :func:`natgrad_jax.bases` give each at its own.
 
     ``factors``: ``E[∇∇ᵀ]`` and ``E[∇ᵀ∇]``; ``weights``: the accumulated weight of each. ``bases``:
     their eigenvectors. ``momentum``: averaged gradients, as matrices. ``moments``: averaged squares
     in the bases; ``moment_weights``: their weights. ``rest``: Adam's state for all other
     parameters, whose count is that of accepted gradients. ``rejected``: number of non-finite
     gradients and bases that were dropped, int32 ``()``.
+
+    >>> import natgrad_jax as ng
+    >>> state = ng.scale_by_soap().init({})
+    >>> isinstance(state, ng.SOAPState), int(state.clock.step), int(state.rejected)
+    (True, 0, 0)
     """
 
     clock: Clock
