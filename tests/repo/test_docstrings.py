@@ -19,7 +19,8 @@ NO_SOURCE = {
     "EKFACState",
     "Eigh", "Gaussian",
     "InCoordinatesState", "KFACState", "Layer", "Layers", "Loss", "QuadraticModelState",
-    "SOAPState", "ShampooState", "Statistics", "TrainState", "UncoveredWarning", "bases", "damping", "factors", "find_layers",
+    "SOAPState", "ShampooState", "Statistics", "TrainState", "UncoveredWarning", "bases", "damping",
+    "factors", "find_layers",
     "as_layer", "every", "from_distribution", "staggered",
     "whitening_variables",
 }  # fmt: skip
