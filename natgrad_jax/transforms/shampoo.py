@@ -139,7 +139,7 @@ def scale_by_shampoo(
         first = step == 0
         given = packed(updates, layers)
         first |= jnp.any(jnp.stack([jnp.any(state.weights[p] == 0) for p in given] or [first]))
-        state = _averaged(state, given, layers, at(decay, step), good)
+        state = gradient_factors.averaged(state, given, layers, at(decay, step), good)
 
         def renew(due: Mapping[Path, Layer], state: Any) -> Renewed:
             known = lambda path: jnp.any(state.products[path] > 0, axis=(-2, -1))
@@ -164,21 +164,6 @@ def scale_by_shampoo(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _averaged(
-    state: ShampooState,
-    given: Mapping[Path, jax.Array],
-    layers: Layers,
-    decay: jax.Array,
-    good: jax.Array,
-) -> ShampooState:
-    factors, weights = dict(state.factors), dict(state.weights)
-    for path, x in given.items():
-        factors[path], weights[path] = gradient_factors.average(
-            layers[path], factors[path], weights[path], x, decay, good
-        )
-    return state._replace(factors=factors, weights=weights)
 
 
 def _direction(

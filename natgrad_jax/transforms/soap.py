@@ -147,10 +147,11 @@ def scale_by_soap(
         layers, step = gradient_factors.kernels_of(updates, max_size), state.clock.step
         good = all_finite(updates)
         on_m, on_s = at(b1, step), at(b2, step)
-        state = _averaged(state, updates, layers, on_s if decay is None else at(decay, step), good)
+        given, on_factors = packed(updates, layers), on_s if decay is None else at(decay, step)
+        state = gradient_factors.averaged(state, given, layers, on_factors, good)
         first = jnp.any(step == 0) | _unknown(state)
         state = _refreshed(state, layers, first, how, when)
-        state = _moments(state, updates, layers, on_m, on_s, good)
+        state = _moments(state, given, layers, on_m, on_s, good)
         of = lambda path, x: _direction(layers[path], state, path, eps)
         adam = _adam(on_m, on_s, eps, step)
         rest, adam_state = adam.update(_others(updates, layers), state.rest)
@@ -187,17 +188,6 @@ def _unknown(state: SOAPState) -> jax.Array:
     return jnp.any(jnp.stack(news)) if news else jnp.zeros((), bool)
 
 
-def _averaged(
-    state: SOAPState, updates: Any, layers: Layers, decay: jax.Array, good: jax.Array
-) -> SOAPState:
-    factors, weights = dict(state.factors), dict(state.weights)
-    for path, x in packed(updates, layers).items():
-        factors[path], weights[path] = gradient_factors.average(
-            layers[path], factors[path], weights[path], x, decay, good
-        )
-    return state._replace(factors=factors, weights=weights)
-
-
 def _refreshed(
     state: SOAPState, layers: Layers, first: jax.Array, how: Eigenbasis, when: RefreshSchedule
 ) -> SOAPState:
@@ -216,7 +206,12 @@ def _refreshed(
 
 
 def _moments(
-    state: SOAPState, updates: Any, layers: Layers, b1: jax.Array, b2: jax.Array, good: jax.Array
+    state: SOAPState,
+    given: Mapping[Path, jax.Array],
+    layers: Layers,
+    b1: jax.Array,
+    b2: jax.Array,
+    good: jax.Array,
 ) -> SOAPState:
     """The state with this gradient in the averages m and S."""
     count = state.rest.count + 1
@@ -224,7 +219,7 @@ def _moments(
     momentum, moments, weights = (
         dict(x) for x in (state.momentum, state.moments, state.moment_weights)
     )
-    for path, x in packed(updates, layers).items():
+    for path, x in given.items():
         momentum[path] = factor_averages.step(on_m, momentum[path], x)
         squares = second_moments(layers[path], state.bases[path], x)
         informative = jnp.broadcast_to(good, weights[path].shape)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.tree_paths import Path
 
+State = TypeVar("State", bound=Any)
 Shapes = tuple[tuple[Path, tuple[int, ...], Any], ...]
 
 
@@ -64,14 +65,20 @@ def _kernel(path: Path, shape: tuple[int, ...], dtype: Any, max_size: int | None
     )
 
 
-def average(
-    layer: Layer, old: Any, weight: jax.Array, x: jax.Array, decay: jax.Array, good: jax.Array
-) -> tuple[Any, jax.Array]:
-    """``E[∇ ∇ᵀ]`` and ``E[∇ᵀ ∇]`` after one more gradient, bias-corrected, and their weight."""
-    assert layer.output_side is not None
-    new = Factors(_gram(layer.input_side, x), _gram(layer.output_side, x.mT))
-    rate, later = factor_averages.rate(weight, decay, jnp.broadcast_to(good, weight.shape))
-    return jax.tree.map(functools.partial(factor_averages.step, rate), old, new), later
+def averaged(
+    state: State, given: Mapping[Path, jax.Array], layers: Layers, decay: jax.Array, good: jax.Array
+) -> State:
+    """The state with ``∇ ∇ᵀ`` and ``∇ᵀ ∇`` of these matrices averaged into its factors,
+    bias-corrected, if they are ``good``."""
+    factors, weights = dict(state.factors), dict(state.weights)
+    for path, x in given.items():
+        layer = layers[path]
+        new = Factors(_gram(layer.input_side, x), _gram(layer.output_side, x.mT))
+        informative = jnp.broadcast_to(good, weights[path].shape)
+        rate, weights[path] = factor_averages.rate(weights[path], decay, informative)
+        step = functools.partial(factor_averages.step, rate)
+        factors[path] = jax.tree.map(step, factors[path], new)
+    return state._replace(factors=factors, weights=weights)
 
 
 def _gram(side: Any, x: jax.Array) -> jax.Array:
