@@ -171,8 +171,10 @@ def _direction(
 ) -> jax.Array:
     products = state.products[path]
     largest = products.max((-2, -1), keepdims=True)
-    safe = jnp.where(largest > 0, products + epsilon * largest, 1)
-    return scaled(layer, state.bases[path], safe**-power, x)
+    known = largest > jnp.finfo(products.dtype).tiny  # fourth powers of gradients may underflow
+    # relative to the largest: the norm is another step's
+    relative = products / jnp.where(known, largest, 1)
+    return scaled(layer, state.bases[path], jnp.where(known, relative + epsilon, 1) ** -power, x)
 
 
 def _with_norms(updates: Any, steps: Any, layers: Layers) -> Any:
