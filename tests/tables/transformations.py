@@ -207,14 +207,22 @@ TABLE = {
         for coordinates in ("whitening", "whitening_plus", "both_sides", "eigenbasis", "identity")
     },
     # a gradient's null space has any basis: what is compared is of low rank
-    "scale_by_soap": Row(ng.scale_by_soap, lambda s: {"b1": 0.9}, ("max_size",), base=False),
+    "scale_by_soap": Row(
+        ng.scale_by_soap, lambda s: {"eps": 1e-2, "basis": ng.LowRank(2)}, ("max_size",)
+    ),
+    "scale_by_soap, whole bases": Row(
+        ng.scale_by_soap, lambda s: {"b1": 0.9}, ("max_size",), base=False
+    ),
     "soap, low rank, schedules, weight decay": Row(
         ng.soap,
         lambda s: {"learning_rate": falling(0.01), "b1": falling(0.9), "b2": falling(0.9),
                    "weight_decay": 1e-2, "basis": ng.LowRank(2), "refresh": "every"},
         ("max_size",),
     ),
-    "shampoo": Row(ng.shampoo, lambda s: {"learning_rate": 0.1}, ("max_size",)),
+    "scale_by_shampoo": Row(
+        ng.scale_by_shampoo, lambda s: {"graft": optax.identity()}, ("max_size", "graft")
+    ),
+    "shampoo": Row(ng.shampoo, lambda s: {"learning_rate": 0.01}, ("max_size",)),
     "scale_by_exact_ngd": Row(ng.scale_by_exact_ngd, lambda s: {"damping": 1e-2}),
     "exact_ngd": Row(
         ng.exact_ngd, lambda s: {"learning_rate": 0.1, "damping": 1e-2, "momentum": 0.5}

@@ -22,6 +22,7 @@ from transformations import (
 )
 
 import natgrad_jax as ng
+from natgrad_jax.state.walk import states
 
 pytestmark = pytest.mark.once
 
@@ -84,6 +85,8 @@ class Drawn(NamedTuple):
             return Setting(params, ng.find_layers(loss_fn, params, own), loss_fn)
 
 
+GRADIENTS_ALONE = ng.SOAPState, ng.ShampooState
+
 kinds = st.sampled_from(["dense", "conv", "norm", "own"])
 models = st.builds(
     Drawn,
@@ -124,8 +127,12 @@ def test_steps_are_finite_and_what_is_frozen_or_masked_stays(
     labels = {m: jax.tree.map(lambda _, m=m: "still" if m == masked else "own", own)
               for m, own in s.params.items()}  # fmt: skip
     tx = TABLE[name].make(s)
-    # a table freezes for those that ask for it; sample space has no layers
-    still = {frozen} if layers_for(tx.init(s.params), s) else set()
+    # a table freezes for those that take it: not in sample space, nor by the gradients alone
+    state = tx.init(s.params)
+    takes_it = layers_for(state, s) and not any(
+        isinstance(x, GRADIENTS_ALONE) for x in states(state)
+    )
+    still = {frozen} if takes_it else set()
     if len(s.params) > 1:  # else nothing would be left to it
         tx = optax.partition({"own": tx, "still": optax.set_to_zero()}, labels)
         still |= {masked}
