@@ -43,9 +43,9 @@ def _bundle(layers: Sequence[Layer]) -> Layer:
         return layers[0]
     first = layers[0]
     stack = tuple((axis + 1 if axis >= 0 else axis, size) for axis, size in first.stack)
-    parameters = tuple(p._replace(shape=(0, *p.shape)) for p in first.parameters)
-    bundle = replace(first, stack=((0, 0), *stack), parameters=parameters, members=tuple(layers))
-    return part_of(bundle, len(layers))
+    count = len(layers)
+    parameters = tuple(p._replace(shape=(count, *p.shape)) for p in first.parameters)
+    return replace(first, stack=((0, count), *stack), parameters=parameters, members=tuple(layers))
 
 
 def part_of(bundle: Layer, count: int) -> Layer:

@@ -23,6 +23,7 @@ from natgrad_jax.transforms.common.estimators import for_params
 from natgrad_jax.transforms.common.options import eigenbasis_method
 from natgrad_jax.transforms.common.refresh_schedule import (
     Refresh,
+    RefreshSchedule,
     Renewed,
     refresh_due,
     refresh_schedule,
@@ -136,22 +137,11 @@ def scale_by_shampoo(
         del extra
         layers, step = gradient_factors.kernels_of(updates, max_size), state.clock.step
         good = all_finite(updates)
-        first = step == 0
         given = packed(updates, layers)
-        first |= jnp.any(jnp.stack([jnp.any(state.weights[p] == 0) for p in given] or [first]))
+        news = [jnp.any(state.weights[path] == 0) for path in given]
+        first = good & jnp.any(jnp.stack(news)) if news else jnp.zeros((), bool)
         state = gradient_factors.averaged(state, given, layers, at(decay, step), good)
-
-        def renew(due: Mapping[Path, Layer], state: Any) -> Renewed:
-            known = lambda path: jnp.any(state.products[path] > 0, axis=(-2, -1))
-            found = gradient_factors.renewed(due, state, how, when.over, known)
-            finite = {p: jnp.isfinite(x.sum((-2, -1), keepdims=True)) for p, x in
-                      found.products.items()}  # fmt: skip
-            products = {
-                p: jnp.where(finite[p], x, state.products[p]) for p, x in found.products.items()
-            }
-            return {"bases": found.bases, "products": products}, found.failures
-
-        state = refresh_due(layers, when, state, first & good, renew, ("bases", "products"))
+        state = _refreshed(state, layers, first, how, when)
         steps, graft_state = sized.update(updates, state.graft, params)
         of = lambda path, x: _direction(layers[path], state, path, x, epsilon, power)
         found = _with_norms(map_layers(updates, layers, of), steps, layers)
@@ -164,6 +154,23 @@ def scale_by_shampoo(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _refreshed(
+    state: ShampooState, layers: Layers, first: jax.Array, how: Eigenbasis, when: RefreshSchedule
+) -> ShampooState:
+    """The state with new bases and products of eigenvalues, where due; failures keep the old."""
+
+    def renew(due: Mapping[Path, Layer], state: Any) -> Renewed:
+        known = lambda path: jnp.any(state.products[path] > 0, axis=(-2, -1))
+        found = gradient_factors.renewed(due, state, how, when.over, known)
+        finite = lambda x: jnp.isfinite(x.sum((-2, -1), keepdims=True))
+        products = {
+            p: jnp.where(finite(x), x, state.products[p]) for p, x in found.products.items()
+        }
+        return {"bases": found.bases, "products": products}, found.failures
+
+    return refresh_due(layers, when, state, first, renew, ("bases", "products"))
 
 
 def _direction(
@@ -179,14 +186,11 @@ def _direction(
 
 def _with_norms(updates: Any, steps: Any, layers: Layers) -> Any:
     """Each kernel's update with the norm of its step; the step itself of all others."""
-    kernels = {p.path for layer in layers.values() for one in layer.each for p in one.parameters}
-    directions, found = tree_paths.leaves(updates), {}
-    for path, step in tree_paths.leaves(steps).items():
-        if path not in kernels:
-            found[path] = step
-            continue
-        own, wanted = (optax.tree.norm(x) for x in (directions[path], step))
-        found[path] = directions[path] * (wanted / jnp.where(own > 0, own, 1))
+    directions, _ = gradient_factors.split(updates, layers)
+    found = tree_paths.leaves(steps)
+    for path, direction in directions.items():
+        own, wanted = (optax.tree.norm(x) for x in (direction, found[path]))
+        found[path] = direction * (wanted / jnp.where(own > 0, own, 1))
     return tree_paths.replace(updates, found)
 
 

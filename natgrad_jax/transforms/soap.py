@@ -131,10 +131,10 @@ def scale_by_soap(
             factors={path: zero_factors(x) for path, x in layers.items()},
             weights=weights,
             bases={path: bases for path, (bases, _) in starts.items()},
-            momentum={p: jnp.zeros_like(x) for p, x in packed(_zeros(params), layers).items()},
+            momentum=packed(optax.tree.zeros_like(params), layers),
             moments={path: S for path, (_, S) in starts.items()},
             moment_weights=jax.tree.map(jnp.copy, weights),
-            rest=_adam(b1, b2, eps, 0).init(_others(params, layers)),
+            rest=optax.scale_by_adam().init(gradient_factors.split(params, layers)[1]),
             rejected=jnp.zeros((), jnp.int32),
             members=members_of(layers),
         )
@@ -149,12 +149,11 @@ def scale_by_soap(
         on_m, on_s = at(b1, step), at(b2, step)
         given, on_factors = packed(updates, layers), on_s if decay is None else at(decay, step)
         state = gradient_factors.averaged(state, given, layers, on_factors, good)
-        first = jnp.any(step == 0) | _unknown(state)
-        state = _refreshed(state, layers, first, how, when)
+        state = _refreshed(state, layers, how, when)
         state = _moments(state, given, layers, on_m, on_s, good)
         of = lambda path, x: _direction(layers[path], state, path, eps)
-        adam = _adam(on_m, on_s, eps, step)
-        rest, adam_state = adam.update(_others(updates, layers), state.rest)
+        _, others = gradient_factors.split(updates, layers)
+        rest, adam_state = optax.scale_by_adam(on_m, on_s, eps).update(others, state.rest)
         found = tree_paths.replace(map_layers(updates, layers, of), rest)
         found = jax.tree.map(lambda x, g: jnp.where(good, x, 0).astype(g.dtype), found, updates)
         keep = lambda new, old: jnp.where(good, new, old).astype(old.dtype)
@@ -167,20 +166,6 @@ def scale_by_soap(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _zeros(params: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
-
-
-def _adam(b1: Any, b2: Any, eps: float, step: Any) -> optax.GradientTransformation:
-    return optax.scale_by_adam(at(b1, step), at(b2, step), eps)
-
-
-def _others(tree: Any, layers: Layers) -> dict[Path, jax.Array]:
-    """The arrays that are no kernels."""
-    own = {p.path for layer in layers.values() for one in layer.each for p in one.parameters}
-    return {path: x for path, x in tree_paths.leaves(tree).items() if path not in own}
-
-
 def _unknown(state: SOAPState) -> jax.Array:
     """Whether a kernel with factors has no basis yet."""
     pairs = ((state.weights[p], state.moment_weights[p]) for p in state.weights)
@@ -189,7 +174,7 @@ def _unknown(state: SOAPState) -> jax.Array:
 
 
 def _refreshed(
-    state: SOAPState, layers: Layers, first: jax.Array, how: Eigenbasis, when: RefreshSchedule
+    state: SOAPState, layers: Layers, how: Eigenbasis, when: RefreshSchedule
 ) -> SOAPState:
     """The state with new bases, where due, and S transported to them."""
 
@@ -202,7 +187,7 @@ def _refreshed(
         }
         return {"bases": found.bases, "moments": S}, found.failures
 
-    return refresh_due(layers, when, state, first, renew, ("bases", "moments"))
+    return refresh_due(layers, when, state, _unknown(state), renew, ("bases", "moments"))
 
 
 def _moments(

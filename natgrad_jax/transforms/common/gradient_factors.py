@@ -65,6 +65,14 @@ def _kernel(path: Path, shape: tuple[int, ...], dtype: Any, max_size: int | None
     )
 
 
+def split(tree: Any, layers: Layers) -> tuple[dict[Path, jax.Array], dict[Path, jax.Array]]:
+    """The arrays that are kernels, and all others, by path."""
+    own = {p.path for layer in layers.values() for one in layer.each for p in one.parameters}
+    given = tree_paths.leaves(tree)
+    kernels = {path: x for path, x in given.items() if path in own}
+    return kernels, {path: x for path, x in given.items() if path not in own}
+
+
 def averaged(
     state: State, given: Mapping[Path, jax.Array], layers: Layers, decay: jax.Array, good: jax.Array
 ) -> State:
