@@ -18,7 +18,8 @@ from rich.table import Table
 PACKAGES = ("natgrad_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 LABELS = {"steps": "steps", "seconds": "training time (seconds)"}
 # Told apart without colour: a line style and a marker each.
-STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"))
+STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"),
+          ("-", "P"), ("--", "X"), (":", "*"), ("-.", "<"))  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -31,6 +32,8 @@ class Run(NamedTuple):
     steps: list[int]
     seconds: list[float]  # of training alone, evaluations excluded
     loss: list[float]
+    validation: Sequence[float] = ()  # the loss on what is held out, where anything is
+    error: float | None = None  # the part of it that a classifier fails at the end
 
     @property
     def finished(self) -> bool:
@@ -48,6 +51,9 @@ class Summary(NamedTuple):
     loss_after_seconds: float | None
     steps_to_target: float | None
     seconds_to_target: float | None
+    validation_loss: float | None  # after all steps
+    lowest_validation: float | None  # of all evaluations
+    validation_error: float | None
 
 
 def equal_seconds(runs: Sequence[Run]) -> float:
@@ -65,7 +71,6 @@ def summarize(runs: Sequence[Run], reference: str) -> list[Summary]:
 
 
 def _summarize_one(runs: list[Run], targets: dict[int, float], seconds: float) -> Summary:
-    reached = [_first_at_most(run, targets[run.seed]) for run in runs]
     return Summary(
         optimizer=runs[0].optimizer,
         learning_rate=runs[0].learning_rate,
@@ -73,13 +78,24 @@ def _summarize_one(runs: list[Run], targets: dict[int, float], seconds: float) -
         milliseconds=1e3 * float(np.mean([run.seconds[-1] / run.steps[-1] for run in runs])),
         loss_after_steps=_mean([run.loss[-1] for run in runs]),
         loss_after_seconds=_mean([_loss_at(run, seconds) for run in runs]),
-        steps_to_target=_mean([run.steps[i] if i is not None else None for run, i in reached]),
-        seconds_to_target=_mean([run.seconds[i] if i is not None else None for run, i in reached]),
+        steps_to_target=mean_to(runs, targets, "steps"),
+        seconds_to_target=mean_to(runs, targets, "seconds"),
+        validation_loss=_mean([run.validation[-1] if run.validation else None for run in runs]),
+        lowest_validation=_mean([min(run.validation, default=None) for run in runs]),
+        validation_error=_mean([run.error for run in runs]),
     )
 
 
-def _first_at_most(run: Run, target: float) -> tuple[Run, int | None]:
-    return run, next((i for i, loss in enumerate(run.loss) if loss <= target), None)
+def mean_to(
+    runs: Sequence[Run], targets: dict[int, float], along: str, curve: str = "loss"
+) -> float | None:
+    """The mean of the ``steps`` or ``seconds`` of one optimizer's runs to their seeds' targets."""
+
+    def first(run: Run) -> float | None:
+        pairs = zip(getattr(run, along), getattr(run, curve), strict=True)
+        return next((at for at, loss in pairs if loss <= targets[run.seed]), None)
+
+    return _mean([first(run) for run in runs])
 
 
 def _loss_at(run: Run, seconds: float) -> float | None:

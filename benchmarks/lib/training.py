@@ -12,7 +12,15 @@ from lib.autoencoder import Problem
 EVALUATIONS = 100  # points on a curve
 EVALUATED_IMAGES = 2000
 
-Curve = tuple[list[int], list[float], list[float]]  # steps, seconds, loss
+
+class Curve(NamedTuple):
+    """A run so far, at the evaluated steps."""
+
+    steps: list[int]
+    seconds: list[float]
+    loss: list[float]
+    validation: list[float]  # the loss on what is held out; empty where nothing is
+    params: Any  # the last
 
 
 class Scale(NamedTuple):
@@ -71,10 +79,10 @@ def rows(tree: Any, which: Any) -> Any:
     return jax.tree.map(lambda x: x[which], tree)
 
 
-def train(*args: Any, **kwargs: Any) -> Curve:
-    """The curve of a whole run: the arguments are those of :func:`curves`."""
+def train(*args: Any, **kwargs: Any) -> tuple[list[int], list[float], list[float]]:
+    """Steps, seconds and losses of a whole run: the arguments are those of :func:`curves`."""
     *_, curve = curves(*args, **kwargs)
-    return curve
+    return curve.steps, curve.seconds, curve.loss
 
 
 def curves(
@@ -86,13 +94,15 @@ def curves(
     evaluate: Callable[[Any], jax.Array],
     show: Callable[[int, float, float], None] = lambda *_: None,
     evaluations: int = EVALUATIONS,
+    validate: Callable[[Any], jax.Array] | None = None,
 ) -> Iterator[Curve]:
     """The curve so far, at every evaluation. Stops early where the loss is no longer finite."""
     opt_state = compiled.init(params)
     key = jax.random.key(seed + 1)
-    steps, seconds, losses = [0], [0.0], [float(evaluate(params))]
+    held_out = lambda params: [float(validate(params))] if validate else []
+    steps, seconds, losses, validation = [0], [0.0], [float(evaluate(params))], held_out(params)
     every = max(1, len(order) // evaluations)
-    yield steps, seconds, losses
+    yield Curve(steps, seconds, losses, validation, params)
     while steps[-1] < len(order) and np.isfinite(losses[-1]):
         show(steps[-1], seconds[-1], losses[-1])
         chunk = range(steps[-1], min(steps[-1] + every, len(order)))
@@ -106,7 +116,8 @@ def curves(
         seconds.append(seconds[-1] + time.perf_counter() - start)
         steps.append(chunk.stop)
         losses.append(float(evaluate(params)))
-        yield steps, seconds, losses
+        validation += held_out(params)
+        yield Curve(steps, seconds, losses, validation, params)
     show(steps[-1], seconds[-1], losses[-1])
 
 

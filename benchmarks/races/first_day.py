@@ -7,7 +7,8 @@ of width 96 and 192 on the characters of ``no_tuning.py``: nothing to download. 
 README's learning rate and its defaults. SGD trains with each rate of its grid, and the one whose
 loss is lowest at the end is its best; K-FAC and that run again in turn, from the same parameters on
 the same minibatches. The loss is the training loss on a fixed part of the training set, for the
-ResNet with BatchNorm of that part. Seconds are those of training alone. Writes PREFIX.json.
+ResNet with BatchNorm of that part; beside it is told that on what is held out, as in
+``no_tuning.py``. Seconds are those of training alone. Writes PREFIX.json.
 """
 
 import argparse
@@ -30,11 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other fold
 from lib import data, report
 from lib.arguments import integers, positive
 from lib.optimizers import OPTIMIZERS
+from lib.rivals import Searched
 from lib.tasks import Supervised, Task, Transformer, characters
-from races.no_tuning import RATE, Searched, in_turn, make_field, search
+from races.no_tuning import RATE, make_field, search
+from races.no_tuning_report import Found, numbers_of, table_of
 
 STEPS = 30
 PAIRS = 8192  # of digits
+HELD_OUT_PAIRS = 1024  # of digits of other writers
 
 
 class Residual(nn.Module):
@@ -69,22 +73,28 @@ class ResNet(nn.Module):
 class Normalized(Supervised):
     """Its model normalizes by the batch; the running averages, for later, are not kept."""
 
-    def loss_fn(self, params: Any, batch: dict[str, jax.Array]) -> Any:
-        outputs, _ = self.model.apply({"params": params}, batch["input"], mutable=["batch_stats"])
-        return self.distribution(outputs).nll(batch["target"])
+    def outputs(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        return self.model.apply({"params": params}, batch["input"], mutable=["batch_stats"])[0]
 
 
 def resnet(widths: tuple[int, ...] = (64, 128, 256)) -> Task:
     """Two digits beside one another: which of a hundred numbers they are. (Of one digit alone
     everyone's loss is 0.01 after thirty steps.)"""
     digits = data.load_or_exit("digits")
-    pairs = np.random.default_rng(0).integers(len(digits.train_images), size=(PAIRS, 2))
-    left, right = (digits.train_images[side] for side in pairs.T)
-    tens, ones = digits.train_labels[pairs].T
-    images = np.concatenate([left, right], axis=2)
-    examples = {"input": images - images.mean(), "target": 10 * tens + ones}
-    problem = Normalized(ResNet(widths), ng.Categorical, examples["input"][:1])
-    return Task(problem, examples, batch_size=128, steps=STEPS, unit="image", sgd=(0.3, 1.0, 3.0))
+    examples = pairs_of(digits.train_images, digits.train_labels, PAIRS)
+    held_out = pairs_of(digits.test_images, digits.test_labels, HELD_OUT_PAIRS)
+    mean = examples["input"].mean()
+    parts = [{**part, "input": part["input"] - mean} for part in (examples, held_out)]
+    problem = Normalized(ResNet(widths), ng.Categorical, parts[0]["input"][:1])
+    return Task(problem, *parts, batch_size=128, steps=STEPS, unit="image", sgd=(0.3, 1.0, 3.0),
+                wrong=problem.wrong)  # fmt: skip
+
+
+def pairs_of(images: np.ndarray, labels: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    pairs = np.random.default_rng(0).integers(len(images), size=(count, 2))
+    left, right = (images[side] for side in pairs.T)
+    tens, ones = labels[pairs].T
+    return {"input": np.concatenate([left, right], axis=2), "target": 10 * tens + ones}
 
 
 def transformer(width: int, rates: tuple[float, ...]) -> Task:
@@ -100,20 +110,15 @@ TASKS: dict[str, Callable[[], Task]] = {
 }
 
 
-def compete(task: Task, seeds: list[int], say: Callable[[str], None]) -> dict[str, Any]:
+def compete(task: Task, seeds: list[int], say: Callable[[str], None]) -> Found:
     """SGD at each rate, then its best and K-FAC in turn."""
     field = make_field(task)
     grid = Searched(partial(optax.sgd, momentum=0.9), task.sgd)
     best, sgd, tried = search(field, grid, argparse.Namespace(search=1.0, seeds=seeds))
     say(f"  sgd: {', '.join(f'{rate}: {loss:.4g}' for rate, loss in tried.items())}")
     compiled = {"kfac": field.compile(OPTIMIZERS["kfac"], RATE), "sgd": sgd}
-    rates, runs = {"kfac": RATE, "sgd": best}, []
-    for seed in seeds:
-        running = {name: field.run(one, task.steps, seed, task.steps)
-                   for name, one in compiled.items()}  # fmt: skip
-        for name, curve in in_turn(running).items():
-            runs.append(report.Run(name, seed, rates[name], compiled[name].seconds, *curve))
-    return {"search": tried, "runs": runs, "summary": report.summarize(runs, "sgd")}
+    runs = field.race({"kfac": RATE, "sgd": best}, compiled, seeds, task.steps)
+    return Found(task, runs, {"sgd": tried})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,12 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = TASKS[name]()._replace(steps=args.steps)
         say(f"{name}: {task.steps} steps of {task.batch_size}")
         found = compete(task, args.seeds, say)
-        title = f"{name}: training loss, nats per {task.unit}"
-        seconds = report.equal_seconds(found["runs"])
-        console.print(report.make_table(found["summary"], title, task.steps, seconds, "sgd"))
-        told = {key: [row._asdict() for row in found[key]] for key in ("summary", "runs")}
-        how = {key: getattr(task, key) for key in ("steps", "batch_size", "unit")}
-        settings["tasks"][name] = {**how, "search": found["search"], **told}
+        console.print(table_of(name, found))
+        settings["tasks"][name] = numbers_of(found)
     path = args.output.with_name(args.output.name + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(path, settings, [], [])

@@ -1,17 +1,27 @@
-"""K-FAC and EKFAC at their untuned defaults against first-order methods at the best of a grid.
+"""K-FAC and EKFAC at their untuned defaults against other optimizers at the best of a grid.
 
-    python benchmarks/races/no_tuning.py --data-dir DIR              # the six tasks of lib/tasks.py
+    python benchmarks/races/no_tuning.py --data-dir DIR --seeds 0,1,2  # the six of lib/tasks.py
     python benchmarks/races/no_tuning.py --tasks digits-ae,characters,tabular  # nothing to download
-    python benchmarks/races/no_tuning.py --rivals --data-dir DIR     # Muon, SOAP, Shampoo
+    python benchmarks/races/no_tuning.py --tasks tabular --optimizers adam,shampoo
 
-Each searched optimizer (Adam and SGD with momentum; with ``--rivals`` Adam and those of Muon, SOAP
-and Shampoo that optax has) takes the rate of its grid with the lowest loss after a short search.
+Each searched optimizer takes the rate of its grid (``lib/rivals.py``) with the lowest training loss
+after a short search with the first seed; all else is its default. By default these are Adam, SGD
+with momentum, Muon and our SOAP, and where they can be imported two found elsewhere: ``psgd-kron``,
+PSGD with Kronecker factors (the package psgdax), and ``soap-port``, SOAP as in
+github.com/haydn-jones/SOAP_JAX, which at 2c0c34f forgets the second moments between refreshes. To
+have these without changing an environment::
+
+    pip install --no-deps --target PEERS psgdax git+https://github.com/haydn-jones/SOAP_JAX
+    PYTHONPATH=PEERS python benchmarks/races/no_tuning.py …
+
 K-FAC and EKFAC take one learning rate on every task, that of the library's README, and their
-defaults. Then all train from the same parameters on the same minibatches, in turn between two
-evaluations, so that a machine whose speed drifts slows all of them. The loss that is compared is
-the training loss on a fixed part of the training set; the reference is the searched optimizer that
-ends lowest. Seconds are those of training alone: compiling is told apart, evaluating is not
-counted. Writes PREFIX.png and PREFIX.json.
+defaults (``--trust-radius`` changes one). Then all train from the same parameters on the same
+minibatches, in turn between two evaluations, so that a machine whose speed drifts slows all of
+them. What is compared is the loss on a fixed part of the training set and that on a fixed part of
+what is held out of it, and at the end a classifier's error on all that is held out. The reference
+is the searched optimizer whose training loss ends lowest on average. K-FAC's seconds are also told
+to the final training loss and to the lowest validation loss of each. Seconds are those of training
+alone: neither compiling nor evaluating is counted. Writes PREFIX.png and PREFIX.json.
 """
 
 import argparse
@@ -25,71 +35,38 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from rich.console import Console
+
+import natgrad_jax as ng
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
 from lib import report, training
 from lib.arguments import integers, positive
-from lib.optimizers import OPTIMIZERS, first_order
+from lib.optimizers import OPTIMIZERS, first_order, natural
+from lib.rivals import INSIDE, OUTSIDE, Searched, injected, outside, searched
 from lib.tasks import TASKS, Task
 from races.no_tuning_report import UNTUNED, Found, finish, table_of
 
 RATE = 0.1  # theirs, of the library's README
 EVALUATIONS = 50
 EVALUATED_BATCHES = 4
-RIVALS = ("muon", "soap", "shampoo")
-RIVAL_TASKS = ("mnist-ae", "characters")
-ADAM = (3e-4, 1e-3, 3e-3, 1e-2)  # and SOAP and Shampoo, whose updates are as large
-MUON = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
-class Searched(NamedTuple):
-    """An optimizer with a rate still to be found."""
-
-    alias: Callable[[Any], optax.GradientTransformation]
-    rates: tuple[float, ...]
-
-
-def in_optax(name: str) -> Callable[..., Any] | None:
-    return getattr(optax, name, None) or getattr(optax.contrib, name, None)
-
-
-def searched(task: Task, rivals: bool) -> dict[str, Searched]:
-    """What is searched on a task."""
-    adam = {"adam": Searched(optax.adam, ADAM)}
-    if not rivals:
-        sgd = lambda rate: optax.sgd(rate, momentum=0.9)
-        return adam | {"sgd": Searched(sgd, task.sgd)}
-    found = {name: in_optax(name) for name in RIVALS}
-    grids = {"muon": MUON}
-    return adam | {
-        name: Searched(muon if name == "muon" else alias, grids.get(name, ADAM))
-        for name, alias in found.items()
-        if alias is not None
-    }
-
-
-def muon(rate: Any) -> optax.GradientTransformation:
-    """Muon for all kernels, attention's as matrices; Adam for embeddings, biases and scales."""
-    matrices = optax.contrib.MuonDimensionNumbers
-
-    def of(path: Any, x: jax.Array) -> Any:
-        name, layer = path[-1].key, path[-2].key
-        if name != "kernel" or x.ndim > 3:
-            return None
-        return matrices((0, 1), 2) if layer == "out" else matrices(0, tuple(range(1, x.ndim)))
-
-    dimensions = partial(jax.tree.map_with_path, of)
-    return optax.contrib.muon(rate, muon_weight_dimension_numbers=dimensions)
+def untuned(name: str, trust_radius: float | None) -> Callable[..., Any]:
+    if trust_radius is None:
+        return OPTIMIZERS[name]
+    return natural(partial(getattr(ng, name), trust_radius=trust_radius))
 
 
 class Field(NamedTuple):
-    """A task made ready: the examples on the device, the evaluation, the minibatches."""
+    """A task made ready: the examples on the device, the evaluations, the minibatches."""
 
     task: Task
     examples: Any
     evaluate: Callable[[Any], jax.Array]
+    validate: Callable[[Any], jax.Array]
+    error: Callable[[Any], float | None]
 
     def compile(self, make: Callable[..., Any], rate: float) -> training.Compiled:
         return training.compile_step(
@@ -102,8 +79,28 @@ class Field(NamedTuple):
         order = training.minibatches(count(self.examples), self.task.batch_size, steps, seed)
         params = self.task.problem.init(seed)
         return training.curves(
-            compiled, params, self.examples, order, seed, self.evaluate, evaluations=evaluations
-        )
+            compiled, params, self.examples, order, seed, self.evaluate,
+            evaluations=evaluations, validate=self.validate,
+        )  # fmt: skip
+
+    def race(
+        self,
+        rates: dict[str, float],
+        compiled: dict[str, training.Compiled],
+        seeds: Sequence[int],
+        evaluations: int = EVALUATIONS,
+    ) -> list[report.Run]:
+        """Everyone in turn, seed by seed."""
+        runs = []
+        for seed in seeds:
+            running = {
+                name: self.run(one, self.task.steps, seed, evaluations)
+                for name, one in compiled.items()
+            }
+            for name, curve in in_turn(running).items():
+                setup, error = compiled[name].seconds, self.error(curve.params)
+                runs.append(report.Run(name, seed, rates[name], setup, *curve[:4], error))
+        return runs
 
 
 def count(examples: Any) -> int:
@@ -111,11 +108,21 @@ def count(examples: Any) -> int:
 
 
 def make_field(task: Task) -> Field:
-    examples = jax.tree.map(jnp.asarray, task.examples)
-    every = -(-count(examples) // (EVALUATED_BATCHES * task.batch_size))
-    evaluated = training.rows(examples, slice(None, None, every))
+    examples, held_out = (jax.tree.map(jnp.asarray, x) for x in (task.examples, task.validation))
+    size = EVALUATED_BATCHES * task.batch_size
+    part = lambda x: training.rows(x, slice(None, None, -(-count(x) // size)))
     loss = jax.jit(lambda params, batch: task.problem.loss_fn(params, batch).value)
-    return Field(task, examples, partial(loss, batch=evaluated))
+    wrong = task.wrong and jax.jit(task.wrong)
+
+    def error(params: Any) -> float | None:
+        if wrong is None:
+            return None
+        parts = (slice(at, at + size) for at in range(0, count(held_out), size))
+        found = [wrong(params, training.rows(held_out, x)) for x in parts]
+        return float(np.mean(np.concatenate(found)))
+
+    evaluate, validate = (partial(loss, batch=part(x)) for x in (examples, held_out))
+    return Field(task, examples, evaluate, validate, error)
 
 
 def search(
@@ -129,35 +136,25 @@ def search(
     for rate in grid.rates:
         start = make(rate, field.task.problem.loss_fn, None, None).init
         compiled[rate] = once._replace(init=start)
-        *_, (_, _, loss) = field.run(compiled[rate], steps, args.seeds[0], 1)
-        losses[rate] = loss[-1] if math.isfinite(loss[-1]) else math.inf
+        *_, curve = field.run(compiled[rate], steps, args.seeds[0], 1)
+        losses[rate] = curve.loss[-1] if math.isfinite(curve.loss[-1]) else math.inf
     best = min(losses, key=losses.__getitem__)
     return best, compiled[best], {f"{rate:g}": loss for rate, loss in losses.items()}
-
-
-def injected(alias: Callable[[Any], Any]) -> Callable[[float], Any]:
-    """The alias with its rate as a part of the state: one compiled step serves all rates."""
-    return optax.inject_hyperparams(lambda learning_rate: alias(learning_rate))
 
 
 def compete(field: Field, args: argparse.Namespace, say: Callable[[str], None]) -> Found:
     """The search, then everyone in turn."""
     rates, compiled, tried = {}, {}, {}
-    for name, grid in searched(field.task, args.rivals).items():
+    for name in UNTUNED:
+        rates[name], compiled[name] = RATE, field.compile(untuned(name, args.trust_radius), RATE)
+        say(f"  {name} compiled in {compiled[name].seconds:.1f} s")
+    for name in args.optimizers:
+        grid = searched(field.task)[name]
         rates[name], compiled[name], tried[name] = search(field, grid, args)
         edge = ", at the edge" if rates[name] in (grid.rates[0], grid.rates[-1]) else ""
         told = ", ".join(f"{rate}: {loss:.4g}" for rate, loss in tried[name].items())
         say(f"  {name} takes {rates[name]:g}{edge} (losses after the search: {told})")
-    for name in UNTUNED:
-        rates[name], compiled[name] = RATE, field.compile(OPTIMIZERS[name], RATE)
-        say(f"  {name} compiled in {compiled[name].seconds:.1f} s")
-    runs = []
-    for seed in args.seeds:
-        running = {name: field.run(compiled[name], field.task.steps, seed, EVALUATIONS)
-                   for name in (*UNTUNED, *tried)}  # fmt: skip
-        for name, curve in in_turn(running).items():
-            runs.append(report.Run(name, seed, rates[name], compiled[name].seconds, *curve))
-    return Found(field.task, runs, tried)
+    return Found(field.task, field.race(rates, compiled, args.seeds), tried)
 
 
 def in_turn(running: dict[str, Iterator[Any]]) -> dict[str, Any]:
@@ -177,9 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     console = Console()
     say = partial(console.print, soft_wrap=True)
-    absent = [name for name in RIVALS if in_optax(name) is None] if args.rivals else []
+    absent = [name for name in OUTSIDE if name not in outside()]
     if absent:
-        say(f"not in optax {optax.__version__}: {', '.join(absent)}")
+        say(f"cannot be imported: {', '.join(absent)}")
     found = {}
     for name in args.tasks:
         task = TASKS[name](args.data_dir)
@@ -190,12 +187,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         "command": shlex.join(["python", "benchmarks/races/no_tuning.py", *argv]),
         "untuned_rate": RATE,
+        "trust_radius": args.trust_radius,
         "search": args.search,
         "seeds": args.seeds,
-        "not_in_optax": absent,
+        "absent": absent,
     }
-    along = ("steps", "seconds") if args.rivals else ("seconds",)
-    finish(found, along, settings, args.output, console)
+    finish(found, settings, args.output, console)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -203,27 +200,28 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tasks", type=task_names, metavar="NAME[,NAME…]", help=f"of {', '.join(TASKS)}")
-    rivals = f"against {', '.join(RIVALS)} and Adam, by default on {', '.join(RIVAL_TASKS)}"
-    add("--rivals", action="store_true", help=rivals)
+    add("--tasks", type=names_of(TASKS), default=list(TASKS), metavar="NAME[,NAME…]",
+        help=f"of {', '.join(TASKS)}")  # fmt: skip
+    add("--optimizers", type=names_of((*INSIDE, *outside())), default=[*INSIDE[:4], *outside()],
+        metavar="NAME[,NAME…]", help=f"searched, of {', '.join((*INSIDE, *OUTSIDE))}")  # fmt: skip
+    add("--trust-radius", type=float, metavar="X", help="of K-FAC and EKFAC, not their default")
     add("--data-dir", metavar="DIR", help="where the files of MNIST and CIFAR-10 are")
     add("--steps", type=positive, metavar="N", help="instead of each task's own")
     add("--search", type=fraction, default=0.25, metavar="F",
         help="of the steps, for each rate of a grid (default: 0.25)")  # fmt: skip
     add("--seed", "--seeds", dest="seeds", type=integers, default=[0], metavar="S[,S…]")
-    add("--output", type=Path, metavar="PREFIX", help="default: no-tuning, or rivals")
-    args = parser.parse_args(argv)
-    args.tasks = args.tasks or list(RIVAL_TASKS if args.rivals else TASKS)
-    args.output = args.output or Path("rivals" if args.rivals else "no-tuning")
-    return args
+    add("--output", type=Path, default=Path("no-tuning"), metavar="PREFIX")
+    return parser.parse_args(argv)
 
 
-def task_names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in TASKS:
-            found = f"expected one of {', '.join(TASKS)}, found {name!r}"
-            raise argparse.ArgumentTypeError(found)
+def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                wanted = f"expected one of {', '.join(known)}, found {name!r}"
+                raise argparse.ArgumentTypeError(wanted)
+        return text.split(",")
+
     return names
 
 

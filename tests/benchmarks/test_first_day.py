@@ -30,5 +30,6 @@ def test_the_script_writes_every_number(tmp_path, monkeypatch, capsys) -> None:
     assert [run["optimizer"] for run in task["runs"]] == ["kfac", "sgd"]
     assert all(len(run["loss"]) == len(run["seconds"]) == 3 for run in task["runs"])
     assert task["runs"][0]["loss"][0] == task["runs"][1]["loss"][0]
-    assert len(task["search"]) == 3 and result["untuned_rate"] == 0.1
+    assert all(len(run["validation"]) == 3 and 0 < run["error"] <= 1 for run in task["runs"])
+    assert len(task["search"]["sgd"]) == 3 and result["untuned_rate"] == 0.1
     assert result["command"] in capsys.readouterr().out.replace("\n", "")
