@@ -83,21 +83,29 @@ class CNN(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model with normalization before each block."""
+    """A causal language model with normalization before each block.
+
+    ``tied``: logits are products with the embedding, as in GPT-2; else a layer of their own.
+    """
 
     width: int = 64
     heads: int = 4
     blocks: int = 2
+    alphabet: int = ALPHABET
+    window: int = WINDOW
+    tied: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         places = jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape)
         mask = nn.make_causal_mask(x)
-        h = nn.Embed(ALPHABET, self.width)(x) + nn.Embed(WINDOW, self.width)(places)
+        embed = nn.Embed(self.alphabet, self.width)
+        h = embed(x) + nn.Embed(self.window, self.width)(places)
         for _ in range(self.blocks):
             h += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(h), mask=mask)
             h += nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(h))))
-        return nn.Dense(ALPHABET)(nn.LayerNorm()(h))
+        head = embed.attend if self.tied else nn.Dense(self.alphabet)
+        return head(nn.LayerNorm()(h))
 
 
 class MLP(nn.Module):
