@@ -5,9 +5,9 @@
 
 ``ng.kfac(0.1, layers)`` at its defaults, for the steps of a task of ``benchmarks/lib/tasks.py``,
 with ``ng.Approximation(max_size=N)``, which keeps the diagonal alone of factors of more rows, and
-with ``group_size=N``, which keeps blocks of N rows of every factor. The loss is that on a fixed part
-of the training set, as in ``no_tuning.py``; of one seed all begin at the same parameters and see the
-same minibatches. Writes PREFIX.json.
+with ``group_size=N``, which keeps blocks of N rows of every factor. The loss is that on a fixed
+part of the training set, as in ``no_tuning.py``; of one seed all begin at the same parameters and
+see the same minibatches. Writes PREFIX.json.
 
 In ``characters`` factors have 64 and 65 rows (with the bias), 128 (the head's outputs), and 256 and
 257 (between a block's two dense layers).
@@ -69,7 +69,7 @@ def train(
 
 
 def excess(runs: Sequence[report.Run]) -> dict[str, list[float]]:
-    """How much higher the final losses are than those of the same seed without a cap, relatively."""
+    """By which share the final losses are above those of the same seed without a cap."""
     base = {run.seed: run.loss[-1] for run in runs if run.optimizer == runs[0].optimizer}
     names = dict.fromkeys(run.optimizer for run in runs)
     return {
