@@ -42,51 +42,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     forms = {"no cap": ng.Approximation()}
     forms |= {f"max_size={n}": ng.Approximation(max_size=n) for n in args.sizes}
     forms |= {f"group_size={n}": ng.Approximation(group_size=n) for n in args.groups}
-    runs = [run for name, form in forms.items() for run in train(field, name, form, args.seeds)]
-    more = excess(runs)
+    losses = {name: final_losses(field, form, args.seeds) for name, form in forms.items()}
+    base = np.asarray(losses["no cap"])
+    more = {name: (np.asarray(own) / base - 1).tolist() for name, own in losses.items()}
     console = Console()
-    console.print(make_table(runs, more))
+    console.print(make_table(losses, more))
     settings = {
         "command": shlex.join(["python", "benchmarks/races/capped.py", *argv]),
         "task": args.task,
-        "excess_of_final_loss": more,
+        "seeds": args.seeds,
+        "final_loss": losses,
+        "more_than_uncapped": more,
     }
     path = args.output.with_name(args.output.name + ".json")
-    report.write_json(path, settings, runs, [])
+    report.write_json(path, settings, [], [])
     report.tell_files(console, path)
 
 
-def train(
-    field: Field, name: str, form: ng.Approximation, seeds: Sequence[int]
-) -> list[report.Run]:
-    """A run for each seed."""
+def final_losses(field: Field, form: ng.Approximation, seeds: Sequence[int]) -> list[float]:
+    """One for each seed."""
     compiled = field.compile(natural(partial(ng.kfac, approximation=form)), RATE)
-    runs = []
+    losses = []
     for seed in seeds:
-        *_, curve = field.run(compiled, field.task.steps, seed, 1)
-        runs.append(report.Run(name, seed, RATE, compiled.seconds, *curve))
-    return runs
+        *_, (_, _, loss) = field.run(compiled, field.task.steps, seed, 1)
+        losses.append(loss[-1])
+    return losses
 
 
-def excess(runs: Sequence[report.Run]) -> dict[str, list[float]]:
-    """By which share the final losses are above those of the same seed without a cap."""
-    base = {run.seed: run.loss[-1] for run in runs if run.optimizer == runs[0].optimizer}
-    names = dict.fromkeys(run.optimizer for run in runs)
-    return {
-        name: [run.loss[-1] / base[run.seed] - 1 for run in runs if run.optimizer == name]
-        for name in names
-    }
-
-
-def make_table(runs: Sequence[report.Run], more: dict[str, list[float]]) -> Table:
+def make_table(losses: dict[str, list[float]], more: dict[str, list[float]]) -> Table:
     table = Table(title="final loss", box=None, padding=(0, 1, 0, 0))
     table.add_column("approximation")
     for name in ("mean", "more than uncapped", "of each seed"):
         table.add_column(name, justify="right")
     for name, own in more.items():
-        mean = float(np.mean([run.loss[-1] for run in runs if run.optimizer == name]))
         each = " ".join(f"{x:+.1%}" for x in own)
-        table.add_row(name, f"{mean:.4f}", f"{float(np.mean(own)):+.1%}", each)
+        mean = f"{np.mean(losses[name]):.4f}", f"{np.mean(own):+.1%}"
+        table.add_row(name, *mean, each)
     return table
 
 

@@ -12,5 +12,5 @@ pytestmark = pytest.mark.once
 def test_it_compares_with_no_cap(tmp_path: Path) -> None:
     given = ["--task", "tabular", "--steps", "2", "--sizes", "32", "--groups", "--seeds", "0"]
     capped.main([*given, "--output", str(tmp_path / "x")])
-    found = json.loads((tmp_path / "x.json").read_text())["excess_of_final_loss"]
+    found = json.loads((tmp_path / "x.json").read_text())["more_than_uncapped"]
     assert found["no cap"] == [0] and found["max_size=32"] != [0]
