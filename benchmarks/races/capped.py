@@ -64,8 +64,8 @@ def final_losses(field: Field, form: ng.Approximation, seeds: Sequence[int]) -> 
     compiled = field.compile(natural(partial(ng.kfac, approximation=form)), RATE)
     losses = []
     for seed in seeds:
-        *_, (_, _, loss) = field.run(compiled, field.task.steps, seed, 1)
-        losses.append(loss[-1])
+        *_, curve = field.run(compiled, field.task.steps, seed, 1)
+        losses.append(curve.loss[-1])
     return losses
 
 
