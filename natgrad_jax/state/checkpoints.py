@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from natgrad_jax.state.divided import refitted, whole
 from natgrad_jax.state.named_leaves import is_empty, name_of, raw, shape_of
 from natgrad_jax.state.version_0_1_0 import as_now
 
@@ -101,6 +102,7 @@ def restore_state(saved: Any, state: Any) -> Any:
     now, before = _leaves(state), _leaves(saved)
     _check_arrays(state=now, saved=before)
     before = as_now(_renamed(before, now), now, state)
+    before = _refitted(before, now, _leaves(jax.eval_shape(whole, state)))
     differences, infinite, values = [], [], {}
     for path, leaf in now.items():
         if path not in before:
@@ -133,6 +135,22 @@ def _renamed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         for old, new in RENAMED:
             name = re.sub(old, new, name)
         found[path if path in now or name in before else name] = x
+    return found
+
+
+def _refitted(
+    before: dict[str, Any], now: dict[str, Any], wholes: dict[str, Any]
+) -> dict[str, Any]:
+    """The saved values, with as many zeros behind them as ``now``, which may be divided among other
+    devices."""
+    found = dict(before)
+    for path in now.keys() & before.keys():
+        x, shape, wanted = before[path], shape_of(wholes[path]), shape_of(now[path])
+        if shape_of(x) == wanted or len(shape_of(x)) != len(shape):
+            continue
+        cut = refitted(x, shape)
+        if not np.any(np.asarray(refitted(cut, shape_of(x))) != np.asarray(x)):
+            found[path] = refitted(cut, wanted)
     return found
 
 

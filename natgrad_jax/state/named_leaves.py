@@ -13,9 +13,12 @@ def is_empty(x: Any) -> bool:
 
 
 def name_of(key_path: tuple[Any, ...]) -> str:
-    """A path such as ``/clock/step``, without the key of the array in an NNX variable."""
+    """A path such as ``/clock/step``, without the keys of the array in an NNX variable and of that
+    in a divided one."""
     path = normalize(key_path)
-    return "/" + join(path[:-1] if path[-1:] == ("value",) else path)
+    for wrapped in ("value", "padded"):
+        path = path[:-1] if path[-1:] == (wrapped,) else path
+    return "/" + join(path)
 
 
 def raw(x: Any) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natgrad_jax.state.clock import Clock
+from natgrad_jax.state.divided import whole
 from natgrad_jax.state.members import by_layer
 
 
@@ -19,7 +20,7 @@ def states(opt_state: Any) -> list[Any]:
     def is_ours(x: Any) -> bool:
         return isinstance(getattr(x, "clock", None), Clock)
 
-    return [by_layer(x) for x in _nodes(opt_state, is_ours)]
+    return [by_layer(whole(x)) for x in _nodes(opt_state, is_ours)]
 
 
 def instances(opt_state: Any, kind: type) -> list[Any]:

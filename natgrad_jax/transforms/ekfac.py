@@ -13,7 +13,7 @@ from natgrad_jax.curvature.inverse_methods import LowRank
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.state.clock import Clock
+from natgrad_jax.state.clock import Clock, usual_period
 from natgrad_jax.state.members import Members
 from natgrad_jax.statistics.spec import EncodedSpec, StatisticsSpec, stride_of
 from natgrad_jax.transforms.common import second_moments
@@ -75,7 +75,7 @@ class EKFACState(NamedTuple):
 @renamed_keywords
 def scale_by_ekfac(
     layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
-    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     trust_radius: Scalar | None = None, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
@@ -109,7 +109,8 @@ def scale_by_ekfac(
         it is not divided between the factors.
       decay: of factors and of S, at each measurement: new = decay · old + (1 − decay) · batch,
         bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps between measurements; the first step always measures.
+      statistics_period: steps between measurements; the first step always measures. None: 10, and
+        steps 1, 2, 4 and 8 measure too.
       refresh_period: steps between refreshes of the bases; the first step always computes them.
         None: 20, staggered (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
@@ -129,7 +130,9 @@ def scale_by_ekfac(
         determines the basis; S is always measured with positions summed.
       refresh: :func:`~natgrad_jax.every` or :func:`~natgrad_jax.staggered`: whether all layers are
         refreshed in one step or at different steps, and which devices share the work. None:
-        staggered if no ``refresh_period`` is given, else all in one step.
+        if no ``refresh_period`` is given, staggered, and all after the first few measurements
+        too (at steps 1, 2, 4 and 8 those of before hardly describe the network); else all in
+        one step.
       statistics_fraction: fraction of the batch that statistics are measured on, in (0, 1]: every
         k-th example, k the nearest whole number to its inverse. None: half of a batch of 512
         examples or more, all of a smaller one, and all if ``statistics_period`` is 1.
@@ -165,7 +168,7 @@ def scale_by_ekfac(
         ),
         damping,
         decay,
-        statistics_period,
+        usual_period(statistics_period),
         refresh_schedule(refresh, refresh_period, USUAL),
         trust_radius,
         stored_as(factor_dtype),
@@ -223,7 +226,7 @@ def _apply(
 @renamed_keywords
 def ekfac(
     learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.8,
-    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
     trust_radius: Scalar | None = 2e-3, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",

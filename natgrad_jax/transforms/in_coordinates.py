@@ -16,6 +16,7 @@ from natgrad_jax.reparametrization import change_of_basis, coordinates as charts
 from natgrad_jax.reparametrization.coordinates import CHOICES
 from natgrad_jax.reparametrization.parameters import unwhiten, whiten
 from natgrad_jax.state.clock import due
+from natgrad_jax.state.divided import divided
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.spec import StatisticsSpec
@@ -158,7 +159,7 @@ def in_coordinates(
         examples = jnp.zeros(()) if statistics is None else statistics.examples
         return _frozen(mapped[0], layers), coordinate_state.advance(mapped[1], config, examples)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return divided(init_fn, update_fn)
 
 
 def _check_inner(inner: Any) -> None:

@@ -16,6 +16,7 @@ from natgrad_jax.layers.gradients import map_layers, packed
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.layers.limits import MAX_FACTOR
 from natgrad_jax.state.clock import Clock
+from natgrad_jax.state.divided import divided
 from natgrad_jax.state.members import Members
 from natgrad_jax.transforms.common import gradient_factors
 from natgrad_jax.transforms.common.chain import descent, trace
@@ -153,7 +154,7 @@ def scale_by_shampoo(
             rejected=state.rejected + ~good,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return divided(init_fn, update_fn)
 
 
 def _refreshed(

@@ -11,7 +11,8 @@ from natgrad_jax.layers.bundles import bundled, members_of
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.gradients import check_paths
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.state.clock import due, start, tick
+from natgrad_jax.state.clock import due, is_early, start, tick
+from natgrad_jax.state.divided import divided
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.spec import StatisticsSpec, encode
@@ -37,7 +38,7 @@ class PreconditionerConfig(NamedTuple):
 
 class Now(NamedTuple):
     """One step: its inputs, the current damping and decay, the weights of the factors before this
-    batch, and whether anything was measured for the first time."""
+    batch, and whether all is to be refreshed: measured for the first time, or early."""
 
     updates: optax.Updates
     statistics: Statistics
@@ -103,6 +104,8 @@ def preconditioner(
         state = estimators.update(state, statistics, layers, decay, method.estimator)
         # layers measured for the first time are refreshed now, not a period later
         first = estimators.first_seen(before, state)
+        if config.refresh.early:
+            first |= estimators.any_seen(statistics) & is_early(step)
         now = Now(updates, statistics, damping, decay, before.weights, first)
         state = method.follow(state, layers, now)
         of_layer = lambda path, x: method.apply(layers[path], state, path, x, damping)
@@ -116,7 +119,7 @@ def preconditioner(
         rejected = state.rejected + jnp.isnan(quadratic)
         return updates, state._replace(clock=clock, damping=damping, rejected=rejected)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return divided(init_fn, update_fn)
 
 
 def _initial_state(layers: Layers, config: PreconditionerConfig, method: Method) -> Any:

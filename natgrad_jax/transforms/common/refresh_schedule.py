@@ -97,11 +97,13 @@ USUAL = staggered(PERIOD)
 
 class RefreshSchedule(NamedTuple):
     """A checked choice. ``period``: a float, an array or a schedule, in steps; ``staggered``:
-    whether layers are refreshed at different steps; ``over``: the devices that share the work."""
+    whether layers are refreshed at different steps; ``over``: the devices that share the work;
+    ``early``: whether all are refreshed after each of the first few measurements too."""
 
     period: Scalar
     staggered: bool = False
     over: Devices | None = None
+    early: bool = False
 
 
 def refresh_record(refresh: Refresh | str | None) -> Refresh:
@@ -139,7 +141,8 @@ def refresh_schedule(
             "staggered refreshes give each layer its own step of the period, which must be known "
             f"when the transformation is made: write refresh=ng.staggered(20); got {period!r}."
         )
-    return RefreshSchedule(period, is_staggered, devices(refresh.over))
+    early = is_staggered and refresh == Refresh()
+    return RefreshSchedule(period, is_staggered, devices(refresh.over), early)
 
 
 class Turns(NamedTuple):
