@@ -6,7 +6,11 @@ from typing import Literal
 from natgrad_jax.layers.limits import MAX_FACTOR
 
 CONVOLUTIONS = ("kfc", "sua")
-WEIGHT_SHARINGS = ("expand", "reduce")
+CHOICES = (
+    ("convolution", CONVOLUTIONS),
+    ("weight_sharing", ("expand", "reduce")),
+    ("beyond", ("blocks", "diagonal")),
+)
 SIZES = (
     ("group_size", "the number of channels in a group", "one group"),
     ("max_size", "the most rows of one factor", "no limit"),
@@ -26,8 +30,11 @@ class Approximation:
         activations and sums gradients over them first.
       centred: under SUA, keep the channels' mean with C. Whitening needs this and sets it.
       max_size: most rows of one factor; beyond it, a factor of a convolution's patches is that of
-        its channels (as under SUA), and any other is its diagonal. None: no limit. A vocabulary of
-        50,000 words has 10 GB of factor otherwise.
+        its channels (as under SUA), and any other is cut as ``beyond`` says. None: no limit. A
+        vocabulary of 50,000 words has 10 GB of factor otherwise.
+      beyond: ``"blocks"`` on the diagonal, of 128 rows each or half of the rows of the other
+        factor if that is less, or the ``"diagonal"`` alone, which
+        :func:`~natgrad_jax.in_coordinates` needs and sets.
 
     Raises:
       ValueError: an unknown choice, or a size that is no whole number of at least 1.
@@ -44,9 +51,10 @@ class Approximation:
     weight_sharing: Literal["expand", "reduce"] = "expand"
     centred: bool = False
     max_size: int | None = MAX_FACTOR
+    beyond: Literal["blocks", "diagonal"] = "blocks"
 
     def __post_init__(self) -> None:
-        for name, known in (("convolution", CONVOLUTIONS), ("weight_sharing", WEIGHT_SHARINGS)):
+        for name, known in CHOICES:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}; got {value!r}.")

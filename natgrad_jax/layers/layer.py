@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layout import Layout
-from natgrad_jax.layers.limits import MAX_FULL_NORM
+from natgrad_jax.layers.limits import MAX_FULL_NORM, WIDE_BLOCK
 from natgrad_jax.layers.simple_structures import Dense, Diagonal, input_structure, output_structure
 from natgrad_jax.layers.traits import Traits, traits_of
 from natgrad_jax.utils.precision import at_least_float32
@@ -179,8 +179,9 @@ class Layer:
         places = self.inputs // channels if channels else 1
         shared = own.convolution == "sua"
         return input_structure(
-            places, channels, bias, own.group_size, shared, own.centred, own.max_size
-        )
+            places, channels, bias,
+            own.group_size, shared, own.centred, own.max_size, self._wide_block,
+        )  # fmt: skip
 
     @functools.cached_property
     def output_side(self) -> FactorStructure | None:
@@ -188,7 +189,15 @@ class Layer:
         if self.block != "kronecker":
             return None
         own = self.approximation
-        return output_structure(self.outputs, own.group_size, own.max_size)
+        return output_structure(self.outputs, own.group_size, own.max_size, self._wide_block)
+
+    @property
+    def _wide_block(self) -> int:
+        """Rows of each block of a side that has more than ``max_size``."""
+        own = self.approximation
+        if own.beyond == "diagonal" or own.max_size is None:
+            return 1
+        return max(1, min(WIDE_BLOCK, own.max_size, min(sum(self._rows), self.outputs) // 2))
 
     @property
     def factor_blocks(self) -> tuple[int, ...]:

@@ -109,7 +109,10 @@ class Diagonal(FactorStructure):
         return cast(OneHotCall, call).frequencies(examples, dtype, weight)
 
     def narrow(self, factor: jax.Array) -> jax.Array:
-        return jnp.diagonal(factor, axis1=-2, axis2=-1)
+        diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1)
+        if diagonal.shape[-1] == self.n:
+            return diagonal
+        return diagonal.reshape(*diagonal.shape[:-2], -1)[..., : self.n]  # of blocks
 
     def identity(self, lead: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         return jnp.ones((*lead, self.n), dtype)
@@ -167,11 +170,13 @@ def input_structure(
     shared: bool = False,
     centred: bool = False,
     max_size: int | None = None,
+    block: int = 1,
 ) -> FactorStructure:
     """The structure of A for a kernel with ``places × channels`` inputs.
 
     ``shared``: all places share one matrix over channels, also if the whole one would have more
-    than ``max_size`` rows; ``centred``: with their mean in it.
+    than ``max_size`` rows; ``centred``: with their mean in it; ``block``: rows of each block of
+    what has more all the same.
     """
     most = math.inf if max_size is None else max_size
     whole = places * channels + bias
@@ -181,19 +186,23 @@ def input_structure(
     if group_size is None and shared and channels <= most:
         return Shared(places, channels, bias)
     if group_size is None:
-        return Dense(whole) if whole <= most else Diagonal(whole)
+        return Dense(whole) if whole <= most else _wide(whole, block)
     if places == 1:  # the bias counts as one more channel
         return _in_groups(group_size, channels + bias)
     return _in_groups(group_size, channels, places, bias, shared)
 
 
 def output_structure(
-    channels: int, group_size: int | None = None, max_size: int | None = None
+    channels: int, group_size: int | None = None, max_size: int | None = None, block: int = 1
 ) -> FactorStructure:
     """The structure of G for a kernel with ``channels`` outputs, in groups if given a size."""
     if group_size is not None:
         return _in_groups(group_size, channels)
-    return Dense(channels) if max_size is None or channels <= max_size else Diagonal(channels)
+    return Dense(channels) if max_size is None or channels <= max_size else _wide(channels, block)
+
+
+def _wide(size: int, block: int) -> FactorStructure:
+    return Diagonal(size) if block == 1 else _in_groups(block, size)
 
 
 def _in_groups(

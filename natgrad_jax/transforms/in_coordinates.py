@@ -118,7 +118,8 @@ def in_coordinates(
     check_period(statistics_period=statistics_period)
     check_fraction(decay=decay)
     schedule = refresh_schedule(refresh, refresh_period, every(100))
-    form = dataclasses.replace(approximation_of(approximation), centred=choice.centred)
+    form = approximation_of(approximation)
+    form = dataclasses.replace(form, centred=choice.centred, beyond="diagonal")
     if schedule.staggered or form.group_size is not None:
         raise ValueError(
             "all coordinates change in one step, and correlations between all channels are kept: "

@@ -1,4 +1,4 @@
-"""Factors of at most a size: beyond it a diagonal, or a matrix over a convolution's channels."""
+"""Factors of at most a size: beyond it blocks, a diagonal, or those of a convolution's channels."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import natgrad_jax as ng
-from natgrad_jax.layers.limits import MAX_FACTOR
+from natgrad_jax.layers.limits import MAX_FACTOR, WIDE_BLOCK
 from natgrad_jax.linalg.cholesky import damped_inverse
 
 # Each with a rate at which it trains the network below.
@@ -41,13 +41,16 @@ def setting() -> tuple[Any, Any, Any]:
     return loss_fn, params, batch
 
 
-def factors_of(size: int | None, **options: Any) -> tuple[Any, Any]:
+def factors_of(size: int | None, beyond: Any = "blocks") -> tuple[Any, Any]:
     """After one step in float64, and what the first step applied."""
     with jax.enable_x64(True):
         loss_fn, params, batch = setting()
         layers = ng.find_layers(loss_fn, params, *batch)
         tx = ng.scale_by_kfac(
-            layers, 0.1, inverse="cholesky", approximation=ng.Approximation(max_size=size)
+            layers,
+            0.1,
+            inverse="cholesky",
+            approximation=ng.Approximation(max_size=size, beyond=beyond),
         )
         state = tx.init(params)
         grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
@@ -56,20 +59,26 @@ def factors_of(size: int | None, **options: Any) -> tuple[Any, Any]:
         return ng.factors(state), (grads, updates)
 
 
-def test_what_is_too_wide_is_the_diagonal_of_the_whole_factor() -> None:
-    whole, limited = factors_of(None)[0], factors_of(6)[0]
-    diagonal = lambda x: np.diagonal(np.asarray(x))
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12)
-    close(limited[("wide",)].G, diagonal(whole[("wide",)].G))
+def blocks(x: Any) -> np.ndarray:
+    """Those of two rows, half of what the other sides have, the last one filled with zeros."""
+    padded = np.pad(np.asarray(x), (0, len(x) % 2)).reshape(-1, 2, (len(x) + 1) // 2, 2)
+    return np.stack([padded[i, :, i] for i in range(len(padded))])
+
+
+@pytest.mark.parametrize("beyond, cut", [("blocks", blocks), ("diagonal", np.diagonal)])
+def test_what_is_too_wide_is_cut_out_of_the_whole_factor(beyond: str, cut: Any) -> None:
+    whole, limited = factors_of(None)[0], factors_of(6, beyond)[0]
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+    close(limited[("wide",)].G, cut(whole[("wide",)].G))
     close(limited[("wide",)].A, whole[("wide",)].A)
-    close(limited[("from_wide",)].A, diagonal(whole[("from_wide",)].A))
+    close(limited[("from_wide",)].A, cut(whole[("from_wide",)].A))
     close(limited[("from_wide",)].G, whole[("from_wide",)].G)
     close(limited[("narrow",)].A, whole[("narrow",)].A)
     assert limited[("patches",)].A.shape == (2, 2) and whole[("patches",)].A.shape == (7, 7)
 
 
 def test_a_diagonal_is_inverted_as_a_matrix_would_be() -> None:
-    factors, (grads, updates) = factors_of(6)
+    factors, (grads, updates) = factors_of(6, "diagonal")
     with jax.enable_x64(True):
         A, G = factors[("from_wide",)]
         pi = jnp.sqrt((A.sum() / A.size) / (jnp.trace(G) / len(G)))
@@ -81,6 +90,23 @@ def test_a_diagonal_is_inverted_as_a_matrix_would_be() -> None:
             [updates["from_wide"]["kernel"], updates["from_wide"]["bias"][None]]
         )
         np.testing.assert_allclose(found, wanted, rtol=1e-10)
+
+
+def test_blocks_are_inverted_one_by_one() -> None:
+    factors, (grads, updates) = factors_of(6)
+    with jax.enable_x64(True):
+        A, G = factors[("from_wide",)]
+        pi = jnp.sqrt((jnp.trace(A.sum(0)) / 9) / (jnp.trace(G) / len(G)))
+        own = grads["from_wide"]
+        gradient = jnp.concatenate([own["kernel"], own["bias"][None]])
+        on_a, on_g = pi * jnp.sqrt(0.1), jnp.sqrt(0.1) / pi
+        assert A.shape == (5, 2, 2)
+        whole = jax.scipy.linalg.block_diag(*A)[:9, :9]
+        rows = damped_inverse(whole, on_a) @ gradient
+        found = jnp.concatenate(
+            [updates["from_wide"]["kernel"], updates["from_wide"]["bias"][None]]
+        )
+        np.testing.assert_allclose(found, rows @ damped_inverse(G, on_g), rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -119,7 +145,8 @@ def test_a_vocabulary_fits_in_a_few_times_its_parameters(name: str, model: str) 
     params = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
     loss_fn = lambda p, x: ng.Categorical(net.apply({"params": p}, x)).nll(jnp.zeros(8, int))
     layers = ng.find_layers(loss_fn, params, x)
-    assert f"diagonal {max(inputs + 1, outputs)}" in str(layers)
+    block = min(WIDE_BLOCK, min(inputs + 1, outputs) // 2)
+    assert f"{-(-max(inputs + 1, outputs) // block)} × {block}²" in str(layers)
     tx = MAKERS[name][0](0.1, layers)
     state = jax.eval_shape(tx.init, params)
     grad_fn = ng.value_and_grad(loss_fn, layers)
@@ -138,7 +165,8 @@ def test_both_sides_of_the_usual_limit() -> None:
         return layer.input_factor_shape, layer.output_factor_shape
 
     assert sides(MAX_FACTOR) == ((MAX_FACTOR,) * 2,) * 2
-    assert sides(MAX_FACTOR + 1) == ((MAX_FACTOR + 1,),) * 2
+    blocks = MAX_FACTOR // WIDE_BLOCK + 1
+    assert sides(MAX_FACTOR + 1) == ((blocks, WIDE_BLOCK, WIDE_BLOCK),) * 2
 
 
 def test_a_size_that_is_none() -> None:

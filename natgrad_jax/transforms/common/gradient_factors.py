@@ -61,7 +61,7 @@ def _kernel(path: Path, shape: tuple[int, ...], dtype: Any, max_size: int | None
         kind="dense",
         parameters=(Parameter(path, shape, dtype),),
         layouts=(Layout(shape, (), axes[:k], axes[k:]),),
-        approximation=Approximation(max_size=max_size),
+        approximation=Approximation(max_size=max_size, beyond="diagonal"),
     )
 
 
