@@ -37,8 +37,10 @@ def arguments_on_one_line(
     app: Any, what: str, name: str, x: Any, options: Any, lines: list[str]
 ) -> None:
     """Before napoleon: it takes one line for the names of arguments, and ``*`` for emphasis."""
-    text = re.sub(r"^( +(?:\w+, )*\w+),\n +((?:\w+, )*\w+: )", r"\1, \2", "\n".join(lines), flags=re.M)
-    lines[:] = re.sub(r", \*(?=\w+[:,])", r", \\*", text).replace("(log |ψ|)", "(``log |ψ|``)").split("\n")
+    names = r"^( +(?:\w+, )*\w+),\n +((?:\w+, )*\w+: )"
+    text = re.sub(names, r"\1, \2", "\n".join(lines), flags=re.MULTILINE)
+    text = re.sub(r", \*(?=\w+[:,])", r", \\*", text)
+    lines[:] = text.replace("(log |ψ|)", "(``log |ψ|``)").split("\n")  # |ψ| would be replaced
 
 
 def without_deprecated(

@@ -1,4 +1,4 @@
-"""The examples of README and of the site are what a newcomer copies: they must run as they stand."""
+"""The examples of README and the site are what a newcomer copies: they must run as they stand."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""The losses of docs/losses.md that are more than a likelihood of labels: their Fisher, and that they train.
+"""docs/losses.md: losses that are more than a likelihood of labels: their Fisher; that they train.
 
 A contextual bandit, the transverse-field Ising chain by enumeration, two moons: all of it numpy.
 """
