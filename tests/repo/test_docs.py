@@ -35,10 +35,11 @@ def test_every_public_name_is_in_the_reference_once() -> None:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for module in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(module)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     built = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html",
          "-d", tmp_path / "doctrees", DOCS, tmp_path / "html"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,

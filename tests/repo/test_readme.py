@@ -77,13 +77,30 @@ def reports(scope: Scope) -> None:
     assert scope["scalars"] and all(np.ndim(x) == 0 for x in scope["scalars"].values())
 
 
+def resumes_where_it_stopped(scope: Scope) -> None:
+    params, opt_state = scope["start"], scope["tx"].init(scope["start"])
+    for i in range(6):
+        key = jax.random.key(i)
+        params, opt_state, _ = scope["step"](params, opt_state, scope["batch"], key)
+    expected = {"params": params, "opt_state": opt_state}
+    for a, b in zip(jax.tree.leaves(scope["resumed"]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def masks(scope: Scope) -> None:
+    assert scope["statistics"].examples == 3 and len(scope["layers"]) == 2
+    assert list(scope["head_alone"]) == [("head",)]
+
+
 # What a page's blocks leave behind. The losses of losses.md train in tests/whole/test_any_loss.py.
 CHECKS: dict[str, Callable[[Scope], None]] = {
     "README.md": trains,
+    "docs/checkpoints.md": resumes_where_it_stopped,
     "docs/devices.md": micro_batches_are_the_batch,
     "docs/diagnosing.md": reports,
     "docs/differential_equations.md": solves,
     "docs/frameworks.md": learns_in_each_framework,
+    "docs/layers.md": masks,
     "docs/losses.md": lambda scope: None,
     "docs/posterior.md": predicts,
     "docs/training.md": freezes,
