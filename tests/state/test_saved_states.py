@@ -109,7 +109,7 @@ def test_states_of_flax_and_of_nnx_come_back(tmp_path: Path) -> None:
     optimizer = nnx.Optimizer(s.params, ng.kfac(0.1, s.layers), wrt=nnx.Param)
     start["nnx"], state["nnx"] = nnx.state(optimizer), scrambled(nnx.state(optimizer))
     save(tmp_path, state)
-    with manager(tmp_path) as of:  # as the README says
+    with manager(tmp_path) as of:  # as docs/checkpoints.md says
         restored = ng.restore_state(of.restore(0, args=ocp.args.StandardRestore()), start)
     raw = lambda tree: jax.tree.map(named_leaves.raw, tree)
     assert restored["train"].step == 7 and isinstance(restored["nnx"], nnx.State)

@@ -21,7 +21,7 @@ def save(folder: Path, state: Any) -> None:
 
 
 def restore(folder: Path, state: Any) -> Any:
-    """What the README tells users to do."""
+    """What docs/checkpoints.md tells users to do."""
     with manager(folder) as of:
         ng.check_state(of.item_metadata(0).tree, state)
         return of.restore(0, args=ocp.args.StandardRestore(state))

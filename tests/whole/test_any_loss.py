@@ -1,4 +1,4 @@
-"""The README's losses that are more than a likelihood of labels: their Fisher, and that they train.
+"""docs/losses.md: losses that are more than a likelihood of labels: their Fisher; that they train.
 
 A contextual bandit, the transverse-field Ising chain by enumeration, two moons: all of it numpy.
 """
@@ -17,12 +17,11 @@ from jax.flatten_util import ravel_pytree
 
 import natgrad_jax as ng
 
-CODE = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(),
-                  re.DOTALL)  # fmt: skip
-README: dict[str, Any] = {"jax": jax, "jnp": jnp, "ng": ng}
-(definitions,) = (code.split("\ntx = ")[0] for code in CODE if "def net(" in code)
-exec(compile(definitions, "README.md", "exec"), README)
-net, Laplace, KEY = README["net"], README["Laplace"], jax.random.key(0)
+PAGE = Path(__file__).parents[2] / "docs/losses.md"
+(definitions,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+LOSSES: dict[str, Any] = {}
+exec(compile(definitions, str(PAGE), "exec"), LOSSES)
+net, Laplace, KEY = LOSSES["net"], LOSSES["Laplace"], jax.random.key(0)
 float64 = pytest.mark.usefixtures("float64")
 
 
@@ -130,21 +129,21 @@ def problems() -> dict[str, Problem]:
     probabilities = r.random(2**SPINS)
     noisy = np.concatenate([np.cos(t) * data + np.sin(t) * noise, t], 1)
     return {
-        "ppo": Problem(README["ppo"], p, play, (
+        "ppo": Problem(LOSSES["ppo"], p, play, (
             Part(lambda p: beside(net(p["actor"], x), p["log_std"]),
                  lambda z: jnp.diag(jnp.append(jnp.exp(-2 * z[2:]), jnp.full(2, 2.0)))),
             Part(lambda p: net(p["critic"], x), identity, 0.5))),
-        "variational_monte_carlo": Problem(README["variational_monte_carlo"], chain,
+        "variational_monte_carlo": Problem(LOSSES["variational_monte_carlo"], chain,
             (STATES, energies, probabilities),
             (Part(lambda p: net(p, STATES), identity, 1.0, probabilities, True),)),
-        "contrastive": Problem(README["contrastive"], z, (data, others),
+        "contrastive": Problem(LOSSES["contrastive"], z, (data, others),
             (Part(lambda p: unit(net(p, data)) @ unit(net(p, others)).T / 0.1, softmax_fisher),)),
-        "discriminator": Problem(README["discriminator"], opponent, (data, noise),
+        "discriminator": Problem(LOSSES["discriminator"], opponent, (data, noise),
             (Part(lambda p: net(p, data), sigmoid_fisher),
              Part(lambda p: net(p, noise), sigmoid_fisher))),
-        "generator": Problem(README["generator"], weights(2, 4, 2), (noise, opponent),
+        "generator": Problem(LOSSES["generator"], weights(2, 4, 2), (noise, opponent),
             (Part(lambda p: net(p, noise), identity),)),
-        "diffusion": Problem(README["diffusion"], weights(3, 4, 2), (data, noise, t),
+        "diffusion": Problem(LOSSES["diffusion"], weights(3, 4, 2), (data, noise, t),
             (Part(lambda p: net(p, noisy), identity, 1.0, np.sin(t[:, 0]) ** 2),)),
         "Laplace": Problem(robust, scaled, (x, noise),
             (Part(lambda p: beside(net(p["net"], x), p["log_scale"]),
@@ -222,7 +221,7 @@ OPTIONS = {"kfac": {"learning_rate": 0.1}, "ekfac": {"learning_rate": 0.1}, "exa
 @pytest.mark.parametrize("which", OPTIONS)
 def test_a_policy_learns(which: str) -> None:
     (p,), roll = float32(actor_critic(16)), jax.jit(rollout)
-    state, step = trained(which, README["ppo"], p, *roll(p, KEY), **OPTIONS[which])
+    state, step = trained(which, LOSSES["ppo"], p, *roll(p, KEY), **OPTIONS[which])
     reward = []
     for i in range(24):
         play = roll(p, jax.random.key(i))
@@ -238,7 +237,7 @@ def test_a_policy_learns(which: str) -> None:
 def test_the_ground_state_of_a_chain(which: str, options: Any) -> None:
     p, states = float32(weights(SPINS, 8, 1), STATES)
     loss_fn, local, exact = (
-        README["variational_monte_carlo"],
+        LOSSES["variational_monte_carlo"],
         jax.jit(local_energies),
         ground_state(),
     )
@@ -261,8 +260,8 @@ def test_a_generator_finds_the_moons(which: str) -> None:
         weights(2, 16, 2), weights(2, 16, 1, 1), moons(128), np.random.default_rng(0).normal(
             size=(60, 128, 2)))  # fmt: skip
     options = OPTIONS[which] | ({"momentum": None} if which == "kfac" else {})
-    of_fake, step_fake = trained(which, README["generator"], fake, noise[0], real, **options)
-    of_real, step_real = trained(which, README["discriminator"], real, data, noise[0], **options)
+    of_fake, step_fake = trained(which, LOSSES["generator"], fake, noise[0], real, **options)
+    of_real, step_real = trained(which, LOSSES["discriminator"], real, data, noise[0], **options)
     apart = [distance(net(fake, noise[0]), data)]
     for i, z in enumerate(noise):
         key = jax.random.key(i)
@@ -287,8 +286,8 @@ def test_a_fixed_loss_falls(name: str) -> None:
     )
     y = np.stack([x[:, 0] + x[:, 1] ** 2, np.sin(2 * x[:, 2])], 1) + 0.1 * r.laplace(size=(n, 2))
     loss_fn, p, args = {
-        "contrastive": (README["contrastive"], weights(2, 16, 4), (data, data + 0.1 * noise)),
-        "diffusion": (README["diffusion"], weights(3, 16, 2), (data, noise, t)),
+        "contrastive": (LOSSES["contrastive"], weights(2, 16, 4), (data, data + 0.1 * noise)),
+        "diffusion": (LOSSES["diffusion"], weights(3, 16, 2), (data, noise, t)),
         "Laplace": (robust, {"net": weights(3, 16, 2), "log_scale": np.zeros(2)}, (x, y)),
     }[name]
     p, args = float32(p, args)
