@@ -55,6 +55,7 @@ from natgrad_jax.transforms.adaptive_damping import (
 from natgrad_jax.transforms.adaptive_kfac import adaptive_kfac
 from natgrad_jax.transforms.common.kronecker import KFACState
 from natgrad_jax.transforms.common.refresh_schedule import every, staggered
+from natgrad_jax.transforms.common.trust_radius import PerExample
 from natgrad_jax.transforms.ekfac import EKFACState, ekfac, scale_by_ekfac
 from natgrad_jax.transforms.exact_ngd import ExactNGDState, exact_ngd, scale_by_exact_ngd
 from natgrad_jax.transforms.in_coordinates import InCoordinatesState, in_coordinates
@@ -92,6 +93,7 @@ __all__ = [
     "LowRank",
     "NegativeBinomial",
     "NewtonSchulz",
+    "PerExample",
     "Poisson",
     "QuadraticModelState",
     "Rows",

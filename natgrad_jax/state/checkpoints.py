@@ -23,7 +23,7 @@ RENAMED: tuple[tuple[str, str], ...] = ()
 
 # Fields that some older version lacks, which start as in tx.init; fields of older versions that are
 # no longer needed.
-ADDED: frozenset[str] = frozenset()
+ADDED: frozenset[str] = frozenset(("examples", "beyond=diagonal"))
 REMOVED: frozenset[str] = frozenset()
 
 # Fields by layer or parameter: 0.1.0 also kept those that optax.masked takes away.
@@ -146,10 +146,11 @@ def _refitted(
     found = dict(before)
     for path in now.keys() & before.keys():
         x, shape, wanted = before[path], shape_of(wholes[path]), shape_of(now[path])
-        if shape_of(x) == wanted or len(shape_of(x)) != len(shape):
+        stored = shape_of(x)
+        if stored == wanted or len(stored) != len(shape) or any(map(int.__lt__, stored, shape)):
             continue
         cut = refitted(x, shape)
-        if not np.any(np.asarray(refitted(cut, shape_of(x))) != np.asarray(x)):
+        if not np.any(np.asarray(refitted(cut, stored)) != np.asarray(x)):
             found[path] = refitted(cut, wanted)
     return found
 

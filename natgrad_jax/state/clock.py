@@ -7,9 +7,6 @@ import jax.numpy as jnp
 
 from natgrad_jax.utils.hyperparams import Scalar
 
-PERIOD = 10  # steps between measurements, where none is given
-EARLY = (1, 2, 4, 8)
-
 
 class Clock(NamedTuple):
     """``step``: updates so far, int32 ``()``; ``statistics_due``: whether the next step's
@@ -27,18 +24,6 @@ def start(terms: int = 1) -> Clock:
 def due(step: jax.Array, period: Scalar) -> jax.Array:
     """Whether ``step`` (from 0) is a multiple of the period."""
     return step % jnp.asarray(period, jnp.int32) == 0
-
-
-def is_early(step: jax.Array) -> jax.Array:
-    """Whether ``step`` is one of 1, 2, 4 and 8, when a network hardly is what it was at step 0."""
-    return jnp.isin(step, jnp.array(EARLY))
-
-
-def usual_period(period: Scalar | None) -> Scalar:
-    """The steps between measurements: 10 and, in the beginning, fewer if None is given."""
-    if period is not None:
-        return period
-    return lambda step: jnp.where(is_early(step), 1, PERIOD)
 
 
 def tick(clock: Clock, wanted: jax.Array, examples: jax.Array) -> Clock:

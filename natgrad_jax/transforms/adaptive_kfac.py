@@ -16,6 +16,7 @@ from natgrad_jax.transforms.adaptive_damping import (
 )
 from natgrad_jax.transforms.common.options import renamed_keywords
 from natgrad_jax.transforms.common.refresh_schedule import Refresh
+from natgrad_jax.transforms.common.trust_radius import PerExample
 from natgrad_jax.transforms.kfac import scale_by_kfac
 from natgrad_jax.transforms.quadratic_model import scale_by_quadratic_model
 from natgrad_jax.utils.hyperparams import Scalar
@@ -26,7 +27,7 @@ def adaptive_kfac(
     layers: Layers, loss_fn: LossFn, *, rule: DampingRule | None = None,
     initial: float = 1.0, bounds: tuple[float, float] = (1e-8, 1e8), l2: Scalar = 0.0,
     decay: Scalar = 0.95, statistics_period: Scalar = 1, refresh_period: Scalar | None = None,
-    trust_radius: Scalar | None = None, inverse: Inverse | str = "low_rank",
+    trust_radius: Scalar | PerExample | None = None, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
     statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip

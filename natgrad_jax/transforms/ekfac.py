@@ -13,11 +13,11 @@ from natgrad_jax.curvature.inverse_methods import LowRank
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.state.clock import Clock, usual_period
+from natgrad_jax.state.clock import Clock
 from natgrad_jax.state.members import Members
 from natgrad_jax.statistics.spec import EncodedSpec, StatisticsSpec, stride_of
 from natgrad_jax.transforms.common import second_moments
-from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
+from natgrad_jax.transforms.common.chain import descent, trace
 from natgrad_jax.transforms.common.options import (
     approximation_of,
     eigenbasis_method,
@@ -30,6 +30,11 @@ from natgrad_jax.transforms.common.preconditioner import (
     preconditioner,
 )
 from natgrad_jax.transforms.common.refresh_schedule import USUAL, Refresh, refresh_schedule
+from natgrad_jax.transforms.common.trust_radius import (
+    PerExample,
+    TrustRadius,
+    before_rate,
+)
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
 from natgrad_jax.utils.tree_paths import Path
 
@@ -44,7 +49,6 @@ class EKFACState(NamedTuple):
     bases, ``(*stack, *blocks, rows, columns)``, or in those of the leading directions, followed by
     the mean of all others; ``moment_weights``: the accumulated weight of each S, ``(*stack,)``. If
     several terms of the loss each have their own S, both have a leading axis of terms.
-    ``examples``: number of examples of the last measured batch, ``()`` or ``(terms,)``.
     ``request``: which statistics the next backward pass must measure, and ``members``: which layers
     are stacked, at the path of the first, both without arrays.
 
@@ -75,8 +79,8 @@ class EKFACState(NamedTuple):
 @renamed_keywords
 def scale_by_ekfac(
     layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
-    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
-    trust_radius: Scalar | None = None, moments: str = "intra_batch",
+    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    trust_radius: TrustRadius | None = None, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
     factor_dtype: DTypeLike | None = None,
@@ -109,8 +113,7 @@ def scale_by_ekfac(
         it is not divided between the factors.
       decay: of factors and of S, at each measurement: new = decay · old + (1 − decay) · batch,
         bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps between measurements; the first step always measures. None: 10, and
-        steps 1, 2, 4 and 8 measure too.
+      statistics_period: steps between measurements; the first step always measures.
       refresh_period: steps between refreshes of the bases; the first step always computes them.
         None: 20, staggered (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
@@ -130,9 +133,7 @@ def scale_by_ekfac(
         determines the basis; S is always measured with positions summed.
       refresh: :func:`~natgrad_jax.every` or :func:`~natgrad_jax.staggered`: whether all layers are
         refreshed in one step or at different steps, and which devices share the work. None:
-        if no ``refresh_period`` is given, staggered, and all after the first few measurements
-        too (at steps 1, 2, 4 and 8 those of before hardly describe the network); else all in
-        one step.
+        staggered if no ``refresh_period`` is given, else all in one step.
       statistics_fraction: fraction of the batch that statistics are measured on, in (0, 1]: every
         k-th example, k the nearest whole number to its inverse. None: half of a batch of 512
         examples or more, all of a smaller one, and all if ``statistics_period`` is 1.
@@ -168,7 +169,7 @@ def scale_by_ekfac(
         ),
         damping,
         decay,
-        usual_period(statistics_period),
+        statistics_period,
         refresh_schedule(refresh, refresh_period, USUAL),
         trust_radius,
         stored_as(factor_dtype),
@@ -198,7 +199,6 @@ def _in_eigenbases(
             "moment_weights": {
                 path: zeros(path, x.stack_sizes, float) for path, x in layers.items()
             },
-            "examples": jnp.ones((len(layers.terms),) if len(layers.terms) > 1 else (), float),
         }
 
     def follow(state: EKFACState, layers: Layers, now: Now) -> EKFACState:
@@ -226,9 +226,9 @@ def _apply(
 @renamed_keywords
 def ekfac(
     learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.8,
-    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
+    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | None = 2e-3, moments: str = "intra_batch",
+    trust_radius: Scalar | PerExample | None = 2e-3, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
     factor_dtype: DTypeLike | None = None,
@@ -263,7 +263,7 @@ def ekfac(
         decay=decay,
         statistics_period=statistics_period,
         refresh_period=refresh_period,
-        trust_radius=per_squared_rate(trust_radius, learning_rate),
+        trust_radius=before_rate(trust_radius, learning_rate),
         moments=moments,
         basis=basis,
         approximation=approximation,

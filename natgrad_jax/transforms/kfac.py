@@ -7,9 +7,8 @@ from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverse_methods import Inverse
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.state.clock import usual_period
 from natgrad_jax.statistics.spec import StatisticsSpec, stride_of
-from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
+from natgrad_jax.transforms.common.chain import descent, trace
 from natgrad_jax.transforms.common.kronecker import kronecker
 from natgrad_jax.transforms.common.options import (
     approximation_of,
@@ -18,14 +17,19 @@ from natgrad_jax.transforms.common.options import (
 )
 from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
 from natgrad_jax.transforms.common.refresh_schedule import USUAL, Refresh, refresh_schedule
+from natgrad_jax.transforms.common.trust_radius import (
+    PerExample,
+    TrustRadius,
+    before_rate,
+)
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
 
 
 @renamed_keywords
 def scale_by_kfac(
     layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
-    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
-    trust_radius: Scalar | None = None, inverse: Inverse | str = "low_rank",
+    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    trust_radius: TrustRadius | None = None, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
     statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
@@ -47,8 +51,7 @@ def scale_by_kfac(
       damping: λ > 0, in the units of the Fisher (loss per parameter squared).
       decay: of the factors, at each measurement: factor = decay · old + (1 − decay) · batch,
         bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps between measurements; the first step always measures. None: 10, and
-        steps 1, 2, 4 and 8 measure too.
+      statistics_period: steps between measurements; the first step always measures.
       refresh_period: steps between inversions; the first step always inverts. None: 20, staggered
         (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
@@ -61,9 +64,7 @@ def scale_by_kfac(
         of convolutions are simplified, groups of channels, how positions are treated.
       refresh: :func:`~natgrad_jax.every` or :func:`~natgrad_jax.staggered`: whether all layers are
         refreshed in one step or at different steps, and which devices share the work. None:
-        if no ``refresh_period`` is given, staggered, and all after the first few measurements
-        too (at steps 1, 2, 4 and 8 those of before hardly describe the network); else all in
-        one step.
+        staggered if no ``refresh_period`` is given, else all in one step.
       statistics_fraction: fraction of the batch that statistics are measured on, in (0, 1]: every
         k-th example, k the nearest whole number to its inverse. None: half of a batch of 512
         examples or more, all of a smaller one, and all if ``statistics_period`` is 1.
@@ -97,7 +98,7 @@ def scale_by_kfac(
         ),
         damping,
         decay,
-        usual_period(statistics_period),
+        statistics_period,
         refresh_schedule(refresh, refresh_period, USUAL),
         trust_radius,
         stored_as(factor_dtype),
@@ -108,9 +109,9 @@ def scale_by_kfac(
 @renamed_keywords
 def kfac(
     learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.8,
-    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
+    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | None = 2e-3, inverse: Inverse | str = "low_rank",
+    trust_radius: Scalar | PerExample | None = 2e-3, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
     statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
@@ -128,9 +129,10 @@ def kfac(
         the identity, so that larger momentum tends to oscillate.
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
-      trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None:
-        no bound. Use a smaller one for noisier gradients and rougher factors (1e-3 for small
-        batches or ``"sua"``); an autoencoder at batch 512 gains from values up to 1e-2.
+      trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``. None:
+        no bound. Use a smaller one for noisier gradients and rougher factors (1e-3 for ``"sua"``);
+        an autoencoder at batch 512 gains from values up to 1e-2. :class:`~natgrad_jax.PerExample`
+        is in proportion to the batch, for small ones.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``.
@@ -150,7 +152,7 @@ def kfac(
         decay=decay,
         statistics_period=statistics_period,
         refresh_period=refresh_period,
-        trust_radius=per_squared_rate(trust_radius, learning_rate),
+        trust_radius=before_rate(trust_radius, learning_rate),
         inverse=inverse,
         approximation=approximation,
         refresh=refresh,

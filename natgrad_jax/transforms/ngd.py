@@ -12,7 +12,7 @@ from natgrad_jax.curvature.inverse_methods import Eigh, Inverse, Woodbury
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.statistics.spec import StatisticsSpec, stride_of
-from natgrad_jax.transforms.common.chain import descent, per_squared_rate, trace
+from natgrad_jax.transforms.common.chain import descent, trace
 from natgrad_jax.transforms.common.kronecker import kronecker
 from natgrad_jax.transforms.common.options import (
     approximation_of,
@@ -21,6 +21,7 @@ from natgrad_jax.transforms.common.options import (
 )
 from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
 from natgrad_jax.transforms.common.refresh_schedule import Refresh, every, refresh_schedule
+from natgrad_jax.transforms.common.trust_radius import PerExample, before_rate
 from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative
 
 
@@ -29,7 +30,7 @@ def ngd(
     learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-3, decay: Scalar = 0.0,
     statistics_period: Scalar = 1, refresh_period: Scalar | None = None,
     momentum: Scalar | None = None, nesterov: bool = False, weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | None = None, inverse: Inverse | str = "cholesky",
+    trust_radius: Scalar | PerExample | None = None, inverse: Inverse | str = "cholesky",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
     statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
@@ -89,7 +90,7 @@ def ngd(
         decay,
         statistics_period,
         refresh_schedule(refresh, refresh_period, every(1)),
-        per_squared_rate(trust_radius, learning_rate),
+        before_rate(trust_radius, learning_rate),
         stored_as(factor_dtype),
     )
     inner = kronecker(layers, config, method)

@@ -70,6 +70,7 @@ RIGHT = """
 ng.kfac(optax.cosine_decay_schedule(0.1, 100), layers, damping=lambda step: 1e-3)
 ng.kfac(jnp.asarray(0.1), layers, factor_dtype=jnp.bfloat16, refresh=ng.every(over="data"))
 ng.kfac(1, layers, refresh=ng.staggered(20, over=(mesh, "data")), trust_radius=None)
+ng.ekfac(1, layers, trust_radius=ng.PerExample(2e-5))
 ng.kfac(1, layers, inverse=ng.LowRank(32), approximation=ng.Approximation("sua", group_size=32))
 ng.ekfac(0.1, layers, basis="eigh", refresh=ng.every(over=("data", "model")))
 ng.ngd(0.1, layers, inverse="eigh", damping=0.0)

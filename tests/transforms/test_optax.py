@@ -302,6 +302,19 @@ def test_the_trust_region_bounds_the_step():
     assert_close(tight, jax.tree.map(lambda x: x * scale, free))
 
 
+@pytest.mark.parametrize("alias", [ng.kfac, ng.ngd])
+@pytest.mark.parametrize("most", [1e-2, 1e-5])
+def test_the_trust_radius_grows_with_the_batch_up_to_a_limit(alias, most):
+    """Also on the steps after, which do not measure."""
+    layers, n = setting().layers, float(measured(0)[1].examples)
+    same = [
+        run(alias(0.1, layers, trust_radius=radius, statistics_period=2), 3)
+        for radius in (ng.PerExample(1e-6, most), min(1e-6 * n, most))
+    ]
+    for (a, _), (b, _) in zip(*same, strict=True):
+        assert_close(a, b)
+
+
 HYPERPARAMETERS = {
     "learning_rate": 0.1,
     "damping": 0.1,

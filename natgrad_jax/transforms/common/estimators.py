@@ -24,14 +24,17 @@ class Estimates(NamedTuple):
 
     ``factors``: bias-corrected averages. ``weights``: the accumulated weight of each,
     ``(*stack,)``, 0 before the first measurement. ``diagonal``: averaged squared gradients of
-    leftover parameters, in their shapes; ``diagonal_weights``: ``()`` each. ``rejected``: number of
-    non-finite measurements, bases, inverses and updates that were dropped, int32 ``()``.
+    leftover parameters, in their shapes; ``diagonal_weights``: ``()`` each. ``examples``: number of
+    examples of the last measured batch, ``()``, or ``(terms,)`` for several terms of a loss.
+    ``rejected``: number of non-finite measurements, bases, inverses and updates that were dropped,
+    int32 ``()``.
     """
 
     factors: dict[Path, FactorsLike]
     weights: dict[Path, jax.Array]
     diagonal: dict[Path, jax.Array]
     diagonal_weights: dict[Path, jax.Array]
+    examples: jax.Array
     rejected: jax.Array
 
 
@@ -52,6 +55,7 @@ def start(layers: Layers, factor_dtype: Any = None) -> Estimates:
             for p in layers.diagonals
         },
         diagonal_weights={p.path: jnp.zeros(_terms(p), float) for p in layers.diagonals},
+        examples=jnp.ones((len(layers.terms),) if len(layers.terms) > 1 else (), float),
         rejected=jnp.zeros((), jnp.int32),
     )
 
@@ -104,8 +108,12 @@ def update(
         rate = partial(factor_averages.rate, decay=decay)
         new = update_factors(state, statistics, layers, rate, estimator)
         diagonal, diagonal_weights, bad = _diagonals(state, statistics, layers, decay)
+        seen = jnp.where(statistics.examples > 0, statistics.examples, state.examples)
         return new._replace(
-            diagonal=diagonal, diagonal_weights=diagonal_weights, rejected=new.rejected + bad
+            diagonal=diagonal,
+            diagonal_weights=diagonal_weights,
+            examples=seen.astype(state.examples.dtype),
+            rejected=new.rejected + bad,
         )
 
     return jax.lax.cond(any_seen(statistics), measured, lambda: state)

@@ -53,6 +53,7 @@ class KFACState(NamedTuple):
     bases: dict[Path, FactorsLike]
     diagonal: dict[Path, jax.Array]
     diagonal_weights: dict[Path, jax.Array]
+    examples: jax.Array
     rejected: jax.Array
     request: EncodedSpec
     members: Members

@@ -11,15 +11,16 @@ from natgrad_jax.layers.bundles import bundled, members_of
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.gradients import check_paths
 from natgrad_jax.layers.layer import Layer
-from natgrad_jax.state.clock import due, is_early, start, tick
+from natgrad_jax.state.clock import due, start, tick
 from natgrad_jax.state.divided import divided
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
 from natgrad_jax.statistics.spec import StatisticsSpec, encode
 from natgrad_jax.transforms.common import apply, estimators
 from natgrad_jax.transforms.common.refresh_schedule import RefreshSchedule
+from natgrad_jax.transforms.common.trust_radius import TrustRadius, checked, radius_at
 from natgrad_jax.utils import tree_paths
-from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period, check_positive
+from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period
 from natgrad_jax.utils.tree_paths import Path
 
 
@@ -32,13 +33,13 @@ class PreconditionerConfig(NamedTuple):
     decay: Scalar
     statistics_period: Scalar
     refresh: RefreshSchedule
-    trust_radius: Scalar | None
+    trust_radius: TrustRadius | None
     factor_dtype: Any = None
 
 
 class Now(NamedTuple):
     """One step: its inputs, the current damping and decay, the weights of the factors before this
-    batch, and whether all is to be refreshed: measured for the first time, or early."""
+    batch, and whether anything was measured for the first time."""
 
     updates: optax.Updates
     statistics: Statistics
@@ -70,8 +71,7 @@ def preconditioner(
     layers: Layers, config: PreconditionerConfig, method: Method
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation; raises ValueError for numbers out of range."""
-    radius = config.trust_radius
-    check_positive(trust_radius=1 if radius is None else radius)
+    radius = checked(config.trust_radius)
     check_period(statistics_period=config.statistics_period)
     check_fraction(decay=config.decay)
     all_layers = layers.approximate(config.request.approximation)
@@ -104,8 +104,6 @@ def preconditioner(
         state = estimators.update(state, statistics, layers, decay, method.estimator)
         # layers measured for the first time are refreshed now, not a period later
         first = estimators.first_seen(before, state)
-        if config.refresh.early:
-            first |= estimators.any_seen(statistics) & is_early(step)
         now = Now(updates, statistics, damping, decay, before.weights, first)
         state = method.follow(state, layers, now)
         of_layer = lambda path, x: method.apply(layers[path], state, path, x, damping)
@@ -113,7 +111,8 @@ def preconditioner(
         # the natural gradient, and Δᵀ∇ = ΔᵀFΔ of the damped F
         updates, quadratic = apply.map_blocks(updates, layers, of_layer, over_diagonal)
         if radius is not None:
-            updates = apply.trust_region(updates, layers, quadratic, at(radius, step))
+            kappa = radius_at(radius, step, state.examples)
+            updates = apply.trust_region(updates, layers, quadratic, kappa)
         wanted = due(step + 1, at(config.statistics_period, step + 1))
         clock = tick(state.clock, wanted, statistics.examples)
         rejected = state.rejected + jnp.isnan(quadratic)

@@ -97,13 +97,11 @@ USUAL = staggered(PERIOD)
 
 class RefreshSchedule(NamedTuple):
     """A checked choice. ``period``: a float, an array or a schedule, in steps; ``staggered``:
-    whether layers are refreshed at different steps; ``over``: the devices that share the work;
-    ``early``: whether all are refreshed after each of the first few measurements too."""
+    whether layers are refreshed at different steps; ``over``: the devices that share the work."""
 
     period: Scalar
     staggered: bool = False
     over: Devices | None = None
-    early: bool = False
 
 
 def refresh_record(refresh: Refresh | str | None) -> Refresh:
@@ -141,8 +139,7 @@ def refresh_schedule(
             "staggered refreshes give each layer its own step of the period, which must be known "
             f"when the transformation is made: write refresh=ng.staggered(20); got {period!r}."
         )
-    early = is_staggered and refresh == Refresh()
-    return RefreshSchedule(period, is_staggered, devices(refresh.over), early)
+    return RefreshSchedule(period, is_staggered, devices(refresh.over))
 
 
 class Turns(NamedTuple):
