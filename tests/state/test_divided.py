@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from saving import assert_same_bits, restore, save
 
@@ -119,6 +120,27 @@ def test_four_devices_hold_a_quarter_each_and_train_as_one_does(name: str) -> No
     assert own(state) and of_each_device(state) <= 0.3
     for x in own(state):
         assert x.padded.sharding.is_equivalent_to(x.sharding, x.padded.ndim)
+
+
+def test_an_nnx_optimizer_keeps_divided_arrays() -> None:
+    x, y = divided(data())
+    network = nnx.Linear(90, 128, param_dtype=float, rngs=nnx.Rngs(0))
+    nnx.update(network, divided(nnx.state(network)))
+    nnx_loss = lambda network, x, y: ng.Categorical(network(x)).nll(y)
+    layers = ng.find_layers(nnx_loss, network, x, y)
+    optimizer = nnx.Optimizer(network, ng.kfac(0.1, layers), wrt=nnx.Param)
+    grad_fn = ng.value_and_grad(nnx_loss, layers)
+
+    @nnx.jit
+    def step(network: Any, optimizer: Any, key: jax.Array) -> Any:
+        state = optimizer.opt_state
+        loss, grads, statistics = grad_fn(network, x, y, rng=key, opt_state=state)
+        optimizer.update(network, grads, statistics=statistics)
+        return loss
+
+    losses = [float(step(network, optimizer, jax.random.key(i))) for i in range(5)]
+    assert losses[-1] < losses[0]
+    assert len(own(optimizer.opt_state)) > 3
 
 
 def test_readers_see_whole_arrays() -> None:
