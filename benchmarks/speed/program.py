@@ -49,12 +49,12 @@ from natgrad_jax.transforms.common.refresh_schedule import PERIOD
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
 from lib import report
 from lib.arguments import positive
+from lib.large import GPT2
 from lib.optimizers import Contender, first_order, natural
 from lib.runners import Due
 from lib.tasks import Transformer
 
 WORDS, CLASSES = 60_000, 20
-GPT2 = {"width": 768, "heads": 12, "alphabet": 50257, "window": 1024}
 ORDINARY = Due(1, False)
 DUE = {"measuring": Due(1, True), "refreshing": Due(0, False)}  # step 0 is due for a refresh
 WEIGHTS = ("weights", "moment_weights", "diagonal_weights")

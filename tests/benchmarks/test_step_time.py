@@ -20,7 +20,7 @@ def test_step_time_writes_ratios(
     monkeypatch.setattr(step_time, "peak_memory", lambda *_: 1.0)
     prefix = tmp_path / "out"
     step_time.main(
-        ["--data", "digits", "--batch-sizes", "8", "--rounds", "1", "--output", str(prefix)]
+        ["--model", "digits", "--batch-sizes", "8", "--rounds", "1", "--output", str(prefix)]
     )
     found = json.loads(prefix.with_name("out.json").read_text())
     rows = {row["optimizer"]: row for row in found["batches"]["8"]}
