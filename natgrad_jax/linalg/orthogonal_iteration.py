@@ -3,17 +3,20 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from natgrad_jax.linalg.batching import over_batch
+from natgrad_jax.linalg.batching import trace_of
+from natgrad_jax.linalg.orthonormal import orthonormal_basis
 from natgrad_jax.utils.precision import HIGHEST
 
 
 def refine(
     factor: Float[Array, "*batch n n"], basis: Float[Array, "*batch n n"]
 ) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch n"]]:
-    """``Q ← qr(F Q)``, and the Rayleigh quotients of the new columns, ``diag(Qᵀ F Q)``.
+    """``Q ← orth(F Q)``, and the Rayleigh quotients of the new columns, ``diag(Qᵀ F Q)``.
 
-    Before the QR step, columns are sorted by their Rayleigh quotients in decreasing order, which
-    the iteration needs to converge. Exact if ``basis`` is already an eigenbasis of F.
+    orth makes each column orthogonal to those before it, by matrix products (Cholesky-QR). Before
+    it, columns are sorted by their Rayleigh quotients in decreasing order, which the iteration
+    needs to converge. Exact if ``basis`` is already an eigenbasis of F. Ten roundings of F's trace
+    are added to F, so that directions in which it is zero stay in the basis.
 
     Args:
       factor: ``(*batch, n, n)``, symmetric positive semidefinite.
@@ -30,8 +33,10 @@ def refine(
     """
     product = jnp.matmul(factor, basis, precision=HIGHEST)
     order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
-    ordered = jnp.take_along_axis(product, order[..., None, :], axis=-1)
-    new, _ = over_batch(jnp.linalg.qr, ordered)
+    total = trace_of(factor)[..., None, None]
+    shift = jnp.where(total == 0, 1, 10 * jnp.finfo(factor.dtype).eps * total)
+    ordered = jnp.take_along_axis(product + shift * basis, order[..., None, :], axis=-1)
+    new = orthonormal_basis(ordered)
     values = jnp.sum(new * jnp.matmul(factor, new, precision=HIGHEST), axis=-2)
     return new, jnp.maximum(values, 0)
 

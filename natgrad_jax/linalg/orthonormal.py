@@ -1,13 +1,12 @@
 """Orthonormal columns by matrix products, without LAPACK, whose threads wait for XLA's on CPU."""
 
-import jax
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from natgrad_jax.linalg.cholesky import rows_of_factor
+from natgrad_jax.linalg.cholesky import inverse_root
 from natgrad_jax.utils.precision import HIGHEST
-
-PASSES = 3
 
 
 def orthonormal(Y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
@@ -24,20 +23,27 @@ def orthonormal(Y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
     Array([[1., 0.],
            [0., 1.]], dtype=float32)
     """
-    return jnp.vectorize(_orthonormal, signature="(n,k)->(n,k)")(Y)
-
-
-def _orthonormal(Y: Float[Array, "n k"]) -> Float[Array, "n k"]:
     k = Y.shape[-1]
-    eye = jnp.eye(k, dtype=Y.dtype)
-    rounding = k * jnp.finfo(Y.dtype).eps
+    return _passes(Y, (10 * k, 10 * k, k))
 
-    def better(i: jax.Array, Y: Float[Array, "n k"]) -> Float[Array, "n k"]:
-        norms = jnp.sqrt(jnp.sum(jnp.square(Y), 0))
+
+def orthonormal_basis(Y: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """The same for columns that are clearly independent: two passes, to one rounding.
+
+    >>> import jax.numpy as jnp
+    >>> orthonormal_basis(jnp.array([[3.0, 1.0], [0.0, 2.0]])).round(3)
+    Array([[1., 0.],
+           [0., 1.]], dtype=float32)
+    """
+    return _passes(Y, (10 * Y.shape[-1], 0))
+
+
+def _passes(Y: Float[Array, "*batch n k"], shifts: Sequence[int]) -> Float[Array, "*batch n k"]:
+    """With shifts in roundings of columns of norm one."""
+    eye = jnp.eye(Y.shape[-1], dtype=Y.dtype)
+    for shift in shifts:
+        norms = jnp.sqrt(jnp.sum(jnp.square(Y), -2, keepdims=True))
         Y = Y / jnp.where(norms > 0, norms, 1)
-        shift = jnp.where(i < PASSES - 1, 10 * rounding, rounding).astype(Y.dtype)
-        gram = jnp.matmul(Y.T, Y, precision=HIGHEST) + shift * eye
-        both = rows_of_factor(jnp.concatenate([gram, eye], 1))  # U, U⁻ᵀ
-        return jnp.matmul(Y, both[:, k:].T, precision=HIGHEST)
-
-    return jax.lax.fori_loop(0, PASSES, better, Y)
+        gram = jnp.matmul(Y.mT, Y, precision=HIGHEST) + shift * jnp.finfo(Y.dtype).eps * eye
+        Y = jnp.matmul(Y, inverse_root(gram).mT, precision=HIGHEST)
+    return Y
