@@ -67,7 +67,7 @@ from natgrad_jax.transforms.shampoo import ShampooState, scale_by_shampoo, shamp
 from natgrad_jax.transforms.soap import SOAPState, scale_by_soap, soap
 from natgrad_jax.transforms.trust_region import clip_by_trust_radius
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AdaptiveDampingState",
