@@ -95,16 +95,16 @@ def from_data(
     once: dict[str, Any] = {"decay": zero, "statistics_period": 1}
     if kind == "kfac":
         state = scale_by_kfac(layers, **once).init(None)
-        return from_state(estimators.update(state, total(state), layers, zero), layers)
+        return from_state(estimators.update(state, total(state), layers, zero)[0], layers)
     start: Any = scale_by_ekfac(layers, basis="eigh", **once).init(None)
     if kind == "diagonal":  # the moments in the basis of the parameters themselves
         known = {path: jnp.ones_like(x) for path, x in start.moment_weights.items()}
         statistics = total(start)
         state = start._replace(moment_weights=known)
         state = second_moments.measure(state, statistics, layers, zero)
-        return _diagonal(estimators.update(state, statistics, layers, zero), layers)
+        return _diagonal(estimators.update(state, statistics, layers, zero)[0], layers)
     first = total(scale_by_kfac(layers, **once).init(None))
-    state = estimators.update(start, first, layers, zero)
+    state = estimators.update(start, first, layers, zero)[0]
     now = jnp.ones((), bool)
     state = second_moments.refresh(state, layers, zero, now, Eigenbasis(), RefreshSchedule(1))
     return from_state(second_moments.measure(state, total(state), layers, zero), layers)

@@ -51,6 +51,7 @@ def whitening(
     form = Approximation(convolution="sua", centred=True)
     own = {path: x for path, x in layers.approximate(form).items() if charts.applies(x)}
     check_statistics(statistics, own, "whitening", outputs=False)
+    statistics = statistics.ready()
     found = {}
     for path, layer in own.items():
         factors = batch_factors(layer, statistics.layers[path], statistics.examples).factors

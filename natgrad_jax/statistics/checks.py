@@ -30,20 +30,20 @@ def check_statistics(
             f"statistics must be what ng.value_and_grad returns as its third result; got "
             f"{type(statistics).__name__}."
         )
-    measured = {path for own in statistics.sums.values() for path in own}
+    measured = {path for own in statistics.shapes.sums.values() for path in own}
     if set(layers) - measured:
         strange = sorted(map(join, measured ^ set(layers)))
         raise ValueError(
             f"{name} and value_and_grad were given different Layers: {', '.join(strange)} are in "
             "one and not in the other. Pass the same Layers to both."
         )
-    if outputs and statistics.leftover is None:
+    if outputs and statistics.shapes.leftover is None:
         raise ValueError(
             f'{name} needs output statistics, and value_and_grad(fisher="none") measures '
             'inputs only. Use fisher="mc" (the default), "exact" or "empirical".'
         )
     for path, layer in layers.items():
-        for own in statistics.sums.values():
+        for own in statistics.shapes.sums.values():
             if path in own:
                 _check_shapes(layer, own[path])
 

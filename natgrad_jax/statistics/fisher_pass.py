@@ -102,12 +102,17 @@ def _statistics(
 ) -> Statistics:
     """The global statistics of one pass."""
     layers, squares = psum(found.layers, axes), found.squares
-    counts = [global_count(term, axes) for term in loss.terms]
     moments = {path: r.moments for path, r in layers.items() if r.moments is not None}
     of = lambda sharing: {p: r.sums[sharing] for p, r in layers.items() if sharing in r.sums}
     return Statistics(
-        examples=counts[0] if len(counts) == 1 else jnp.stack(counts),
+        examples=examples_of(loss, axes),
         sums={"expand": of("expand") | squares.blocks, "reduce": of("reduce")},
         leftover=None if inputs_only else squares.diagonals,
         moments=moments | squares.moments if plan.in_bases and not inputs_only else None,
     )
+
+
+def examples_of(loss: Loss, axes: tuple[str, ...]) -> jax.Array:
+    """Their number over all devices, of several terms each its own."""
+    counts = [global_count(term, axes) for term in loss.terms]
+    return counts[0] if len(counts) == 1 else jnp.stack(counts)

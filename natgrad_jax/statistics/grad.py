@@ -13,11 +13,12 @@ from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.losses.distribution_base import Outputs
 from natgrad_jax.losses.example_weights import check_values
 from natgrad_jax.losses.terms import Loss, LossFn, whole_count
-from natgrad_jax.state.walk import statistics_due
+from natgrad_jax.state.walk import states, statistics_due
 from natgrad_jax.statistics import from_cotangents as measurement, plan as planning
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_axes, check_params, check_terms
 from natgrad_jax.statistics.fisher_pass import (
+    examples_of,
     measure,
     measure_in_training_pass,
     shares_training_pass,
@@ -177,9 +178,10 @@ def of_one_part(
         check_values(loss)
         model.propagate(params, state)
         none, one = jax.tree.map(jnp.zeros_like, outputs), jnp.ones_like(value)
+        zero = jnp.zeros_like(value)
 
         def pull(cotangents: Any) -> Measured:
-            return measurement.measured(plan, axes, *pullback((jnp.zeros_like(value), cotangents)))
+            return measurement.measured(plan, axes, *pullback((zero, cotangents)))
 
         due = True if opt_state is None else _due(opt_state, loss, axes)
         alone = loss_scale is not None or not shares_training_pass(loss, plan)
@@ -189,7 +191,9 @@ def of_one_part(
         else:
             grads = scaled(lambda one: pullback((one, none))[0], one, loss_scale)
             own_pass = partial(measure, samples, rng, loss, plan, pull, axes)
-            statistics = _when(due, lambda: ((), own_pass()), lambda: ())[1]
+            statistics = own_pass() if due is True else _deferred(due, own_pass, loss, axes)
+            if opt_state is not None and len(states(opt_state)) > 1:
+                statistics = statistics.ready()  # once for all
         value, grads = psum(value, axes), psum(grads, axes)
         return ((value, aux) if has_aux else value), grads, statistics
 
@@ -227,6 +231,13 @@ def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:
     if not due.ndim:
         return due
     return jnp.any(due & (jnp.stack([whole_count(term, axes) for term in loss.terms]) > 0))
+
+
+def _deferred(
+    due: Any, own_pass: Callable[[], Statistics], loss: Loss, axes: tuple[str, ...]
+) -> Statistics:
+    examples = jnp.where(due, examples_of(loss, axes), 0)
+    return Statistics.deferred(examples, lambda: own_pass().shapes)
 
 
 def _when(due: Any, measure: Callable[[], Any], skip: Callable[[], Any]) -> Any:

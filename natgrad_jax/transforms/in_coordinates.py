@@ -155,6 +155,7 @@ def in_coordinates(
         if own:
             check_statistics(statistics, own, "in_coordinates", choice.outputs)
             assert statistics is not None
+            statistics = statistics.ready()
             state = _followed(state, statistics, updates, params, inner, own, config)
         mapped = _run(inner, _frozen(updates, layers), state, params, own, extra)
         examples = jnp.zeros(()) if statistics is None else statistics.examples

@@ -101,10 +101,11 @@ def update(
     layers: Layers,
     decay: jax.Array,
     estimator: Estimator = fisher_factors,
-) -> State:
-    """The state with this batch averaged in; unchanged if no example was measured."""
+) -> tuple[State, Statistics]:
+    """The state with this batch averaged in, unchanged if no example was measured; and what is left
+    of the statistics (:meth:`Statistics.use`)."""
 
-    def measured() -> State:
+    def measured(statistics: Statistics) -> State:
         rate = partial(factor_averages.rate, decay=decay)
         new = update_factors(state, statistics, layers, rate, estimator)
         diagonal, diagonal_weights, bad = _diagonals(state, statistics, layers, decay)
@@ -116,7 +117,7 @@ def update(
             rejected=new.rejected + bad,
         )
 
-    return jax.lax.cond(any_seen(statistics), measured, lambda: state)
+    return statistics.use(measured, lambda: state)
 
 
 def any_seen(statistics: Statistics) -> jax.Array:

@@ -101,7 +101,7 @@ def preconditioner(
         step = state.clock.step
         damping, decay = at(config.damping, step), at(config.decay, step)
         before = state
-        state = estimators.update(state, statistics, layers, decay, method.estimator)
+        state, statistics = estimators.update(state, statistics, layers, decay, method.estimator)
         # layers measured for the first time are refreshed now, not a period later
         first = estimators.first_seen(before, state)
         now = Now(updates, statistics, damping, decay, before.weights, first)
