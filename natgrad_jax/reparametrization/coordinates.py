@@ -26,8 +26,10 @@ from natgrad_jax.linalg.low_rank import (
     subspace,
 )
 from natgrad_jax.utils.precision import HIGHEST
+from natgrad_jax.utils.short_repr import printed_short
 
 
+@printed_short
 class Coordinates(NamedTuple):
     """One layer's coordinates; a field is None where it has no such basis, scale or centre.
 

@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax
 
 from natgrad_jax.curvature.layer_sums import Sums
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 
+@printed_short
 class Statistics(NamedTuple):
     """Raw sums over examples; ``jax.tree.map(jnp.add, s1, s2)`` gives those of both batches.
 
