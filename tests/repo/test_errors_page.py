@@ -45,7 +45,7 @@ def text(node: ast.expr, module: dict[str, ast.AST]) -> str:
 
 
 def _message(node: ast.AST) -> ast.expr | None:
-    """What an error, a warning or a reason for no block (``found.end(parameters, reason)``) says."""
+    """The text of an error, of a warning, or of a reason for no block: ``found.end(…, reason)``."""
     call = node.exc if isinstance(node, ast.Raise) else node
     if not isinstance(call, ast.Call) or not call.args:
         return None
