@@ -109,6 +109,7 @@ def test_states_stay_the_tuples_that_they_are():
     assert repr(again[0]) == repr(state[0])
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")  # its import
 def test_treescope_shows_a_states_fields():
     treescope = pytest.importorskip("treescope")
     text = treescope.render_to_text(ng.scale_by_kfac(LAYERS).init(PARAMS))
