@@ -4,6 +4,8 @@ import inspect
 import re
 from typing import Any
 
+from docutils import nodes
+
 import natgrad_jax
 
 project = "natgrad_jax"
@@ -13,6 +15,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "natgrad_jax"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 myst_heading_anchors = 3  # links to a page's sections, as README has them
 napoleon_use_rtype = False
@@ -43,6 +47,21 @@ def arguments_on_one_line(
     lines[:] = text.replace("(log |ψ|)", "(``log |ψ|``)").split("\n")  # |ψ| would be replaced
 
 
+# Docstrings have formulas in Unicode, readable by help(); the site sets them as mathematics.
+MATHEMATICS = re.compile("[Α-ωϵ√∇∂Σ⊗≈‖½⟨∘ⁱⁿ⁰¹²³⁴-⁹⁺⁻ᵀ₀-₉₋ₐ-ₜᵢ-ᵪ\u0304\u0302]")
+
+
+def formulas(app: Any, document: nodes.document) -> None:
+    """Literals with mathematical letters get a class of their own, for ``static/site.css``."""
+    is_literal = lambda node: isinstance(node, nodes.literal | nodes.literal_block)
+    for node in document.findall(is_literal):
+        text, language = node.astext(), node.get("language", "default")
+        if MATHEMATICS.search(text) and language == "default" and ">>>" not in text:
+            node["classes"].append("formula")
+            if isinstance(node, nodes.literal_block):
+                node["language"] = "text"
+
+
 def without_deprecated(
     app: Any, what: str, name: str, x: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
@@ -50,6 +69,7 @@ def without_deprecated(
 
 
 def setup(app: Any) -> None:
+    app.connect("doctree-read", formulas)
     app.connect("source-read", files_of_the_repository)
     app.connect("autodoc-skip-member", without_field_numbers)
     app.connect("autodoc-process-docstring", arguments_on_one_line, priority=100)

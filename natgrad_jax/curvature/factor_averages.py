@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.utils.short_repr import printed_short
 
 T = TypeVar("T")
 
 
+@printed_short
 class Factors(NamedTuple):
     """``A`` over inputs (bias last) and ``G`` over outputs: ``(*stack, *blocks, n, n)`` each.
 
@@ -24,6 +26,7 @@ class Factors(NamedTuple):
     G: jax.Array | None = None
 
 
+@printed_short
 class FactorsAndBias(NamedTuple):
     """Factors of a convolution under SUA or in groups: matrices over channels, and a separate bias.
 

@@ -17,11 +17,13 @@ from natgrad_jax.layers.layer_call import LayerCall, OneHotCall
 from natgrad_jax.linalg.gram import gram, one_axis
 from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.sharding import replicated, varying_like
+from natgrad_jax.utils.short_repr import printed_short
 
 # Patches, and gradients of single examples, take at most this many bytes at a time.
 MAX_CHUNK_BYTES = 64 * 2**20
 
 
+@printed_short
 class Sums(NamedTuple):
     """Raw sums over the rows (examples × positions) of a layer; they can be added.
 

@@ -20,6 +20,7 @@ from natgrad_jax.curvature.factor_averages import (
 )
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.layers.layer import Layer
+from natgrad_jax.utils.short_repr import printed_short
 
 
 class Shares(NamedTuple):
@@ -29,6 +30,7 @@ class Shares(NamedTuple):
     G: jax.Array | None
 
 
+@printed_short
 class FactorsOfTerms(NamedTuple):
     """Factors of a layer that several terms of the loss depend on: of all terms, and term by term.
 

@@ -23,6 +23,7 @@ from natgrad_jax.transforms.common.estimators import diagonal_of
 from natgrad_jax.transforms.common.second_moments import total_moments
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.hyperparams import is_concrete
 from natgrad_jax.utils.tree_paths import Path
 
 # Fields of other states in a report: numbers, and counted events.
@@ -66,8 +67,12 @@ class Report:
                     found[f"{name}{at}/{key}"] = x[index] if traced else x[index].item()
         return found
 
-    def __str__(self) -> str:
-        return table(self.scalars())
+    def __repr__(self) -> str:
+        # leaves may be anything: JAX's errors print reports of tracers, shapes or plain objects
+        known = all(
+            isinstance(x, jax.Array | np.ndarray) and is_concrete(x) for x in jax.tree.leaves(self)
+        )
+        return table(self.scalars()) if known else f"Report of {', '.join(self.order)}"
 
 
 def report(

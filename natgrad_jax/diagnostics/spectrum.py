@@ -15,9 +15,11 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.reparametrization.coordinates import second_and_mean
 from natgrad_jax.transforms.common.second_moments import total_moments
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 
+@printed_short
 class Spectra(NamedTuple):
     """Eigenvalues of one layer, ascending; its blocks count as one block-diagonal matrix.
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from natgrad_jax.layers.layer import Layer, Parameter
+from natgrad_jax.utils.short_repr import bytes_text
 from natgrad_jax.utils.tree_paths import join
 
 # Below this many parameters it does not matter which block they have.
@@ -25,7 +26,7 @@ def coverage_table(layers: Any) -> str:
     for layer in layers.values():
         block = layer.kind if layer.block == "kronecker" else f"{layer.kind}, {layer.block}"
         first, *rest = layer.parameters
-        add(first, block, _factor_sizes(layer), _bytes(_memory(layer)))
+        add(first, block, _factor_sizes(layer), bytes_text(_memory(layer)))
         for parameter in rest:
             add(parameter, block, f"with the {first.path[-1]}")
     for leftover in layers.leftover:
@@ -37,7 +38,7 @@ def coverage_table(layers: Any) -> str:
     lines.insert(1, "  ".join("─" * w for w in widths))
     share = 100 * covered / max(total, 1)
     cover = "layer covers" if len(layers) == 1 else "layers cover"
-    memory = _bytes(sum(map(_memory, layers.values())))
+    memory = bytes_text(sum(map(_memory, layers.values())))
     lines.append(
         f"{len(layers)} {cover} {covered:,} of {total:,} parameters ({share:.1f} %); "
         f"{len(layers.leftover)} left over. Factors take {memory}."
@@ -66,14 +67,6 @@ def _memory(layer: Layer) -> int:
     shapes = [layer.input_factor_shape, layer.output_factor_shape or (0,)]
     numbers = math.prod(layer.stack_sizes) * sum(map(math.prod, shapes))
     return numbers * layer.factor_dtype.itemsize
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"
 
 
 def _cell(text: str, width: int, column: int) -> str:

@@ -58,7 +58,10 @@ def check_paths(given: dict[Path, Any], layers: Layers) -> None:
                 f"{had}. Call find_layers again with this model's params."
             )
     if known and not given:
-        raise ValueError("the gradients hold no arrays: everything is masked out or missing.")
+        raise ValueError(
+            "the gradients hold no arrays: everything is masked out or missing. "
+            "Pass the grads of value_and_grad, and leave at least one layer unmasked."
+        )
 
 
 def _parameters_of(layer: Layer, given: dict[Path, jax.Array]) -> list[jax.Array] | None:

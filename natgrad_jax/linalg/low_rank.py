@@ -11,10 +11,12 @@ from natgrad_jax.linalg.batching import over_batch, trace_of
 from natgrad_jax.linalg.cholesky import inverse_root, squared
 from natgrad_jax.linalg.orthonormal import orthonormal
 from natgrad_jax.utils.precision import HIGHEST
+from natgrad_jax.utils.short_repr import printed_short
 
 GOLDEN = (5**0.5 - 1) / 2
 
 
+@printed_short
 class LowRankInverse(NamedTuple):
     """The symmetric matrix ``V inner Vᵀ + shift I``.
 

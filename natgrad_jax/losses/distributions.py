@@ -177,7 +177,8 @@ class Gaussian(Distribution):
             raise ValueError("Gaussian: give variance= or covariance=, not both.")
         if self.covariance is not None and self.event_axes != 1:
             raise ValueError(
-                f"Gaussian: covariance= is for one event axis; got event_ndims={self.event_axes}."
+                f"Gaussian: covariance= is for one event axis; got event_ndims={self.event_axes}. "
+                "Write event_ndims=1, or variance=."
             )
         if len(variance) == 2 and variance == mean and mean[0] == mean[1] > 1:
             warnings.warn(

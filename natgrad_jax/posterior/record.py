@@ -9,9 +9,11 @@ from natgrad_jax.curvature.factor_averages import FactorsLike
 from natgrad_jax.layers.collection import Layers, names
 from natgrad_jax.layers.layer import Parameter
 from natgrad_jax.utils import tree_paths
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path, join
 
 
+@printed_short
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Curvature:

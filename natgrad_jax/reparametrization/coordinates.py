@@ -26,8 +26,10 @@ from natgrad_jax.linalg.low_rank import (
     subspace,
 )
 from natgrad_jax.utils.precision import HIGHEST
+from natgrad_jax.utils.short_repr import printed_short
 
 
+@printed_short
 class Coordinates(NamedTuple):
     """One layer's coordinates; a field is None where it has no such basis, scale or centre.
 
@@ -59,7 +61,10 @@ class Coordinates(NamedTuple):
         Raises ValueError if these coordinates whiten no inputs.
         """
         if self.A is None or self.A_scale is None:
-            raise ValueError("these coordinates whiten no inputs: there is no U.")
+            raise ValueError(
+                "U whitens the inputs of a layer, and these coordinates have no A or no A_scale: "
+                'take coordinates="whitening", of a layer that is no embedding.'
+            )
         if self.A_rest is not None:
             return from_eigenpairs(self.A, self.A_scale, self.A_rest).as_matrix()
         return self.A_scale[..., :, None] * self.A.mT

@@ -28,6 +28,10 @@ class Divided:
     shape: tuple[int, ...] = field(metadata={"static": True})
     sharding: NamedSharding = field(metadata={"static": True})
 
+    def __repr__(self) -> str:
+        shape = ",".join(map(str, self.shape))
+        return f"Divided({getattr(self.padded, 'dtype', '?')}[{shape}], {self.sharding.spec})"
+
 
 def divided(
     init: Callable[[Any], Any], update: Callable[..., Any]

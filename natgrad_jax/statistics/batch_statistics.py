@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.utils.hyperparams import is_concrete
+from natgrad_jax.utils.short_repr import short_text
 from natgrad_jax.utils.tree_paths import Path
 
 T = TypeVar("T")
@@ -21,7 +22,6 @@ class Parts(NamedTuple):
     moments: dict[Path, jax.Array] | None = None
 
 
-@jax.tree_util.register_pytree_with_keys_class
 class Statistics:
     """Raw sums over examples; ``jax.tree.map(jnp.add, s1, s2)`` gives those of both batches.
 
@@ -66,14 +66,17 @@ class Statistics:
 
     @property
     def sums(self) -> dict[str, dict[Path, Sums]]:
+        """By weight sharing and layer path."""
         return self._parts().sums
 
     @property
     def leftover(self) -> dict[Path, jax.Array] | None:
+        """By parameter path."""
         return self._parts().leftover
 
     @property
     def moments(self) -> dict[Path, jax.Array] | None:
+        """By layer path."""
         return self._parts().moments
 
     @property
@@ -122,15 +125,15 @@ class Statistics:
         return Statistics(**({"examples": self.examples} | self._parts()._asdict() | fields))
 
     def __repr__(self) -> str:
-        return f"Statistics(examples={self.examples})"
+        return short_text("Statistics", {"examples": self.examples} | self.shapes._asdict())
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        fields = {"examples": self.examples} | self._parts()._asdict()
-        return tuple((jax.tree_util.GetAttrKey(k), x) for k, x in fields.items()), None
 
-    @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> "Statistics":
-        return cls(*children)
+def _flatten(statistics: Statistics) -> tuple[list[tuple[Any, Any]], None]:
+    fields = {"examples": statistics.examples} | statistics._parts()._asdict()
+    return [(jax.tree_util.GetAttrKey(name), x) for name, x in fields.items()], None
+
+
+jax.tree_util.register_pytree_with_keys(Statistics, _flatten, lambda _, own: Statistics(*own))
 
 
 def _zeros(shapes: Any) -> Any:

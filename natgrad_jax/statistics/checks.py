@@ -63,7 +63,8 @@ def _check_shapes(layer: Layer, sums: Sums) -> None:
             raise ValueError(
                 f"statistics of layer {join(layer.path)} have {name} of shape "
                 f"{tuple(factor.shape)}, these Layers need {wanted[0]}: they were measured on "
-                "another model, or for another group_size or convolution."
+                "another model, or for another approximation. Make Layers and gradients with one "
+                "model, and write grad_fn(…, opt_state=opt_state)."
             )
 
 

@@ -21,9 +21,11 @@ from natgrad_jax.statistics.example_jacobian import Problem, pulled
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.precision import HIGHEST
 from natgrad_jax.utils.sharding import vary
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 
+@printed_short
 class Rows(NamedTuple):
     """The statistics of :func:`natgrad_jax.exact_ngd`: rows, which stack over batches.
 

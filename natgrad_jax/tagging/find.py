@@ -73,7 +73,10 @@ def find_layers(
     tree, rest = model.split(params)
     parameters = model.parameters_of(tree)
     if not parameters:
-        raise ValueError("params holds no parameters: an empty tree has no layers to find.")
+        raise ValueError(
+            "params holds no parameters: an empty tree has no layers to find. Write "
+            "find_layers(loss_fn, params, batch)."
+        )
     tagged = tag(trace(loss_fn, tree, rest, args), parameters)
     layers = Layers(tagged.layers, _leftover(tagged), tagged.terms)
     for where, block in (blocks or {}).items():
@@ -99,7 +102,7 @@ def _warn(layers: Layers, total: int, loss: Loss) -> None:
     zero = [name for name, is_zero in zip(names, known, strict=True) if is_zero]
     if zero:
         warnings.warn(
-            f"scaled by 0, and so without gradient and Fisher, of the terms of the loss: "
+            f"terms of the loss are scaled by 0 and have no gradient and no Fisher: "
             f"{', '.join(zero)}. Leave them out; a scale that changes in training is an argument "
             "of loss_fn.",
             UncoveredWarning,
@@ -110,7 +113,8 @@ def _warn(layers: Layers, total: int, loss: Loss) -> None:
         told = "; ".join(f"{join(x.path)} ({x.reason})" for x in left)
         warnings.warn(
             f"{len(left)} of {total} parameters have no block of their own and get the diagonal "
-            f"of the Fisher: {told}",
+            f"of the Fisher: {told}. To choose that, and see no warning: "
+            f'find_layers(…, blocks={{"{join(left[0].path)}": "diagonal"}}).',
             UncoveredWarning,
             stacklevel=3,
         )

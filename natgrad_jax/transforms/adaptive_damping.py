@@ -15,6 +15,7 @@ from natgrad_jax.transforms.common.extra_args import needed, on_parameters
 from natgrad_jax.transforms.quadratic_model import QuadraticModelState
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import check_fraction, check_period, check_positive, is_concrete
+from natgrad_jax.utils.short_repr import printed_short
 
 # How many values of λ the state remembers.
 HISTORY = 1000
@@ -76,6 +77,7 @@ def levenberg_marquardt(period: int = 5, omega: float = 19 / 20) -> DampingRule:
     return DampingRule(period, omega**-period, omega**period)
 
 
+@printed_short
 class AdaptiveDampingState(NamedTuple):
     """State of :func:`adaptive_damping`.
 

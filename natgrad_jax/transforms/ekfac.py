@@ -36,11 +36,13 @@ from natgrad_jax.transforms.common.trust_radius import (
     before_rate,
 )
 from natgrad_jax.utils.hyperparams import Scalar, check_positive
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 MOMENTS = ("intra_batch", "running_average")
 
 
+@printed_short
 class EKFACState(NamedTuple):
     """State of :func:`scale_by_ekfac`; dictionaries by layer path, or parameter path if leftover.
 

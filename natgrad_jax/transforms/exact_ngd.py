@@ -21,12 +21,14 @@ from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_positive
 from natgrad_jax.utils.precision import HIGHEST, at_least_float32
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 # By parameter.
 Tree = dict[Path, Float[Array, "..."]]
 
 
+@printed_short
 class ExactNGDState(NamedTuple):
     """State of :func:`scale_by_exact_ngd`.
 

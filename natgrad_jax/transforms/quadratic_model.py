@@ -11,8 +11,10 @@ from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.transforms.common.extra_args import needed, on_parameters
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_not_negative
+from natgrad_jax.utils.short_repr import printed_short
 
 
+@printed_short
 class QuadraticModelState(NamedTuple):
     """State of :func:`scale_by_quadratic_model`.
 

@@ -33,11 +33,13 @@ from natgrad_jax.transforms.common.refresh_schedule import (
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import all_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_positive
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 USUAL = staggered(20)
 
 
+@printed_short
 class ShampooState(NamedTuple):
     """State of :func:`scale_by_shampoo`, dictionaries by the path of a kernel.
 

@@ -40,11 +40,13 @@ from natgrad_jax.transforms.common.refresh_schedule import (
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import all_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_positive
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 USUAL = staggered(10)
 
 
+@printed_short
 class SOAPState(NamedTuple):
     """State of :func:`scale_by_soap`, dictionaries by the path of a kernel.
 

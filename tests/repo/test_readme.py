@@ -20,6 +20,7 @@ BLOCKS = {
 }
 AFTER_README = "<!-- starts with the scope of README's first block -->"
 Scope = dict[str, Any]
+KEY = jax.random.key(0)
 
 
 def run(page: str, blocks: list[str], scope: Scope) -> Scope:
@@ -66,11 +67,15 @@ def freezes(scope: Scope) -> None:
     assert measured == {("Dense_0",)}
 
 
-def micro_batches_are_the_batch(scope: Scope) -> None:
+def every_division_gives_the_same(scope: Scope) -> None:
     np.testing.assert_allclose(scope["same_loss"], scope["loss"], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(scope["same_grads"]), jax.tree.leaves(scope["grads"])):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert scope["same_statistics"].examples == scope["statistics"].examples
+    for loss in (scope["mapped_loss"], scope["hosts_loss"]):
+        np.testing.assert_allclose(loss, scope["loss"], rtol=1e-5)
+    later, _, _ = scope["mapped"](scope["new_params"], scope["new_state"], *scope["batch"], KEY)
+    assert scope["loss_fn"](later, *scope["batch"]).value < scope["loss"]
 
 
 def reports(scope: Scope) -> None:
@@ -96,7 +101,7 @@ def masks(scope: Scope) -> None:
 CHECKS: dict[str, Callable[[Scope], None]] = {
     "README.md": trains,
     "docs/checkpoints.md": resumes_where_it_stopped,
-    "docs/devices.md": micro_batches_are_the_batch,
+    "docs/devices.md": every_division_gives_the_same,
     "docs/diagnosing.md": reports,
     "docs/differential_equations.md": solves,
     "docs/frameworks.md": learns_in_each_framework,

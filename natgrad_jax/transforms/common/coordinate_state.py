@@ -23,9 +23,11 @@ from natgrad_jax.transforms.common import estimators
 from natgrad_jax.transforms.common.refresh_schedule import RefreshSchedule
 from natgrad_jax.transforms.common.transport import transport
 from natgrad_jax.utils.hyperparams import Scalar, at
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 
+@printed_short
 class InCoordinatesState(NamedTuple):
     """State of :func:`in_coordinates`; dictionaries by layer path.
 

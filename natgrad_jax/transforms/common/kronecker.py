@@ -31,9 +31,11 @@ from natgrad_jax.transforms.common.preconditioner import (
     preconditioner,
 )
 from natgrad_jax.transforms.common.refresh_schedule import Renewed, refresh_due
+from natgrad_jax.utils.short_repr import printed_short
 from natgrad_jax.utils.tree_paths import Path
 
 
+@printed_short
 class KFACState(NamedTuple):
     """State of :func:`scale_by_kfac`; dictionaries by layer path, or parameter path if leftover.
 

@@ -159,7 +159,10 @@ def _with_fields(option: str, value: Any, fields: Mapping[str, Any]) -> Any:
     known = {x.name for x in dataclasses.fields(record)}
     if not set(fields) <= known:
         wrong = ", ".join(f"{k}={v!r}" for k, v in fields.items() if k not in known)
-        raise ValueError(f"{wrong} does not go with {option}={_as_written(record)}.")
+        raise ValueError(
+            f"{wrong} does not go with {option}={_as_written(record)}: leave it out, or choose "
+            f"another {option}."
+        )
     return dataclasses.replace(record, **fields)
 
 
