@@ -4,7 +4,7 @@ The text is that of Python's ``help()``, ``pydoc_data.topics``. K-FAC finds atte
 embeddings and normalizations by itself: the first table shows the block of each. Adam is trained
 beside it, and at the end K-FAC's model writes a little.
 
-    python examples/character_transformer.py         # two minutes on two cores
+    python examples/character_transformer.py         # a minute on two cores
     python examples/character_transformer.py --fast  # a few steps, as the tests do
 """
 

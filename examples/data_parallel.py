@@ -70,7 +70,7 @@ def train(devices, steps, trained_on, held_out):
 
     opt_state = jax.device_put(tx.init(params), everywhere)  # or the second step compiles again
     random, seconds, rows = np.random.default_rng(0), 0.0, []
-    for i in track(range(steps + 1), f"{devices} device(s)"):
+    for i in track(range(steps + 1), f"devices: {devices}"):
         if i % 4 == 0:
             scores = evaluate(params, *trained_on)[0], *evaluate(params, *held_out)
             rows.append((BATCH // devices, i, seconds, *scores))
@@ -100,18 +100,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     figure, table = Figure((9, 3.6), dpi=80, layout="constrained"), Table("devices", *COLUMNS)
     axes = figure.subplots(1, 2)
     for (n, rows), color, width in zip(curves.items(), ("C1", "C0"), (5, 1.5)):
-        axes[0].semilogy(rows[:, 1], rows[:, 3], color, lw=width, label=f"{n} device(s), training")
-        axes[0].semilogy(
-            rows[:, 1], rows[:, 4], color + "--", lw=width, label=f"{n} device(s), validation"
-        )
+        for column, style in ((3, "-"), (4, "--")):
+            label = f"{COLUMNS[column]}, devices: {n}"
+            axes[0].semilogy(rows[:, 1], rows[:, column], color + style, lw=width, label=label)
         table.add_row(str(n), *(f"{x:.4g}" for x in rows[-1]))
     axes[0].set(xlabel="steps", ylabel="loss (nats per image)")
     axes[0].legend()
     for column, style in ((3, "-"), (4, "--")):
-        axes[1].plot(
-            one[:, 1], many[:, column] / one[:, column] - 1, "C0" + style, label=COLUMNS[column]
-        )
-    axes[1].set(xlabel="steps", ylabel="loss on four devices / on one − 1")
+        difference = 1e6 * (many[:, column] / one[:, column] - 1)
+        axes[1].plot(one[:, 1], difference, "C0" + style, label=COLUMNS[column])
+    axes[1].set(xlabel="steps", ylabel="how far the losses are apart (millionths)")
     axes[1].legend()
     figure.savefig(args.output)
     rich.print(table)

@@ -35,8 +35,8 @@ def is_the_same_on_four_devices(numbers: Numbers) -> None:
 
 
 def is_divided(numbers: Numbers) -> None:
-    for what in ("parameters", "state"):
-        assert numbers[f"parts MB of {what}"] < 0.3 * numbers[f"copies MB of {what}"]
+    for what in ("weights", "state"):
+        assert numbers[f"parts {what} (MB)"] < 0.3 * numbers[f"copies {what} (MB)"]
     assert numbers["parts training loss"] == pytest.approx(
         numbers["copies training loss"], rel=0.05
     )
