@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     images, labels = load_digits(return_X_y=True)
     images, labels = jnp.asarray(images.reshape(-1, 8, 8, 1) / 16), jnp.asarray(labels)
     parts = (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
-    steps = 40 if args.fast else 120
+    steps = 60 if args.fast else 120
     curves = {name: train(f, steps, *parts) for name, f in (("K-FAC", kfac), ("Adam", adam))}
     return show(curves, args.output)
 
