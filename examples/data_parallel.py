@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", default="data_parallel.png", help="the picture")
     args, _ = parser.parse_known_args(argv)  # a notebook has arguments of its own
     images, labels = load_digits(return_X_y=True)
-    images = np.asarray(images / 16, np.float32)
+    images, labels = np.float32(images / 16), np.int32(labels)
     parts = (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
     curves = {n: train(n, 20 if args.fast else 100, *parts) for n in (1, jax.device_count())}
     one, many = curves.values()

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", default="fsdp.png", help="the picture")
     args, _ = parser.parse_known_args(argv)  # a notebook has arguments of its own
     images, labels = load_digits(return_X_y=True)
-    images = np.asarray(images / 16, np.float32)
+    images, labels = np.float32(images / 16), np.int32(labels)
     parts = (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
     specs, steps = {"copies": P(), "parts": P("data")}, 8 if args.fast else 60
     runs = {name: train(name, spec, steps, *parts) for name, spec in specs.items()}

@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.distributed.initialize(args.coordinator, PROCESSES, args.process_id)
     images, labels = load_digits(return_X_y=True)
-    images = np.asarray(images / 16, np.float32)
+    images, labels = np.float32(images / 16), np.int32(labels)
     parts = (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
     rows = train(20 if args.fast else 100, *parts)
     if jax.process_index() > 0:
