@@ -38,15 +38,17 @@ def divided(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation with its state divided over the mesh axes of the parameters.
 
-    If ``init`` is given parameters that are sharded over Auto axes, outside ``jit``; else its state
-    is as ever. ``update`` sees whole arrays, and the compiler decides what is computed where.
+    If ``init`` is given parameters that are sharded over Auto axes, outside ``jit``. Beside whole
+    parameters on such a mesh the state is whole on all its devices, as after a step: else the
+    second step would be compiled anew. ``update`` sees whole arrays, and the compiler decides what
+    is computed where.
     """
 
     def divided_init(params: optax.Params) -> Any:
-        known = _shardings(params)
+        known, everywhere = _shardings(params), _everywhere(params)
         if not known:
-            return init(params)
-        everywhere = NamedSharding(next(iter(known.values())).mesh, PartitionSpec())
+            state = init(params)
+            return state if everywhere is None else jax.device_put(state, everywhere)
 
         def made() -> Any:
             return jax.tree.map(lambda x: _put(x, _sharding_for(x.shape, known)), init(params))
@@ -110,15 +112,28 @@ def _names(axes: Any) -> tuple[str, ...]:
     return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
 
 
+def _auto(params: Any) -> list[tuple[tuple[int, ...], NamedSharding]]:
+    """Shapes and shardings of the parameters that are on a mesh of Auto axes."""
+    found = []
+    for x in jax.tree.leaves(params):
+        sharding = getattr(x, "sharding", None) if is_concrete(x) else None
+        kinds = sharding.mesh.axis_types if isinstance(sharding, NamedSharding) else ()
+        if kinds and all(kind == AxisType.Auto for kind in kinds):
+            found.append((tuple(x.shape), sharding))
+    return found
+
+
+def _everywhere(params: Any) -> NamedSharding | None:
+    """The sharding of whole arrays on the parameters' mesh."""
+    return next((NamedSharding(own.mesh, PartitionSpec()) for _, own in _auto(params)), None)
+
+
 def _shardings(params: Any) -> dict[tuple[int, ...], NamedSharding]:
     """Of the parameters that are divided over Auto axes of a mesh, by shape."""
     found: dict[tuple[int, ...], NamedSharding] = {}
-    for x in jax.tree.leaves(params):
-        sharding = getattr(x, "sharding", None) if is_concrete(x) else None
-        if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
-            continue
-        if all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
-            found.setdefault(tuple(x.shape), sharding)
+    for shape, sharding in _auto(params):
+        if not sharding.is_fully_replicated:
+            found.setdefault(shape, sharding)
     return found
 
 

@@ -47,7 +47,7 @@ def trace(
     """
     leaves, structure = jax.tree.flatten((tree, rest, args))
     is_array = [_is_array(x) for x in leaves]
-    arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
+    arrays = [_canonical(x) for x, a in zip(leaves, is_array, strict=True) if a]
     found: dict[str, Any] = {}
 
     def flat(*arrays: Any) -> list[Any]:
@@ -115,6 +115,13 @@ def _with_fixed(loss: Loss, fixed: Sequence[tuple[str, ...]]) -> Loss:
         for term, names in zip(loss.terms, fixed, strict=True)
     ]
     return replace(loss, terms=tuple(terms))
+
+
+def _canonical(x: Any) -> Any:
+    """Of a shape alone, that of the array that it becomes: int32 for int64 without 64 bits."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    return x.update(dtype=jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True))
 
 
 def _is_array(x: Any) -> bool:

@@ -191,3 +191,22 @@ def test_what_does_not_fit_is_still_refused() -> None:
     larger = jax.tree.map(grown, saved)
     with pytest.raises(ValueError, match="saved as"):
         ng.restore_state(larger, tx.init(divided(parameters())))
+
+
+def test_beside_whole_parameters_on_a_mesh_a_step_is_compiled_once() -> None:
+    own, (x, y) = layers(), data()
+    tx, grad_fn = ng.kfac(0.1, own), ng.value_and_grad(loss_fn, own)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    params = jax.device_put(parameters(), NamedSharding(mesh, P()))
+    batch = jax.device_put((x, y), NamedSharding(mesh, P("data")))
+
+    @jax.jit
+    def step(params: Any, state: Any, key: jax.Array) -> Any:
+        _, grads, statistics = grad_fn(params, *batch, rng=key, opt_state=state)
+        updates, state = tx.update(grads, state, params, statistics=statistics)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(2):
+        params, state = step(params, state, jax.random.key(i))
+    assert step._cache_size() == 1

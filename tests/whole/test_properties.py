@@ -354,6 +354,16 @@ def test_params_may_lie_in_dataclasses() -> None:
     assert updates.own["kernel"].shape == (4, 2)
 
 
+def test_shapes_of_numpys_labels_are_enough() -> None:
+    """Their int64 is int32 for JAX."""
+    loss_fn = lambda W, x, y: ng.Categorical(x @ W).nll(y)
+    shape = lambda *sizes, dtype: jax.ShapeDtypeStruct(sizes, dtype)
+    batch = shape(8, 4, dtype=np.float64), shape(8, dtype=np.int64)
+    with jax.enable_x64(False):
+        layers = ng.find_layers(loss_fn, shape(4, 3, dtype=np.float32), *batch)
+    assert not layers.uncovered
+
+
 def test_an_abstract_nnx_model_is_enough() -> None:
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
