@@ -11,6 +11,7 @@ of a few thousand parameters allows.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def solution(x):
 
 def init(key):
     glorot, keys = jax.nn.initializers.glorot_normal(), jax.random.split(key, len(WIDTHS))
-    return [(glorot(k, s), jnp.zeros(s[1])) for k, s in zip(keys, zip(WIDTHS, WIDTHS[1:]))]
+    return [(glorot(k, s), jnp.zeros(s[1])) for k, s in zip(keys, itertools.pairwise(WIDTHS))]
 
 
 def network(params, x):
@@ -104,7 +105,9 @@ def train(name, steps, tested):
         return params, opt_state, error
 
     opt_state, errors = tx.init(params), []
-    jax.block_until_ready(step(params, opt_state, jax.random.key(0)))  # compiles
+    # compiles; twice, since optax's line search begins with a state of other (weak) types
+    _, again, _ = step(params, opt_state, jax.random.key(0))
+    jax.block_until_ready(step(params, again, jax.random.key(0)))
     begun = time.perf_counter()
     for i in track(range(steps), f"{name:9}"):
         params, opt_state, error = step(params, opt_state, jax.random.key(i))
