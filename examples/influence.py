@@ -86,7 +86,7 @@ def plot(path, rankings, wrong, query, data, influences, told):
     axes.legend()
     order = np.argsort(influences)
     panels = right.subplots(3, SHOWN)
-    panels[0, 0].text(10, 4, told, va="center")
+    panels[0, 0].text(10, 4, told, va="center").set_in_layout(False)
     show = lambda panel, image: panel.imshow(image.reshape(8, 8), cmap="gray_r")
     for panel in panels.ravel():
         panel.axis("off")

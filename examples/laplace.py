@@ -122,7 +122,7 @@ def plot(path, x, y, grid, mean, std):
         xlabel="x",
         ylabel="y",
         ylim=(-4, 4),
-        title="Laplace posterior of a network of 2,701 parameters",
+        title="a network and its Laplace posterior",
     )
     axes.legend(ncols=2, fontsize="small")
     figure.savefig(path, dpi=110)

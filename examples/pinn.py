@@ -6,7 +6,7 @@ twice. K-FAC finds its layers in it all the same, and takes its step size and mo
 exact quadratic model of the loss. ``ng.exact_ngd`` solves with the whole Fisher, which a network
 of a few thousand parameters allows.
 
-    python examples/pinn.py          # two minutes on one core
+    python examples/pinn.py          # a minute on one core
     python examples/pinn.py --fast   # a few steps, as the tests do
 """
 
@@ -28,7 +28,6 @@ from rich.table import Table
 import natgrad_jax as ng
 
 WIDTHS, INSIDE, BOUNDARY, GRID = (2, 32, 32, 1), 400, 120, 65
-# Steps of about equal seconds on one core.
 STEPS = {"Adam": 2500, "K-FAC": 600, "exact NGD": 80}
 FAST = {"Adam": 100, "K-FAC": 100, "exact NGD": 25}
 
@@ -67,7 +66,7 @@ def sample(key):
 
 def contender(name, params, points, steps):
     """The transformation, and what measures its loss, gradients and statistics."""
-    if name == "Adam":  # of 3e-3, 1e-2 and 2e-2, the best
+    if name == "Adam":  # of 3e-3, 1e-2, 2e-2 and 5e-2
         plain = jax.value_and_grad(lambda params, *points: loss_fn(params, *points).value)
         tx = optax.with_extra_args_support(optax.adam(optax.cosine_decay_schedule(2e-2, steps)))
         return tx, lambda params, points, _: (*plain(params, *points), None)

@@ -6,7 +6,7 @@ sample ψ², and the gradient of the energy takes local energies alone. ``ng.los
 gradient a curvature, the covariance of the derivatives of log ψ. With it, ``ng.exact_ngd`` is
 stochastic reconfiguration (minSR), and K-FAC is what FermiNet is trained by.
 
-    python examples/variational_monte_carlo.py          # two minutes on one core
+    python examples/variational_monte_carlo.py          # a minute on one core
     python examples/variational_monte_carlo.py --fast   # a few steps, as the tests do
 """
 
