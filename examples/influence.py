@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", type=Path, default=Path("influence.png"))
     args = parser.parse_args(argv)
     data, wrong, clean = digits()
-    params, layers = train(data, 100 if args.fast else 400)
+    params, layers = train(data, 60 if args.fast else 120)
     curvature = ng.posterior.from_data(
         loss_fn, params, [data], layers, kind="ekfac", fisher="exact"
     )
