@@ -1,9 +1,11 @@
 """Every example runs in its fast setting, and its numbers are what its page says of them."""
 
+import csv
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.once
@@ -48,15 +50,48 @@ def trains_on_all_hosts(numbers: Numbers) -> None:
     assert numbers["accuracy"] > 0.9
 
 
+def solves_the_equation(errors: Numbers) -> None:
+    assert errors["exact NGD"] < 0.02
+    assert errors["K-FAC"] < 0.1 and errors["K-FAC"] < errors["Adam"] / 2
+
+
+def finds_the_ground_state(errors: Numbers) -> None:
+    assert errors["minSR"] < 1e-3 and errors["K-FAC"] < 0.01
+
+
+def keeps_the_pole_up(moves: Numbers) -> None:
+    assert moves["K-FAC"] > 200  # at first it falls after about 20
+
+
+def knows_what_it_does_not_know(numbers: Numbers) -> None:
+    assert numbers["gap_std"] > 3 * numbers["data_std"]
+    assert numbers["beyond_laplace"] < numbers["beyond_alone"] / 5
+    assert numbers["data_within"] > 0.9
+
+
+def finds_wrong_labels(found: Numbers) -> None:
+    assert found["influence"] > 0.5 and found["at random"] < 0.2
+
+
+def reports(numbers: Numbers) -> None:
+    assert numbers["last"] < 0.75 * numbers["first"] and numbers["reports"] == 10
+
+
 CHECKS: dict[str, Callable[[Numbers], None]] = {
+    "actor_critic": keeps_the_pole_up,
     "character_transformer": predicts_characters,
     "data_parallel": is_the_same_on_four_devices,
     "fsdp": is_divided,
     "image_classifier_equinox": classifies,
     "image_classifier_linen": classifies,
     "image_classifier_nnx": classifies,
+    "influence": finds_wrong_labels,
+    "laplace": knows_what_it_does_not_know,
     "lora": fine_tunes,
+    "pinn": solves_the_equation,
     "several_hosts": trains_on_all_hosts,
+    "tensorboard_and_csv": reports,
+    "variational_monte_carlo": finds_the_ground_state,
 }
 
 
@@ -68,8 +103,15 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     spec.loader.exec_module(example)
     picture = tmp_path / "picture.png"
     notebooks = ["-f", "kernel.json"]  # arguments that a notebook's kernel was started with
-    CHECKS[name](example.main([*notebooks, "--fast", "--output", str(picture)]))
+    numbers = example.main([*notebooks, "--fast", "--output", str(picture)])
+    assert np.isfinite(list(numbers.values())).all()
+    CHECKS[name](numbers)
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5_000
+    if name == "tensorboard_and_csv":
+        with picture.with_suffix(".csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows] == list(range(10, 101, 10))
+        assert float(rows[-1]["loss"]) == numbers["last"]
 
 
 def test_every_example_is_run_and_shown() -> None:
