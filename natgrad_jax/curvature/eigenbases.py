@@ -116,10 +116,9 @@ def renewed(
     def renew() -> tuple[jax.Array, jax.Array]:
         if method == "eigh":
             return eigenbasis(factor)
-        return jax.lax.cond(jnp.any(first), _first_or_refined, refine, factor, old)
-
-    def _first_or_refined(factor: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _where(first, eigenbasis(factor), refine(factor, old))
+        refined = refine(factor, old)
+        anew = lambda: _where(first, eigenbasis(factor), refined)
+        return jax.lax.cond(jnp.any(first), anew, lambda: refined)
 
     if tolerance is None:
         return renew()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -40,10 +41,13 @@ def orthonormal_basis(Y: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n
 
 def _passes(Y: Float[Array, "*batch n k"], shifts: Sequence[int]) -> Float[Array, "*batch n k"]:
     """With shifts in roundings of columns of norm one."""
+    added = jnp.asarray(shifts, Y.dtype) * jnp.finfo(Y.dtype).eps
     eye = jnp.eye(Y.shape[-1], dtype=Y.dtype)
-    for shift in shifts:
+
+    def better(i: jax.Array, Y: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
         norms = jnp.sqrt(jnp.sum(jnp.square(Y), -2, keepdims=True))
         Y = Y / jnp.where(norms > 0, norms, 1)
-        gram = jnp.matmul(Y.mT, Y, precision=HIGHEST) + shift * jnp.finfo(Y.dtype).eps * eye
-        Y = jnp.matmul(Y, inverse_root(gram).mT, precision=HIGHEST)
-    return Y
+        gram = jnp.matmul(Y.mT, Y, precision=HIGHEST) + added[i] * eye
+        return jnp.matmul(Y, inverse_root(gram).mT, precision=HIGHEST)
+
+    return jax.lax.fori_loop(0, len(shifts), better, Y)  # compiled once

@@ -23,7 +23,7 @@ RENAMED: tuple[tuple[str, str], ...] = ()
 
 # Fields that some older version lacks, which start as in tx.init; fields of older versions that are
 # no longer needed.
-ADDED: frozenset[str] = frozenset(("examples", "beyond=diagonal"))
+ADDED: frozenset[str] = frozenset(("examples", "beyond=diagonal", "every_step"))
 REMOVED: frozenset[str] = frozenset()
 
 # Fields by layer or parameter: 0.1.0 also kept those that optax.masked takes away.

@@ -117,8 +117,9 @@ def _auto(params: Any) -> list[tuple[tuple[int, ...], NamedSharding]]:
     found = []
     for x in jax.tree.leaves(params):
         sharding = getattr(x, "sharding", None) if is_concrete(x) else None
-        kinds = sharding.mesh.axis_types if isinstance(sharding, NamedSharding) else ()
-        if kinds and all(kind == AxisType.Auto for kind in kinds):
+        if not isinstance(sharding, NamedSharding):
+            continue
+        if all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
             found.append((tuple(x.shape), sharding))
     return found
 

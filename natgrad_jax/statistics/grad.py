@@ -23,7 +23,6 @@ from natgrad_jax.statistics.fisher_pass import (
     measure_in_training_pass,
     shares_training_pass,
 )
-from natgrad_jax.statistics.from_cotangents import Measured
 from natgrad_jax.statistics.sample_space import check_rng, scaled, value_and_rows
 from natgrad_jax.tagging.tagged import Tagged, tag
 from natgrad_jax.tracing import model
@@ -180,17 +179,21 @@ def of_one_part(
         none, one = jax.tree.map(jnp.zeros_like, outputs), jnp.ones_like(value)
         zero = jnp.zeros_like(value)
 
-        def pull(cotangents: Any) -> Measured:
-            return measurement.measured(plan, axes, *pullback((zero, cotangents)))
+        due = True if plan.every_step else _due(opt_state, loss, axes)
 
-        due = True if opt_state is None else _due(opt_state, loss, axes)
+        def own_pass() -> Statistics:
+            # In a branch the forward pass is run again: what it needs of the first one would be
+            # kept on the steps that measure nothing, too, and that costs more.
+            back = pullback if due is True else jax.vjp(forward, tree, values, has_aux=True)[1]
+            pull = lambda given: measurement.measured(plan, axes, *back((zero, given)))
+            return measure(samples, rng, loss, plan, pull, axes)
+
         alone = loss_scale is not None or not shares_training_pass(loss, plan)
         if plan.fisher == "empirical" and not alone:
             both = partial(measure_in_training_pass, pullback, (one, none), loss, plan, axes)
             grads, statistics = _when(due, both, lambda: pullback((one, none))[0])
         else:
             grads = scaled(lambda one: pullback((one, none))[0], one, loss_scale)
-            own_pass = partial(measure, samples, rng, loss, plan, pull, axes)
             statistics = own_pass() if due is True else _deferred(due, own_pass, loss, axes)
             if opt_state is not None and len(states(opt_state)) > 1:
                 statistics = statistics.ready()  # once for all

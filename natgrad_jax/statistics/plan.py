@@ -33,9 +33,10 @@ class Plan(NamedTuple):
     moments. ``blocks``, ``moments``: layers whose examples' gradients are not available, so that
     full blocks and moments come from squared sums. ``diagonals``: parameters with a diagonal block.
     ``in_bases``: whether a transformation needs moments at all. ``fisher``: where labels come from,
-    ``"none"`` also if no transformation needs more than inputs. ``examples``: for each term of the
-    loss, the axis of its outputs that counts examples. ``passes``: the terms of each backward pass;
-    terms that depend on the same parameter are in different passes.
+    ``"none"`` also if no transformation needs more than inputs. ``every_step``: whether it is known
+    that this step measures. ``examples``: for each term of the loss, the axis of its outputs that
+    counts examples. ``passes``: the terms of each backward pass; terms that depend on the same
+    parameter are in different passes.
     """
 
     readers: dict[Path, Any]
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     diagonals: tuple[Parameter, ...]
     in_bases: bool
     fisher: str
+    every_step: bool
     examples: tuple[int | None, ...]
     passes: tuple[tuple[int, ...], ...]
 
@@ -111,7 +113,10 @@ def make_plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Pl
     in_bases = bool(with_moments)
     together = [{*x.terms} for x in layers.values()] + [{*p.terms} for p in diagonals]
     passes = _apart(len(examples), together)
-    return Plan(readers, bases, blocks, moments, diagonals, in_bases, fisher, examples, passes)
+    every_step = opt_state is None or any(spec.every_step for spec, _ in requested)
+    return Plan(
+        readers, bases, blocks, moments, diagonals, in_bases, fisher, every_step, examples, passes
+    )
 
 
 def _widest(sizes: Sequence[int | None]) -> int | None:

@@ -21,13 +21,18 @@ class StatisticsSpec(NamedTuple):
     """``approximation`` of the factors; ``moments``: whether to measure squared gradients in the
     current bases too; ``inputs_only``: whether input factors suffice, which need no Fisher pass;
     ``stride``: k, to measure every k-th example; None: :func:`usual_stride`. ``split``: how damping
-    is divided between factors (for diagnostics; the backward pass does not need it)."""
+    is divided between factors (for diagnostics; the backward pass does not need it).
+    ``every_step``: whether each step is known to measure, so that no branch is needed."""
 
     approximation: Approximation = Approximation()
     moments: bool = False
     inputs_only: bool = False
     stride: int | None = 1
     split: str = damping_split.DEFAULT
+    every_step: bool = False
+
+
+FLAGS = ("moments", "inputs_only", "every_step")
 
 
 def encode(spec: StatisticsSpec) -> EncodedSpec:
@@ -39,7 +44,7 @@ def encode(spec: StatisticsSpec) -> EncodedSpec:
     own, usual = (asdict(r.approximation) | r._asdict() for r in (spec, StatisticsSpec()))
     named = (*asdict(Approximation()), "stride", "split")
     chosen = {f"{k}={own[k]}": () for k in named if own[k] != usual[k]}
-    return chosen | {k: () for k in ("moments", "inputs_only") if own[k]}
+    return chosen | {k: () for k in FLAGS if own[k]}
 
 
 def decode(encoded: EncodedSpec) -> StatisticsSpec:
@@ -51,8 +56,8 @@ def decode(encoded: EncodedSpec) -> StatisticsSpec:
         values["centred"] = values["centred"] == "True"
     stride, split = values.pop("stride", "1"), values.pop("split", StatisticsSpec().split)
     stride = None if stride == "None" else int(stride)
-    flags = ("moments" in encoded, "inputs_only" in encoded)
-    return StatisticsSpec(Approximation(**values), *flags, stride, split)
+    flags = {name: name in encoded for name in FLAGS}
+    return StatisticsSpec(Approximation(**values), stride=stride, split=split, **flags)
 
 
 def stride_of(fraction: Any, period: Any) -> int | None:
@@ -61,7 +66,7 @@ def stride_of(fraction: Any, period: Any) -> int | None:
     Without one, all examples are measured if every step measures, else :func:`usual_stride`.
     """
     if fraction is None:
-        return 1 if isinstance(period, int | float) and period == 1 else None
+        return 1 if is_one(period) else None
     known = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if not known or not 0 < fraction <= 1:
         raise ValueError(
@@ -70,6 +75,11 @@ def stride_of(fraction: Any, period: Any) -> int | None:
             f"{fraction!r}. (Under optax.inject_hyperparams name it in static_args.)"
         )
     return max(round(1 / fraction), 1)
+
+
+def is_one(period: Any) -> bool:
+    """Whether a period is known to be a single step."""
+    return isinstance(period, int | float) and period == 1
 
 
 def usual_stride(examples: int) -> int:

@@ -19,7 +19,7 @@ from natgrad_jax.state.clock import due
 from natgrad_jax.state.divided import divided
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
-from natgrad_jax.statistics.spec import StatisticsSpec
+from natgrad_jax.statistics.spec import StatisticsSpec, is_one
 from natgrad_jax.transforms.common import coordinate_state, estimators
 from natgrad_jax.transforms.common.coordinate_state import InCoordinatesState
 from natgrad_jax.transforms.common.options import approximation_of, renamed_keywords
@@ -128,7 +128,8 @@ def in_coordinates(
     config = coordinate_state.CoordinateConfig(
         choice, epsilon, decay, statistics_period, schedule, samples, on_refresh
     )
-    request = StatisticsSpec(form, inputs_only=not choice.outputs)
+    every_step = samples is None and is_one(statistics_period)
+    request = StatisticsSpec(form, inputs_only=not choice.outputs, every_step=every_step)
     approximated = layers.approximate(form)
     has_some = [
         path for path, x in approximated.items() if charts.applies(x) and choice.find is not None

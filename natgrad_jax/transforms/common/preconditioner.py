@@ -15,7 +15,7 @@ from natgrad_jax.state.clock import due, start, tick
 from natgrad_jax.state.divided import divided
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_statistics
-from natgrad_jax.statistics.spec import StatisticsSpec, encode
+from natgrad_jax.statistics.spec import StatisticsSpec, encode, is_one
 from natgrad_jax.transforms.common import apply, estimators
 from natgrad_jax.transforms.common.refresh_schedule import RefreshSchedule
 from natgrad_jax.transforms.common.trust_radius import TrustRadius, checked, radius_at
@@ -125,7 +125,7 @@ def _initial_state(layers: Layers, config: PreconditionerConfig, method: Method)
     return method.state(
         clock=start(len(layers.terms)),
         damping=at(config.damping, jnp.zeros((), jnp.int32)),
-        request=encode(config.request),
+        request=encode(config.request._replace(every_step=is_one(config.statistics_period))),
         members=members_of(layers),
         **method.start(layers),
         **estimators.start(layers, config.factor_dtype)._asdict(),
