@@ -1,4 +1,4 @@
-"""Loss, gradients and curvature statistics from one forward pass."""
+"""Loss, gradients and curvature statistics of one batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -82,9 +82,10 @@ def value_and_grad(
 ) -> GradFn[Any]:
     """Like ``jax.value_and_grad`` of the loss, with the layers' curvature statistics.
 
-    One forward pass. Its pullback is called with the loss's cotangent for the gradients, and with
+    The pullback of the forward pass is called with the loss's cotangent for the gradients, and with
     the Fisher's output cotangents for the statistics: ``Σ ā āᵀ`` and ``Σ g gᵀ`` over each layer's
-    examples and positions, ``g = ∂(−log p)/∂s`` of one example, not divided by the batch size.
+    examples and positions, ``g = ∂(−log p)/∂s`` of one example, not divided by the batch size. With
+    ``opt_state`` only some steps measure, and these run the forward pass twice.
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a :class:`Loss`, or ``(Loss, aux)``.
