@@ -60,7 +60,8 @@ def _aligned(
     blocks, features = call.block_axes, call.output_axes(len(use.out))
     rows = {a for a in range(len(use.out)) if a not in (*blocks, *features)}
     found: dict[int, tuple[int, ...]] = {}  # split axes of the bias by the output's axis
-    for own, theirs in zip(bias.axes, output.axes, strict=True):
+    everywhere = ((),) * len(output.axes)  # a single number without axes is added as it is
+    for own, theirs in zip(bias.axes or everywhere, output.axes, strict=True):
         outputs = [_axis(output, a, use.own_out) for a in theirs if output.extent(a) != 1]
         mine = tuple(a for a in own if bias.extent(a) != 1)
         if all(a < 0 for a in mine):  # none, or a broadcast

@@ -70,6 +70,11 @@ def find_layers(
     head/bias    dense  3      with the kernel           3  20.0 %
     1 layer covers 15 of 15 parameters (100.0 %); 0 left over. Factors take 136 B.
     """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function; got {type(loss_fn).__name__}. Write "
+            "find_layers(loss_fn, params, batch)."
+        )
     tree, rest = model.split(params)
     parameters = model.parameters_of(tree)
     if not parameters:

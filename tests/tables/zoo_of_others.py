@@ -317,6 +317,11 @@ def conditional(p, x):
     return linear(p["head"], jnp.tanh(lax.cond(x.sum() > 0, steep, flat, x)))
 
 
+def shared_offset(p, x):
+    """One number is added to every output of a layer: no bias, which has one for each."""
+    return linear(p["head"], jnp.tanh(x @ p["w"] + p["b"]))
+
+
 def on_one_device():
     """The user's own shard_map: parameters everywhere, examples divided."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
@@ -349,6 +354,11 @@ SEPARABLE = {"depth": (3, 3, 1, FEATURES), "point": (1, 1, FEATURES, 6), "bias":
 PLAIN = [
     Other("mlp of tuples", lambda: plain(tuples, LIST, vector()), layers=3),
     Other("ensemble by einsum", lambda: plain(ensemble, MEMBERS, vector()), layers=2),
+    Other(
+        "one number for all outputs",
+        lambda: plain(shared_offset, {"w": (FEATURES, FEATURES), "b": ()} | HEAD, vector()),
+        layers=3,
+    ),
     Other("kernels (out, in)", lambda: plain(transposed, TORCH, vector()), layers=2),
     Other(
         "fused qkv",

@@ -64,3 +64,36 @@ def test_gradients_are_jaxs_own_and_a_step_is_finite(case: Any) -> None:
         assert bool(jnp.isfinite(x).all())
     silent = {path for path, sums in statistics.layers.items() if not jnp.any(sums.A != 0)}
     assert silent == {("steep",)} & set(layers)  # the branch that does not run
+
+
+X = jax.random.normal(jax.random.key(0), (8, 4))
+SCALAR_BIASES = {
+    "a vector": (lambda p, x: x @ p["w"][:, 0] + p["b"], ()),
+    "one column, taken before": (lambda p, x: (x @ p["w"])[:, 0] + p["b"], ()),
+    "one column, taken after": (lambda p, x: (x @ p["w"] + p["b"])[:, 0], ()),
+    "under vmap": (lambda p, x: jax.vmap(lambda x: x @ p["w"][:, 0] + p["b"])(x), ()),
+    "its only element": (lambda p, x: x @ p["w"][:, 0] + p["b"][0], (1,)),
+}
+
+
+@pytest.mark.parametrize("name", SCALAR_BIASES)
+def test_a_bias_of_one_number_is_in_its_layers_block(name: str, float64: None) -> None:
+    """Then A is the Fisher of a linear regression, exactly."""
+    forward, shape = SCALAR_BIASES[name]
+    x, params = X.astype(float), {"w": jnp.ones((4, 1)), "b": jnp.zeros(shape)}
+
+    def loss_fn(params: Any, x: jax.Array) -> ng.Loss:
+        return ng.Gaussian(forward(params, x), event_ndims=0).nll(x[:, 0] ** 2)
+
+    layers = ng.find_layers(loss_fn, params, x)
+    assert len(layers) == 1 and not layers.uncovered
+    grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
+    _, grads, statistics = grad_fn(params, x)
+    tx = ng.scale_by_kfac(layers, 1e-20, inverse="cholesky")
+    updates, _ = tx.update(grads, tx.init(params), params, statistics=statistics)
+    F = jnp.concatenate([jnp.ones((8, 1)), x], axis=1)
+    wanted = jnp.linalg.solve(
+        F.T @ F / 8, jnp.concatenate([jnp.ravel(grads["b"]), grads["w"][:, 0]])
+    )
+    found = jnp.concatenate([jnp.ravel(updates["b"]), updates["w"][:, 0]])
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)

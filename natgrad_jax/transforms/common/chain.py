@@ -6,7 +6,7 @@ import optax
 
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.utils import tree_paths
-from natgrad_jax.utils.hyperparams import Scalar, at, check_positive
+from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_positive
 
 
 def descent(
@@ -29,6 +29,7 @@ def trace(decay: Scalar | None, nesterov: bool = False) -> optax.GradientTransfo
     """``optax.trace`` with a decay that may be a schedule; the identity for None."""
     if decay is None:
         return optax.identity()
+    check_fraction(momentum=decay)
     # optax.trace takes a number only; with inject_hyperparams it takes a schedule
     make = optax.inject_hyperparams(optax.trace) if callable(decay) else optax.trace
     return make(decay=decay, nesterov=nesterov)
