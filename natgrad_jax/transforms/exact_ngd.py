@@ -16,7 +16,14 @@ from natgrad_jax.state.clock import Clock, start, tick
 from natgrad_jax.statistics.fisher_rows import Gram, Rows, gram
 from natgrad_jax.statistics.sample_space import GRAM
 from natgrad_jax.statistics.spec import EncodedSpec
-from natgrad_jax.transforms.common.chain import descent, per_squared_rate
+from natgrad_jax.transforms.common.chain import descent
+from natgrad_jax.transforms.common.trust_radius import (
+    PerExample,
+    TrustRadius,
+    before_rate,
+    checked,
+    radius_at,
+)
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.finite import only_finite
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_positive
@@ -50,7 +57,7 @@ class ExactNGDState(NamedTuple):
 
 def scale_by_exact_ngd(
     damping: Scalar = 1e-3, *, momentum: Scalar | None = None,
-    trust_radius: Scalar | None = None, whole_jacobian: bool = True,
+    trust_radius: TrustRadius | None = None, whole_jacobian: bool = True,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Precondition gradients by the exact damped Fisher of the batch.
 
@@ -95,7 +102,8 @@ def scale_by_exact_ngd(
     >>> tx.update(grads, tx.init(params), statistics=rows)[0]["w"].round(3)
     Array([1., 1., 1.], dtype=float32)
     """
-    check_positive(damping=damping, trust_radius=1 if trust_radius is None else trust_radius)
+    check_positive(damping=damping)
+    radius = checked(trust_radius)
     check_fraction(momentum=0 if momentum is None else momentum)
 
     def init_fn(params: optax.Params) -> ExactNGDState:
@@ -122,8 +130,9 @@ def scale_by_exact_ngd(
         wide = {p: x.astype(at_least_float32(x.dtype)) for p, x in gradient.items()}
         J = _operators(rows, gradient)
         found, quadratic, used = direction(J, wide, at(damping, step), prior)
-        if trust_radius is not None:
-            bound = jnp.sqrt(at(trust_radius, step) / jnp.where(quadratic > 0, quadratic, 1))
+        if radius is not None:
+            kappa = radius_at(radius, step, rows.examples)
+            bound = jnp.sqrt(kappa / jnp.where(quadratic > 0, quadratic, 1))
             scale = jnp.where(quadratic > 0, jnp.minimum(1, bound), 1)
             found = {p: x * scale for p, x in found.items()}
         found = {p: x.astype(gradient[p].dtype) for p, x in found.items()}
@@ -140,7 +149,8 @@ def scale_by_exact_ngd(
 
 def exact_ngd(
     learning_rate: Scalar, *, damping: Scalar = 1e-3, momentum: Scalar | None = None,
-    trust_radius: Scalar | None = None, weight_decay: Scalar = 0.0, whole_jacobian: bool = True,
+    trust_radius: Scalar | PerExample | None = None, weight_decay: Scalar = 0.0,
+    whole_jacobian: bool = True,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """The exact natural gradient, with SPRING's momentum, a trust region and weight decay.
 
@@ -152,7 +162,8 @@ def exact_ngd(
         ``value_fn=lambda params, statistics: loss_fn(params, batch).value``: it must name every
         extra argument of ``update``.
       damping, momentum, whole_jacobian: as in :func:`scale_by_exact_ngd`.
-      trust_radius: κ; the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None: no bound.
+      trust_radius: κ; the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``; None: no bound;
+        :class:`~natgrad_jax.PerExample`: in proportion to the batch.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
 
     Returns:
@@ -166,9 +177,11 @@ def exact_ngd(
     >>> import natgrad_jax as ng
     >>> tx = ng.exact_ngd(1.0, damping=1e-4, momentum=0.9)
     """
-    radius = per_squared_rate(trust_radius, learning_rate)
     inner = scale_by_exact_ngd(
-        damping, momentum=momentum, trust_radius=radius, whole_jacobian=whole_jacobian
+        damping,
+        momentum=momentum,
+        trust_radius=before_rate(trust_radius, learning_rate),
+        whole_jacobian=whole_jacobian,
     )
     return descent(inner, Layers({}), learning_rate, optax.identity(), weight_decay)
 

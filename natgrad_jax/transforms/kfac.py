@@ -56,6 +56,7 @@ def scale_by_kfac(
         (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
         ``ΔᵀFΔ = Δᵀ∇``. The learning rate is taken as 1 here (:func:`kfac` uses its own).
+        :class:`~natgrad_jax.PerExample`: in proportion to the batch.
       inverse: how factors are inverted: ``"low_rank"``, or ``"cholesky"``, ``"eigh"`` or
         ``"newton_schulz"``, which are exact; or a record: :class:`~natgrad_jax.LowRank`,
         :class:`~natgrad_jax.Cholesky`, :class:`~natgrad_jax.Eigh`,

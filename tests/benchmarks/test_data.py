@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 from lib import data
 from races import race
 
+pytestmark = pytest.mark.once
 RECORDS = 3  # a tiny CIFAR-10 batch
 
 

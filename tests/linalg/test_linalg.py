@@ -17,7 +17,7 @@ from natgrad_jax.linalg import (
 )
 from natgrad_jax.linalg.batched_solve import Problem, in_stacks
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
 
 @pytest.mark.parametrize("n", [1, 7, 128, 515])

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from natgrad_jax.linalg.low_rank import initial_subspace, subspace
+from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
 from natgrad_jax.linalg.orthonormal import orthonormal
+
+pytestmark = pytest.mark.once
 
 
 def factor(n: int, decay: float, dtype: Any) -> jax.Array:
@@ -54,3 +57,18 @@ def test_directions_come_back_after_a_factor_of_zeros() -> None:
 
 def test_what_is_not_finite_stays_so() -> None:
     assert not np.isfinite(np.asarray(orthonormal(jnp.full((5, 2), jnp.nan)))).any()
+
+
+@pytest.mark.parametrize("n", [5, 127, 128, 129, 300])
+@pytest.mark.parametrize("rank", ["whole", "a third", "zero"])
+def test_a_refined_basis_is_orthogonal_and_nearer_in_float32(n: int, rank: str) -> None:
+    """Also where the factor is zero: from the identity, towards the eigenvectors."""
+    columns = {"whole": n, "a third": n // 3, "zero": 0}[rank]
+    rows = np.random.default_rng(n).normal(size=(n, columns)) / np.arange(1, columns + 1)
+    F = jnp.asarray(rows @ rows.T, jnp.float32)
+    Q, before = jnp.eye(n, dtype=jnp.float32), off_diagonal(F, jnp.eye(n, dtype=jnp.float32))
+    for _ in range(10):
+        Q, along = jax.jit(refine)(F, Q)
+        np.testing.assert_allclose(Q.T @ Q, np.eye(n), atol=1e-5)
+    assert off_diagonal(F, Q) <= 0.2 * before
+    np.testing.assert_allclose(along.sum(), jnp.trace(F), rtol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 
 import natgrad_jax as ng
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("float64")]
 
 KEPT = np.array([0, 2, 3, 5])
 

@@ -13,6 +13,8 @@ import natgrad_jax as ng
 from natgrad_jax.layers.limits import MAX_FACTOR, WIDE_BLOCK
 from natgrad_jax.linalg.cholesky import damped_inverse
 
+pytestmark = pytest.mark.once
+
 # Each with a rate at which it trains the network below.
 MAKERS: dict[str, Any] = {
     "kfac": (ng.kfac, 0.05),

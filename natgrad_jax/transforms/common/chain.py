@@ -6,7 +6,7 @@ import optax
 
 from natgrad_jax.layers.collection import Layers
 from natgrad_jax.utils import tree_paths
-from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_positive
+from natgrad_jax.utils.hyperparams import Scalar, check_fraction
 
 
 def descent(
@@ -47,13 +47,3 @@ def _weight_decay(rate: Scalar, layers: Layers) -> optax.GradientTransformation:
         )
 
     return optax.add_decayed_weights(rate, mask=decays if frozen else None)
-
-
-def per_squared_rate(trust_radius: Scalar | None, learning_rate: Scalar) -> Scalar | None:
-    """κ / η²: the trust radius of an update before the learning rate scales it."""
-    if trust_radius is None:
-        return None
-    if callable(trust_radius) or callable(learning_rate):
-        return lambda step: at(trust_radius, step) / at(learning_rate, step) ** 2
-    check_positive(trust_radius=trust_radius, learning_rate=learning_rate)
-    return trust_radius / learning_rate**2
