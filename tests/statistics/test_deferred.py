@@ -1,0 +1,68 @@
+"""Statistics that are measured where they are used."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgrad_jax as ng
+
+model = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(3)])
+X, Y = jax.random.normal(jax.random.key(0), (12, 4)), jnp.arange(12) % 3
+PARAMS = model.init(jax.random.key(1), X)["params"]
+KEY = jax.random.key(2)
+
+
+def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> ng.Loss:
+    return ng.Categorical(model.apply({"params": params}, x)).nll(y)
+
+
+LAYERS = ng.find_layers(loss_fn, PARAMS, X, Y)
+grad_fn = ng.value_and_grad(loss_fn, LAYERS)
+
+
+def branches(tx: Any, use: Any) -> int:
+    """How many branches ``use(statistics)`` puts into the program."""
+    state = tx.init(PARAMS)
+    measured = lambda state: use(grad_fn(PARAMS, X, Y, rng=KEY, opt_state=state)[2])
+    return str(jax.make_jaxpr(measured)(state)).count("cond[")
+
+
+def test_whoever_reads_them_finds_the_same() -> None:
+    """Inside the jit of the update before it and after it, and outside."""
+    tx = ng.kfac(0.1, LAYERS)
+    state = tx.init(PARAMS)
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        _, grads, statistics = grad_fn(PARAMS, X, Y, rng=KEY, opt_state=state)
+        before = statistics.layers
+        _, state = tx.update(grads, state, PARAMS, statistics=statistics)
+        return before, statistics, state
+
+    before, found, now = step(state)
+    alone = jax.jit(lambda s: grad_fn(PARAMS, X, Y, rng=KEY, opt_state=s)[2])(state)
+    at_once = grad_fn(PARAMS, X, Y, rng=KEY)[2]
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for sums in (found.layers, alone.layers, at_once.layers):
+        jax.tree.map(close, before, sums)
+    assert float(found.examples) == 12
+    _, idle, _ = step(now)  # the next step measures nothing
+    assert float(idle.examples) == 0 and not any(x.any() for x in jax.tree.leaves(idle))
+
+
+@pytest.mark.parametrize(("period", "expected"), [(1, 0), (10, 1)])
+def test_a_branch_only_where_one_is_needed(period: int, expected: int) -> None:
+    tx = ng.kfac(0.1, LAYERS, statistics_period=period)
+    assert branches(tx, lambda statistics: statistics.ready()) == expected
+    assert branches(tx, lambda statistics: statistics.examples) == 0
+
+
+def test_two_transformations_share_one_measurement() -> None:
+    labels = {"layers_0": "one", "layers_2": "two"}
+    tx = optax.partition({"one": ng.kfac(0.1, LAYERS), "two": ng.ekfac(0.1, LAYERS)}, labels)
+    assert branches(tx, lambda statistics: (statistics.layers, statistics.leftover)) == 1
