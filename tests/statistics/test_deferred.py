@@ -66,3 +66,34 @@ def test_two_transformations_share_one_measurement() -> None:
     labels = {"layers_0": "one", "layers_2": "two"}
     tx = optax.partition({"one": ng.kfac(0.1, LAYERS), "two": ng.ekfac(0.1, LAYERS)}, labels)
     assert branches(tx, lambda statistics: (statistics.layers, statistics.leftover)) == 1
+
+
+EVERY_WAY = {
+    "kfac": lambda **how: ng.kfac(0.1, LAYERS, **how),
+    "kfac, woodbury": lambda **how: ng.kfac(0.1, LAYERS, inverse=ng.Woodbury(8), **how),
+    "ekfac": lambda **how: ng.ekfac(0.1, LAYERS, **how),
+    "ekfac, running average": lambda **how: ng.ekfac(0.1, LAYERS, moments="running_average", **how),
+    "ngd": lambda **how: ng.ngd(0.1, LAYERS, **how),
+    "prong": lambda **how: ng.prong(0.1, LAYERS, **how),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_WAY)
+def test_measured_in_the_update_or_before_it_the_steps_are_the_same(name: str) -> None:
+    tx = EVERY_WAY[name](statistics_period=2)
+
+    def step(params: Any, state: Any, key: jax.Array, before: bool) -> Any:
+        _, grads, statistics = grad_fn(params, X, Y, rng=key, opt_state=state)
+        statistics = statistics.ready() if before else statistics
+        updates, state = tx.update(grads, state, params, statistics=statistics)
+        return optax.apply_updates(params, updates), state
+
+    found = []
+    for before in (False, True):
+        run = jax.jit(lambda *args, before=before: step(*args, before))
+        params, state = PARAMS, tx.init(PARAMS)
+        for i in range(4):
+            params, state = run(params, state, jax.random.key(i))
+        found.append(params)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, *found)

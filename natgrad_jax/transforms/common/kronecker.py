@@ -75,7 +75,8 @@ def kronecker(
         return _refresh(state, layers, now, method, config)
 
     apply = lambda layer, state, path, x, damping: operate(layer, state.bases[path], x)
-    return preconditioner(layers, config, Method(KFACState, start, follow, apply))
+    own = Method(KFACState, start, follow, apply, follows_sums=method.update_rank > 0)
+    return preconditioner(layers, config, own)
 
 
 def _absorb(state: KFACState, layers: Layers, now: Now, rank: int) -> KFACState:

@@ -56,8 +56,9 @@ class Method(NamedTuple):
     ``members`` and its own, which ``start(layers)`` returns. ``follow(state, layers, now)`` → the
     state with this step's inverses or bases, where the factors are up to date already.
     ``apply(layer, state, path, gradient, damping)`` → the layer's natural gradient, packed as the
-    gradient. ``estimator``: computes the factors that are averaged. All see layers of equal
-    geometry as one (:mod:`~natgrad_jax.layers.bundles`).
+    gradient. ``estimator``: computes the factors that are averaged. ``follows_sums``: whether
+    ``follow`` reads the sums of the statistics, which the averages use up otherwise. All see layers
+    of equal geometry as one (:mod:`~natgrad_jax.layers.bundles`).
     """
 
     state: Callable[..., Any]
@@ -65,6 +66,7 @@ class Method(NamedTuple):
     follow: Callable[[Any, Layers, Now], Any]
     apply: Callable[[Layer, Any, Path, jax.Array, jax.Array], jax.Array]
     estimator: estimators.Estimator = estimators.fisher_factors
+    follows_sums: bool = False
 
 
 def preconditioner(
@@ -101,6 +103,7 @@ def preconditioner(
         step = state.clock.step
         damping, decay = at(config.damping, step), at(config.decay, step)
         before = state
+        statistics = statistics.ready() if method.follows_sums else statistics
         state, statistics = estimators.update(state, statistics, layers, decay, method.estimator)
         # layers measured for the first time are refreshed now, not a period later
         first = estimators.first_seen(before, state)
