@@ -186,9 +186,11 @@ def of_one_part(
         def own_pass() -> Statistics:
             # In a branch the forward pass is run again: what it needs of the first one would be
             # kept on the steps that measure nothing, too, and that costs more.
-            back = pullback if due is True else jax.vjp(forward, tree, values, has_aux=True)[1]
+            back, own = pullback, loss
+            if due is not True:
+                _, back, (own, *_) = jax.vjp(forward, tree, values, has_aux=True)
             pull = lambda given: measurement.measured(plan, axes, *back((zero, given)))
-            return measure(samples, rng, loss, plan, pull, axes)
+            return measure(samples, rng, own, plan, pull, axes)
 
         alone = loss_scale is not None or not shares_training_pass(loss, plan)
         if plan.fisher == "empirical" and not alone:

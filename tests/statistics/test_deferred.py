@@ -62,6 +62,20 @@ def test_a_branch_only_where_one_is_needed(period: int, expected: int) -> None:
     assert branches(tx, lambda statistics: statistics.examples) == 0
 
 
+def test_the_branch_keeps_nothing_of_the_training_pass() -> None:
+    """What it needed of it would be written and kept on every step."""
+    tx = ng.kfac(0.1, LAYERS)
+
+    def step(state: Any, x: jax.Array, y: jax.Array) -> Any:
+        _, grads, statistics = grad_fn(PARAMS, x, y, rng=KEY, opt_state=state)
+        return tx.update(grads, state, PARAMS, statistics=statistics)
+
+    jaxpr = jax.make_jaxpr(step)(tx.init(PARAMS), X, Y).jaxpr
+    branches = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    of_examples = [v for e in branches for v in e.invars if v.aval.shape[:1] == (len(X),)]
+    assert of_examples and set(of_examples) <= {*jaxpr.invars[-2:]}
+
+
 def test_two_transformations_share_one_measurement() -> None:
     labels = {"layers_0": "one", "layers_2": "two"}
     tx = optax.partition({"one": ng.kfac(0.1, LAYERS), "two": ng.ekfac(0.1, LAYERS)}, labels)
