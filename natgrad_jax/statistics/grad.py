@@ -188,7 +188,7 @@ def of_one_part(
             # kept on the steps that measure nothing, too, and that costs more.
             back, own = pullback, loss
             if due is not True:
-                _, back, (own, *_) = jax.vjp(forward, tree, values, has_aux=True)
+                _, back, (own, _, _) = jax.vjp(forward, tree, values, has_aux=True)
             pull = lambda given: measurement.measured(plan, axes, *back((zero, given)))
             return measure(samples, rng, own, plan, pull, axes)
 
