@@ -81,7 +81,7 @@ class EKFACState(NamedTuple):
 @renamed_keywords
 def scale_by_ekfac(
     layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
-    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     trust_radius: TrustRadius | None = None, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
@@ -115,7 +115,9 @@ def scale_by_ekfac(
         it is not divided between the factors.
       decay: of factors and of S, at each measurement: new = decay · old + (1 − decay) · batch,
         bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps between measurements; the first step always measures.
+      statistics_period: steps between measurements; the first step always measures. None: 10, and
+        unless a refresh period is given steps 1, 2, 4 and 8 measure and refresh all layers too, as
+        curvature soon differs from that of the initial parameters.
       refresh_period: steps between refreshes of the bases; the first step always computes them.
         None: 20, staggered (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
@@ -228,9 +230,9 @@ def _apply(
 @renamed_keywords
 def ekfac(
     learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.8,
-    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | PerExample | None = 2e-3, moments: str = "intra_batch",
+    trust_radius: Scalar | PerExample | None = PerExample(), moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
     factor_dtype: DTypeLike | None = None,

@@ -28,7 +28,7 @@ from natgrad_jax.utils.hyperparams import Scalar, check_positive
 @renamed_keywords
 def scale_by_kfac(
     layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
-    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     trust_radius: TrustRadius | None = None, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
     statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
@@ -51,7 +51,9 @@ def scale_by_kfac(
       damping: λ > 0, in the units of the Fisher (loss per parameter squared).
       decay: of the factors, at each measurement: factor = decay · old + (1 − decay) · batch,
         bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps between measurements; the first step always measures.
+      statistics_period: steps between measurements; the first step always measures. None: 10, and
+        unless a refresh period is given steps 1, 2, 4 and 8 measure and refresh all layers too, as
+        curvature soon differs from that of the initial parameters.
       refresh_period: steps between inversions; the first step always inverts. None: 20, staggered
         (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
@@ -110,9 +112,9 @@ def scale_by_kfac(
 @renamed_keywords
 def kfac(
     learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.8,
-    statistics_period: Scalar = 10, refresh_period: Scalar | None = None,
+    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | PerExample | None = 2e-3, inverse: Inverse | str = "low_rank",
+    trust_radius: Scalar | PerExample | None = PerExample(), inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
     statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
@@ -131,9 +133,8 @@ def kfac(
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``. None:
-        no bound. Use a smaller one for noisier gradients and rougher factors (1e-3 for ``"sua"``);
-        an autoencoder at batch 512 gains from values up to 1e-2. :class:`~natgrad_jax.PerExample`
-        is in proportion to the batch, for small ones.
+        no bound. :class:`~natgrad_jax.PerExample`: in proportion to the batch. Smaller ones suit
+        noisier gradients and rougher factors; an autoencoder at batch 512 gains from 1e-2.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``.

@@ -35,7 +35,7 @@ def test_every_state_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
 def test_a_state_of_four_devices_goes_on_on_one_and_on_two(tmp_path: Path) -> None:
     params, layers, grad_fn = setting()
     x, y = jnp.ones((8, 4)), jnp.arange(8) % 3
-    tx = ng.ekfac(0.1, layers)
+    tx = ng.ekfac(0.1, layers, statistics_period=10)
     step = training_step(tx, grad_fn)
 
     def placed(devices: int, tree: Any, *spec: str) -> Any:

@@ -145,16 +145,29 @@ def test_periods_count_steps_from_the_first_and_nothing_recompiles(make):
     assert change([ng.bases(s) for s in states]) == list(range(0, 20, 4))
 
 
-def test_statistics_are_measured_only_where_due():
+@pytest.mark.parametrize(
+    ("periods", "measured", "changed"),
+    [
+        ({"statistics_period": 3}, [0, 3, 6, 9, 12], [0]),
+        ({"refresh_period": 4}, [0, 10], [0, 12]),  # between, nothing was measured
+        ({}, [0, 1, 2, 4, 8, 10], [0, 1, 2, 4, 8]),
+    ],
+)
+@pytest.mark.parametrize("alias", [ng.kfac, ng.ekfac])
+def test_statistics_are_measured_only_where_due(alias, periods, measured, changed):
+    """At the defaults all layers are measured and refreshed early; later they are in turn."""
     params, layers, grad_fn = setting()
-    tx = ng.kfac(0.01, layers, statistics_period=3)
-    state, update, counts = tx.init(params), updater(tx), []
-    for i in range(7):
+    tx = alias(0.01, layers, **periods)
+    state, update, seen, moved = tx.init(params), updater(tx), [], []
+    for i in range(13):
         _, grads, statistics = grad_fn(params, *batch(i), rng=jax.random.key(i), opt_state=state)
-        counts.append(float(statistics.examples))
-        assert all(np.any(x) == (i % 3 == 0) for x in jax.tree.leaves(statistics))
-        _, state = update(grads, state, statistics)
-    assert counts == [8, 0, 0, 8, 0, 0, 8]
+        due = i in measured
+        assert all(np.any(x) == due for x in jax.tree.leaves(statistics))
+        seen += [i] if float(statistics.examples) == 8 else []
+        before, (_, state) = ng.bases(state), update(grads, state, statistics)
+        pairs = zip(*map(jax.tree.leaves, (before, ng.bases(state))), strict=True)
+        moved += [i] if not any(np.array_equal(a, b) for a, b in pairs) else []
+    assert seen == measured and moved == changed
 
 
 def test_statistics_that_come_unasked_are_used():

@@ -228,11 +228,12 @@ def test_a_policy_learns(which: str) -> None:
         reward.append(float(play[-1].mean()))
         for _ in range(2):  # the second is off-policy
             p, state, _ = step(p, state, jax.random.key(i), *play)
-    assert reward[0] < -4 and np.mean(reward[-3:]) > -0.8
+    assert reward[0] < -4 and np.mean(reward[-3:]) > -1
     assert (p["log_std"] < -0.2).all()
 
 
-@pytest.mark.parametrize("which, options", [("kfac", {"learning_rate": 0.05}),
+@pytest.mark.parametrize("which, options", [("kfac", {"learning_rate": 0.05, "trust_radius": 2e-3,
+                                                      "statistics_period": 10}),
                                             ("exact_ngd", {"learning_rate": 0.1})])  # fmt: skip
 def test_the_ground_state_of_a_chain(which: str, options: Any) -> None:
     p, states = float32(weights(SPINS, 8, 1), STATES)

@@ -97,11 +97,13 @@ USUAL = staggered(PERIOD)
 
 class RefreshSchedule(NamedTuple):
     """A checked choice. ``period``: a float, an array or a schedule, in steps; ``staggered``:
-    whether layers are refreshed at different steps; ``over``: the devices that share the work."""
+    whether layers are refreshed at different steps; ``over``: the devices that share the work;
+    ``usual``: whether no period was given."""
 
     period: Scalar
     staggered: bool = False
     over: Devices | None = None
+    usual: bool = False
 
 
 def refresh_record(refresh: Refresh | str | None) -> Refresh:
@@ -139,7 +141,7 @@ def refresh_schedule(
             "staggered refreshes give each layer its own step of the period, which must be known "
             f"when the transformation is made: write refresh=ng.staggered(20); got {period!r}."
         )
-    return RefreshSchedule(period, is_staggered, devices(refresh.over))
+    return RefreshSchedule(period, is_staggered, devices(refresh.over), given is None)
 
 
 class Turns(NamedTuple):

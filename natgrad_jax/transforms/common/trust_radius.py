@@ -15,7 +15,8 @@ class PerExample:
 
     Where noise makes up the gradient, ``∇ᵀΔ`` is ``tr(F⁻¹Σ)/N``, in proportion to 1/N, and steps of
     a fixed κ keep a loss above its least by about ``√(κ tr(F⁻¹Σ)/N)``. In proportion to N, κ keeps
-    that part the same for every batch.
+    that part the same for every batch. The default of :func:`~natgrad_jax.kfac` and
+    :func:`~natgrad_jax.ekfac`: 1e-3 for 125 examples, 5e-3 from 625 on.
 
     Args:
       rate: of κ per example; tokens count as examples if the loss is a mean over tokens.
@@ -31,7 +32,7 @@ class PerExample:
     >>> tx = ng.kfac(0.1, ng.Layers({}), trust_radius=ng.PerExample(2e-5))
     """
 
-    rate: float = 1e-5
+    rate: float = 8e-6
     most: float = 5e-3
 
     def __post_init__(self) -> None:
