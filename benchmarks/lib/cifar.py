@@ -206,6 +206,9 @@ def compare(methods: dict[str, Method], script: str, doc: str, argv: Sequence[st
     searched: dict[str, dict[str, float]] = {}
     curves, rates = {}, {}
     for name, method in methods.items():
+        if args.trust_radius is not None and method.fisher == "mc":
+            make = partial(method.make, trust_radius=args.trust_radius)
+            method = method._replace(make=make)
         rates[name], searched[name] = search(method, of, args)
         curves[name] = run(method, rates[name], of, args, args.updates)
         console.print(f"{name:>10} {rates[name]:g}: test error {curves[name].test_error[-1]:.2%}")
@@ -262,5 +265,6 @@ def parse_arguments(argv: Sequence[str], doc: str, output: str) -> argparse.Name
     add("--evaluations", type=positive, default=20)
     add("--batch-size", type=positive, default=128)
     add("--width", type=positive, default=16, help="channels of the first convolutions")
+    add("--trust-radius", type=float, metavar="X", help="of K-FAC and EKFAC, not their default")
     add("--output", type=Path, default=Path(output))
     return parser.parse_args(argv)

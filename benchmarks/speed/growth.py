@@ -21,7 +21,6 @@ larger ones of its method, and named. Writes PREFIX.json and PREFIX.png.
 """
 
 import argparse
-import inspect
 import shlex
 import sys
 import time
@@ -36,6 +35,7 @@ import numpy as np
 from rich.console import Console
 
 import natgrad_jax as ng
+from natgrad_jax.transforms.common.preconditioner import MEASURED
 from natgrad_jax.transforms.common.refresh_schedule import PERIOD
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
@@ -173,8 +173,7 @@ def make_point(
             "statistics": statistics + after - 2 * ordinary,
             "refresh": refresh - statistics,
         }
-        measured = inspect.signature(ng.kfac).parameters["statistics_period"].default
-        mean += share["statistics"] / measured + share["refresh"] / PERIOD
+        mean += share["statistics"] / MEASURED + share["refresh"] / PERIOD
     in_ms = lambda x: None if x is None else 1e3 * float(x)
     return Point(
         series=series,

@@ -23,7 +23,6 @@ Writes PREFIX.json.
 """
 
 import argparse
-import inspect
 import json
 import re
 import shlex
@@ -44,6 +43,7 @@ from rich.table import Table
 import natgrad_jax as ng
 from natgrad_jax.curvature import layer_sums
 from natgrad_jax.transforms import soap
+from natgrad_jax.transforms.common.preconditioner import MEASURED
 from natgrad_jax.transforms.common.refresh_schedule import PERIOD
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
@@ -58,7 +58,6 @@ WORDS, CLASSES = 60_000, 20
 ORDINARY = Due(1, False)
 DUE = {"measuring": Due(1, True), "refreshing": Due(0, False)}  # step 0 is due for a refresh
 WEIGHTS = ("weights", "moment_weights", "diagonal_weights")
-MEASURED = inspect.signature(ng.kfac).parameters["statistics_period"].default
 
 
 class Method(NamedTuple):

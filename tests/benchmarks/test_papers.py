@@ -57,7 +57,8 @@ def test_cifar(
     monkeypatch.setattr(script, "METHODS", methods)
     prefix = tmp_path / "cifar"
     script.main(["--data", "digits", "--updates", "12", "--search", "2", "--evaluations", "2",
-                 "--batch-size", "100", "--width", "4", "--output", str(prefix)])  # fmt: skip
+                 "--batch-size", "100", "--width", "4", "--trust-radius", "1e-3",
+                 "--output", str(prefix)])  # fmt: skip
     curves = numbers(prefix)["curves"]
     assert set(curves) == {*names}
     for curve in curves.values():

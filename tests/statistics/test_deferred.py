@@ -34,7 +34,7 @@ def branches(tx: Any, use: Any) -> int:
 
 def test_whoever_reads_them_finds_the_same() -> None:
     """Inside the jit of the update before it and after it, and outside."""
-    tx = ng.kfac(0.1, LAYERS)
+    tx = ng.kfac(0.1, LAYERS, statistics_period=10)
     state = tx.init(PARAMS)
 
     @jax.jit

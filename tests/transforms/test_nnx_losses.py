@@ -37,7 +37,9 @@ Y = jax.random.randint(jax.random.key(1), (32,), 0, 3)
 MAKERS: dict[str, Callable[[Any, ng.Layers], Any]] = {
     "adaptive_kfac": lambda loss, layers: ng.adaptive_kfac(layers, loss),
     "adaptive_damping": lambda loss, layers: ng.adaptive_damping(
-        lambda damping: ng.kfac(0.1, layers, damping=damping), ng.bernacchia(), loss
+        lambda damping: ng.kfac(0.1, layers, damping=damping, trust_radius=2e-3),
+        ng.bernacchia(),
+        loss,
     ),
     "scale_by_quadratic_model": lambda loss, layers: optax.chain(
         ng.scale_by_kfac(layers), ng.scale_by_quadratic_model(loss)
