@@ -35,7 +35,7 @@ import numpy as np
 from rich.console import Console
 
 import natgrad_jax as ng
-from natgrad_jax.transforms.common.preconditioner import MEASURED
+from natgrad_jax.statistics.spec import MEASURED
 from natgrad_jax.transforms.common.refresh_schedule import PERIOD
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders

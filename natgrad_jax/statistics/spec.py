@@ -14,6 +14,7 @@ from natgrad_jax.state.walk import plain, states
 
 EncodedSpec = dict[str, tuple[()]]
 
+MEASURED = 10  # steps from one measurement to the next, by default
 ENOUGH = 256  # a half of the batch is measured if that is at least so many examples, else all
 
 

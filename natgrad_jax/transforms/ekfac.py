@@ -15,7 +15,7 @@ from natgrad_jax.layers.collection import Layers, check_layers
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.state.clock import Clock
 from natgrad_jax.state.members import Members
-from natgrad_jax.statistics.spec import EncodedSpec, StatisticsSpec, stride_of
+from natgrad_jax.statistics.spec import MEASURED, EncodedSpec, StatisticsSpec, stride_of
 from natgrad_jax.transforms.common import second_moments
 from natgrad_jax.transforms.common.chain import descent, trace
 from natgrad_jax.transforms.common.options import (
@@ -29,7 +29,12 @@ from natgrad_jax.transforms.common.preconditioner import (
     PreconditionerConfig,
     preconditioner,
 )
-from natgrad_jax.transforms.common.refresh_schedule import USUAL, Refresh, refresh_schedule
+from natgrad_jax.transforms.common.refresh_schedule import (
+    USUAL,
+    Refresh,
+    early_unless_given,
+    refresh_schedule,
+)
 from natgrad_jax.transforms.common.trust_radius import (
     PerExample,
     TrustRadius,
@@ -81,7 +86,7 @@ class EKFACState(NamedTuple):
 @renamed_keywords
 def scale_by_ekfac(
     layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
-    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
+    statistics_period: Scalar = MEASURED, refresh_period: Scalar | None = None,
     trust_radius: TrustRadius | None = None, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
@@ -115,9 +120,7 @@ def scale_by_ekfac(
         it is not divided between the factors.
       decay: of factors and of S, at each measurement: new = decay · old + (1 − decay) · batch,
         bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps between measurements; the first step always measures. None: 10, and
-        unless a refresh period is given steps 1, 2, 4 and 8 measure and refresh all layers too, as
-        curvature soon differs from that of the initial parameters.
+      statistics_period: steps between measurements; the first step always measures.
       refresh_period: steps between refreshes of the bases; the first step always computes them.
         None: 20, staggered (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
@@ -245,8 +248,10 @@ def ekfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, refresh_period, moments, basis, approximation, refresh,
+      damping, decay, refresh_period, moments, basis, approximation, refresh,
         statistics_fraction, factor_dtype: as in :func:`scale_by_ekfac`.
+      statistics_period: as there; None: 10, and if refreshes too are left at their defaults, steps
+        1, 2, 4 and 8 measure and refresh all layers (``ng.staggered(early=…)``).
       momentum, nesterov, weight_decay, trust_radius: as in :func:`natgrad_jax.kfac`.
 
     Returns:
@@ -265,13 +270,13 @@ def ekfac(
         layers,
         damping,
         decay=decay,
-        statistics_period=statistics_period,
+        statistics_period=MEASURED if statistics_period is None else statistics_period,
         refresh_period=refresh_period,
         trust_radius=before_rate(trust_radius, learning_rate),
         moments=moments,
         basis=basis,
         approximation=approximation,
-        refresh=refresh,
+        refresh=early_unless_given(refresh, refresh_period, statistics_period),
         statistics_fraction=statistics_fraction,
         factor_dtype=factor_dtype,
     )

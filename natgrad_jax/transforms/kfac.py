@@ -7,7 +7,7 @@ from natgrad_jax.curvature.factor_averages import stored_as
 from natgrad_jax.curvature.inverse_methods import Inverse
 from natgrad_jax.layers.approximation import Approximation
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.statistics.spec import StatisticsSpec, stride_of
+from natgrad_jax.statistics.spec import MEASURED, StatisticsSpec, stride_of
 from natgrad_jax.transforms.common.chain import descent, trace
 from natgrad_jax.transforms.common.kronecker import kronecker
 from natgrad_jax.transforms.common.options import (
@@ -16,7 +16,12 @@ from natgrad_jax.transforms.common.options import (
     renamed_keywords,
 )
 from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
-from natgrad_jax.transforms.common.refresh_schedule import USUAL, Refresh, refresh_schedule
+from natgrad_jax.transforms.common.refresh_schedule import (
+    USUAL,
+    Refresh,
+    early_unless_given,
+    refresh_schedule,
+)
 from natgrad_jax.transforms.common.trust_radius import (
     PerExample,
     TrustRadius,
@@ -28,7 +33,7 @@ from natgrad_jax.utils.hyperparams import Scalar, check_positive
 @renamed_keywords
 def scale_by_kfac(
     layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
-    statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
+    statistics_period: Scalar = MEASURED, refresh_period: Scalar | None = None,
     trust_radius: TrustRadius | None = None, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
     statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
@@ -51,9 +56,7 @@ def scale_by_kfac(
       damping: λ > 0, in the units of the Fisher (loss per parameter squared).
       decay: of the factors, at each measurement: factor = decay · old + (1 − decay) · batch,
         bias-corrected; 0 uses this batch alone. Use a value closer to 1 when measuring more often.
-      statistics_period: steps between measurements; the first step always measures. None: 10, and
-        unless a refresh period is given steps 1, 2, 4 and 8 measure and refresh all layers too, as
-        curvature soon differs from that of the initial parameters.
+      statistics_period: steps between measurements; the first step always measures.
       refresh_period: steps between inversions; the first step always inverts. None: 20, staggered
         (see ``refresh``).
       trust_radius: κ; the update is scaled by ``min(1, √(κ / ΔᵀFΔ))`` with the damped F, for which
@@ -126,8 +129,10 @@ def kfac(
     Args:
       learning_rate: η, a float, an array or a schedule.
       layers: from :func:`natgrad_jax.find_layers`.
-      damping, decay, statistics_period, refresh_period, inverse, approximation, refresh,
+      damping, decay, refresh_period, inverse, approximation, refresh,
         statistics_fraction, factor_dtype: as in :func:`scale_by_kfac`.
+      statistics_period: as there; None: 10, and if refreshes too are left at their defaults, steps
+        1, 2, 4 and 8 measure and refresh all layers (``ng.staggered(early=…)``).
       momentum: decay of the trace of preconditioned gradients. Preconditioned curvature is near
         the identity, so that larger momentum tends to oscillate.
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
@@ -152,12 +157,12 @@ def kfac(
         layers,
         damping,
         decay=decay,
-        statistics_period=statistics_period,
+        statistics_period=MEASURED if statistics_period is None else statistics_period,
         refresh_period=refresh_period,
         trust_radius=before_rate(trust_radius, learning_rate),
         inverse=inverse,
         approximation=approximation,
-        refresh=refresh,
+        refresh=early_unless_given(refresh, refresh_period, statistics_period),
         statistics_fraction=statistics_fraction,
         factor_dtype=factor_dtype,
     )

@@ -294,7 +294,7 @@ def test_an_alias_is_the_chain_it_says(alias, scale_by, options, momentum):
     layers = setting().layers
     whole = alias(0.1, layers, **options, **momentum, weight_decay=0.01, trust_radius=None)
     chain = optax.chain(
-        scale_by(layers, **options),
+        scale_by(layers, refresh=ng.staggered(20, early=(1, 2, 4, 8)), **options),
         optax.trace(0.8, nesterov=momentum.get("nesterov", True)),
         optax.add_decayed_weights(0.01),
         optax.scale(-0.1),

@@ -23,19 +23,15 @@ from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.hyperparams import Scalar, at, check_fraction, check_period
 from natgrad_jax.utils.tree_paths import Path
 
-MEASURED = 10  # steps from one measurement to the next, where no number is given
-EARLY = (1, 2, 4, 8)
-
 
 class PreconditionerConfig(NamedTuple):
-    """The options that all have; ``name``: for errors; ``refresh``: when bases are renewed;
-    ``statistics_period``: None for :data:`MEASURED`, and :data:`EARLY` too."""
+    """The options that all have; ``name``: for errors; ``refresh``: when bases are renewed."""
 
     name: str
     request: StatisticsSpec
     damping: Scalar
     decay: Scalar
-    statistics_period: Scalar | None
+    statistics_period: Scalar
     refresh: RefreshSchedule
     trust_radius: TrustRadius | None
     factor_dtype: Any = None
@@ -43,7 +39,7 @@ class PreconditionerConfig(NamedTuple):
 
 class Now(NamedTuple):
     """One step: its inputs, the current damping and decay, the weights of the factors before this
-    batch, and whether all layers are refreshed now, whatever their turn."""
+    batch, and whether anything was measured for the first time."""
 
     updates: optax.Updates
     statistics: Statistics
@@ -78,10 +74,7 @@ def preconditioner(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation; raises ValueError for numbers out of range."""
     radius = checked(config.trust_radius)
-    period = MEASURED if config.statistics_period is None else config.statistics_period
-    check_period(statistics_period=period)
-    early = EARLY if config.statistics_period is None and config.refresh.usual else ()
-    is_early = lambda step: jnp.isin(step, jnp.asarray(early, jnp.int32))
+    check_period(statistics_period=config.statistics_period)
     check_fraction(decay=config.decay)
     all_layers = layers.approximate(config.request.approximation)
 
@@ -113,7 +106,7 @@ def preconditioner(
         statistics = statistics.ready() if method.follows_sums else statistics
         state, statistics = estimators.update(state, statistics, layers, decay, method.estimator)
         # layers measured for the first time are refreshed now, not a period later
-        first = estimators.first_seen(before, state) | is_early(step)
+        first = estimators.first_seen(before, state)
         now = Now(updates, statistics, damping, decay, before.weights, first)
         state = method.follow(state, layers, now)
         of_layer = lambda path, x: method.apply(layers[path], state, path, x, damping)
@@ -123,7 +116,8 @@ def preconditioner(
         if radius is not None:
             kappa = radius_at(radius, step, state.examples)
             updates = apply.trust_region(updates, layers, quadratic, kappa)
-        wanted = due(step + 1, at(period, step + 1)) | is_early(step + 1)
+        wanted = due(step + 1, at(config.statistics_period, step + 1))
+        wanted |= config.refresh.is_early(step + 1)
         clock = tick(state.clock, wanted, statistics.examples)
         rejected = state.rejected + jnp.isnan(quadratic)
         return updates, state._replace(clock=clock, damping=damping, rejected=rejected)

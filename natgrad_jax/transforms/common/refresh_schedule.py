@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -28,11 +28,13 @@ class Refresh:
     ``period``: steps from one refresh of a layer to its next; None: the transformation's own, or
     its ``refresh_period``. ``staggered``: whether layers are refreshed at different steps of a
     period; None: the transformation's default if no ``refresh_period`` is given. ``over``: devices.
+    ``early``: steps on which all layers are measured and refreshed too.
     """
 
     period: int | None = None
     staggered: bool | None = None
     over: DeviceAxes = None
+    early: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         known = isinstance(self.period, int | float) and not isinstance(self.period, bool)
@@ -48,7 +50,8 @@ class Refresh:
     def __repr__(self) -> str:
         name = "staggered" if self.staggered else "every"
         given = [] if self.period is None else [repr(self.period)]
-        return f"{name}({', '.join(given + ([f'over={self.over!r}'] if self.over else []))})"
+        more = {"over": self.over, "early": self.early}
+        return f"{name}({', '.join(given + [f'{k}={x!r}' for k, x in more.items() if x])})"
 
 
 def every(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
@@ -72,12 +75,16 @@ def every(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
     return Refresh(period, False, over)
 
 
-def staggered(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
+def staggered(
+    period: int | None = None, *, over: DeviceAxes = None, early: Sequence[int] = ()
+) -> Refresh:
     """Refresh each layer once in a period, at different steps, so that steps take equally long.
 
     Args:
       period, over: as in :func:`every`. With few layers per step there is little to divide
         among devices.
+      early: steps on which all layers are refreshed too (and measured, by K-FAC, EKFAC and NGD),
+        such as ``(1, 2, 4, 8)``: curvature soon differs from that of the initial parameters.
 
     Returns:
       A value for the keyword ``refresh`` of a transformation.
@@ -88,22 +95,32 @@ def staggered(period: int | None = None, *, over: DeviceAxes = None) -> Refresh:
     >>> import natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}), refresh=ng.staggered(50))
     """
-    return Refresh(period, True, over)
+    return Refresh(period, True, over, tuple(early))
 
 
 PERIOD = 20  # steps, where none is given
 USUAL = staggered(PERIOD)
+EARLY = staggered(PERIOD, early=(1, 2, 4, 8))  # where a trust region bounds the first steps
+
+
+def early_unless_given(refresh: Refresh | str | None, *periods: Scalar | None) -> Any:
+    """:data:`EARLY` if no refresh and no period was chosen, else ``refresh``."""
+    return EARLY if refresh is None and all(p is None for p in periods) else refresh
 
 
 class RefreshSchedule(NamedTuple):
     """A checked choice. ``period``: a float, an array or a schedule, in steps; ``staggered``:
     whether layers are refreshed at different steps; ``over``: the devices that share the work;
-    ``usual``: whether no period was given."""
+    ``early``: steps on which all layers are measured and refreshed too."""
 
     period: Scalar
     staggered: bool = False
     over: Devices | None = None
-    usual: bool = False
+    early: tuple[int, ...] = ()
+
+    def is_early(self, step: jax.Array) -> jax.Array:
+        """Whether all layers are measured and refreshed, whatever their turn."""
+        return jnp.isin(step, jnp.asarray(self.early, jnp.int32))
 
 
 def refresh_record(refresh: Refresh | str | None) -> Refresh:
@@ -141,7 +158,7 @@ def refresh_schedule(
             "staggered refreshes give each layer its own step of the period, which must be known "
             f"when the transformation is made: write refresh=ng.staggered(20); got {period!r}."
         )
-    return RefreshSchedule(period, is_staggered, devices(refresh.over), given is None)
+    return RefreshSchedule(period, is_staggered, devices(refresh.over), refresh.early)
 
 
 class Turns(NamedTuple):
@@ -194,10 +211,12 @@ def refresh_due(
 ) -> State:
     """The state with what ``renew`` returns for the layers that are due, given their part of it.
 
-    ``first``: whether something was measured for the first time; all layers are due then.
+    ``first``: whether something was measured for the first time; all layers are due then, and on
+    early steps.
     ``fields``: those of the state that ``renew`` returns.
     """
     step, period = state.clock.step, at(when.period, state.clock.step).astype(jnp.int32)
+    first = first | when.is_early(step)
     if not when.staggered:
         return _at_once(layers, due(step, period) | first, state, renew, fields)
     assert isinstance(when.period, int | float)
