@@ -342,6 +342,7 @@ TRANSFORMATIONS = [
     Bad("decay 1", lambda: scale(decay=1.0), ValueError, r"decay must lie in \[0, 1\); got 1.0"),
     Bad("negative decay", lambda: kfac(decay=-0.1), ValueError, "decay must lie in"),
     Bad("trust radius 0", lambda: scale(trust_radius=0), ValueError, "trust_radius must be posi"),
+    Bad("step 0 is early", lambda: ng.staggered(early=[0]), ValueError, "whole numbers from 1 on"),
     Bad("no trust per example", lambda: ng.PerExample(0.0), ValueError, "rate must be positive"),
     Bad("negative trust radius", lambda: kfac(trust_radius=-1), ValueError, "trust_radius must be"),
     Bad("negative learning rate", lambda: ng.kfac(-0.1, model().layers), ValueError,

@@ -170,6 +170,21 @@ def test_statistics_are_measured_only_where_due(alias, periods, measured, change
     assert seen == measured and moved == changed
 
 
+@pytest.mark.parametrize("make", [ng.scale_by_soap, ng.scale_by_shampoo])
+def test_factors_of_gradients_are_refreshed_early_too(make):
+    params, grads = {"w": jnp.ones((8, 6))}, {"w": jax.random.normal(jax.random.key(0), (4, 8, 6))}
+    found = []
+    for early in ((), (2,)):
+        tx = make(refresh=ng.staggered(40, early=early))
+        state, bases = tx.init(params), []
+        for i in range(4):
+            _, state = tx.update({"w": grads["w"][i]}, state, params)
+            bases.append(jax.tree.leaves(ng.bases(state)))
+        same = lambda i, bases=bases: all(map(np.array_equal, bases[i], bases[i + 1]))
+        found.append([same(i) for i in range(3)])
+    assert found == [[True, True, True], [True, False, True]]
+
+
 def test_statistics_that_come_unasked_are_used():
     tx = ng.scale_by_kfac(setting().layers, decay=0.0, statistics_period=100)
     (_, _), (_, state) = run(tx, 2)

@@ -144,3 +144,4 @@ def test_records_are_values() -> None:
         assert not callable(record)
     assert ng.Cholesky() != ng.Eigh() and ng.LowRank(2) != ng.Woodbury(2)
     assert repr(ng.staggered(20, over="data")) == "staggered(20, over='data')"
+    assert repr(ng.staggered(early=[1, 2])) == "staggered(early=(1, 2))"

@@ -45,6 +45,11 @@ class Refresh:
                 "into the keyword refresh_period."
             )
         check_period(period=1 if self.period is None else self.period)
+        if not all(type(step) is int and step > 0 for step in self.early):
+            raise ValueError(
+                "early must be steps, whole numbers from 1 on, such as early=(1, 2, 4, 8); got "
+                f"{self.early!r}."
+            )
         devices(self.over)
 
     def __repr__(self) -> str:
