@@ -32,7 +32,7 @@ from natgrad_jax.transforms.common.preconditioner import (
 from natgrad_jax.transforms.common.refresh_schedule import (
     USUAL,
     Refresh,
-    early_unless_given,
+    early_if_bounded,
     refresh_schedule,
 )
 from natgrad_jax.transforms.common.trust_radius import (
@@ -250,8 +250,9 @@ def ekfac(
       layers: from :func:`natgrad_jax.find_layers`.
       damping, decay, refresh_period, moments, basis, approximation, refresh,
         statistics_fraction, factor_dtype: as in :func:`scale_by_ekfac`.
-      statistics_period: as there; None: 10, and if refreshes too are left at their defaults, steps
-        1, 2, 4 and 8 measure and refresh all layers (``ng.staggered(early=…)``).
+      statistics_period: as there; None: 10. With a trust radius, and if refreshes too are left at
+        their defaults, steps 1, 2, 4 and 8 measure and refresh all layers as well
+        (``ng.staggered(early=…)``).
       momentum, nesterov, weight_decay, trust_radius: as in :func:`natgrad_jax.kfac`.
 
     Returns:
@@ -276,7 +277,7 @@ def ekfac(
         moments=moments,
         basis=basis,
         approximation=approximation,
-        refresh=early_unless_given(refresh, refresh_period, statistics_period),
+        refresh=early_if_bounded(trust_radius, refresh, refresh_period, statistics_period),
         statistics_fraction=statistics_fraction,
         factor_dtype=factor_dtype,
     )

@@ -19,7 +19,7 @@ from natgrad_jax.transforms.common.preconditioner import PreconditionerConfig
 from natgrad_jax.transforms.common.refresh_schedule import (
     USUAL,
     Refresh,
-    early_unless_given,
+    early_if_bounded,
     refresh_schedule,
 )
 from natgrad_jax.transforms.common.trust_radius import (
@@ -131,8 +131,9 @@ def kfac(
       layers: from :func:`natgrad_jax.find_layers`.
       damping, decay, refresh_period, inverse, approximation, refresh,
         statistics_fraction, factor_dtype: as in :func:`scale_by_kfac`.
-      statistics_period: as there; None: 10, and if refreshes too are left at their defaults, steps
-        1, 2, 4 and 8 measure and refresh all layers (``ng.staggered(early=…)``).
+      statistics_period: as there; None: 10. With a trust radius, and if refreshes too are left at
+        their defaults, steps 1, 2, 4 and 8 measure and refresh all layers as well
+        (``ng.staggered(early=…)``).
       momentum: decay of the trace of preconditioned gradients. Preconditioned curvature is near
         the identity, so that larger momentum tends to oscillate.
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
@@ -162,7 +163,7 @@ def kfac(
         trust_radius=before_rate(trust_radius, learning_rate),
         inverse=inverse,
         approximation=approximation,
-        refresh=early_unless_given(refresh, refresh_period, statistics_period),
+        refresh=early_if_bounded(trust_radius, refresh, refresh_period, statistics_period),
         statistics_fraction=statistics_fraction,
         factor_dtype=factor_dtype,
     )

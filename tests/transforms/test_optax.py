@@ -151,6 +151,7 @@ def test_periods_count_steps_from_the_first_and_nothing_recompiles(make):
         ({"statistics_period": 3}, [0, 3, 6, 9, 12], [0]),
         ({"refresh_period": 4}, [0, 10], [0, 12]),  # between, nothing was measured
         ({}, [0, 1, 2, 4, 8, 10], [0, 1, 2, 4, 8]),
+        ({"trust_radius": None}, [0, 10], [0]),
     ],
 )
 @pytest.mark.parametrize("alias", [ng.kfac, ng.ekfac])
@@ -309,7 +310,7 @@ def test_an_alias_is_the_chain_it_says(alias, scale_by, options, momentum):
     layers = setting().layers
     whole = alias(0.1, layers, **options, **momentum, weight_decay=0.01, trust_radius=None)
     chain = optax.chain(
-        scale_by(layers, refresh=ng.staggered(20, early=(1, 2, 4, 8)), **options),
+        scale_by(layers, **options),
         optax.trace(0.8, nesterov=momentum.get("nesterov", True)),
         optax.add_decayed_weights(0.01),
         optax.scale(-0.1),

@@ -1,6 +1,7 @@
 """When each layer is refreshed, and by which device: one schedule for all transformations."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -105,12 +106,14 @@ def staggered(
 
 PERIOD = 20  # steps, where none is given
 USUAL = staggered(PERIOD)
-EARLY = staggered(PERIOD, early=(1, 2, 4, 8))  # where a trust region bounds the first steps
+EARLY = staggered(PERIOD, early=(1, 2, 4, 8))
 
 
-def early_unless_given(refresh: Refresh | str | None, *periods: Scalar | None) -> Any:
-    """:data:`EARLY` if no refresh and no period was chosen, else ``refresh``."""
-    return EARLY if refresh is None and all(p is None for p in periods) else refresh
+def early_if_bounded(bound: Any, refresh: Refresh | str | None, *periods: Scalar | None) -> Any:
+    """:data:`EARLY` if a trust region bounds the first steps and no refresh and no period was
+    chosen, else ``refresh``."""
+    given = [x for x in (refresh, *periods) if x is not None]
+    return refresh if bound is None or given else EARLY
 
 
 class RefreshSchedule(NamedTuple):
@@ -125,7 +128,9 @@ class RefreshSchedule(NamedTuple):
 
     def is_early(self, step: jax.Array) -> jax.Array:
         """Whether all layers are measured and refreshed, whatever their turn."""
-        return jnp.isin(step, jnp.asarray(self.early, jnp.int32))
+        return functools.reduce(
+            jnp.logical_or, (step == early for early in self.early), jnp.bool_(False)
+        )
 
 
 def refresh_record(refresh: Refresh | str | None) -> Refresh:
