@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     every, held_out = (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
     few = tuple(x[labels[:1500] < 5] for x in every)
     old = tuple(x[labels[1500:] < 5] for x in held_out)
-    steps, first = 40 if args.fast else 120, model.init(KEY, images[:1])["params"]
+    steps, first = 100 if args.fast else 120, model.init(KEY, images[:1])["params"]
     before, _ = train("K-FAC", first, ("pretrained", "head"), 40, few, old)
     curves = {}
     for name in ("K-FAC", "Adam"):

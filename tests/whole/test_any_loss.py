@@ -215,7 +215,8 @@ def trained(which: str, loss_fn: Any, p: Any, *args: Any, **options: Any) -> tup
 
 float32 = lambda *x: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), x)
 TRUSTED = {"learning_rate": 0.3, "damping": 1e-2, "trust_radius": 0.02}
-OPTIONS = {"kfac": {"learning_rate": 0.1}, "ekfac": {"learning_rate": 0.1}, "exact_ngd": TRUSTED}
+OPTIONS = {"kfac": {"learning_rate": 0.1}, "ekfac": {"learning_rate": 0.1, "trust_radius": 2e-3},
+           "exact_ngd": TRUSTED}  # fmt: skip
 
 
 @pytest.mark.parametrize("which", OPTIONS)
@@ -228,7 +229,7 @@ def test_a_policy_learns(which: str) -> None:
         reward.append(float(play[-1].mean()))
         for _ in range(2):  # the second is off-policy
             p, state, _ = step(p, state, jax.random.key(i), *play)
-    assert reward[0] < -4 and np.mean(reward[-3:]) > -1
+    assert reward[0] < -4 and np.mean(reward[-3:]) > -0.8
     assert (p["log_std"] < -0.2).all()
 
 
