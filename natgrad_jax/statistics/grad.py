@@ -173,9 +173,8 @@ def of_one_part(
         plan = planning.with_uses(plan, tagged)
         values = vary(planning.empty(plan), axes)
         forward = partial(_forward, tagged, plan, axes)
-        (value, outputs), pullback, (loss, aux, state) = jax.vjp(
-            forward, tree, values, has_aux=True
-        )
+        run = lambda: jax.vjp(forward, tree, values, has_aux=True)
+        (value, outputs), pullback, (loss, aux, state) = first = run()
         check_values(loss)
         model.propagate(params, state)
         none, one = jax.tree.map(jnp.zeros_like, outputs), jnp.ones_like(value)
@@ -186,9 +185,7 @@ def of_one_part(
         def own_pass() -> Statistics:
             # In a branch the forward pass is run again: what it needs of the first one would be
             # kept on the steps that measure nothing, too, and that costs more.
-            back, own = pullback, loss
-            if due is not True:
-                _, back, (own, _, _) = jax.vjp(forward, tree, values, has_aux=True)
+            _, back, (own, _, _) = first if due is True else run()
             pull = lambda given: measurement.measured(plan, axes, *back((zero, given)))
             return measure(samples, rng, own, plan, pull, axes)
 
