@@ -90,11 +90,13 @@ def in_full(layer: Layer, factors: T) -> T:
 
 class Batch(NamedTuple):
     """The factors of one batch; whether each element of the stack was ``seen``, and whether it is
-    ``good``: seen and finite. Both have a leading axis of terms if the factors have shares."""
+    ``good``: seen and finite. Both have a leading axis of terms if the factors have shares.
+    ``good_inputs``: whether A is, where it is averaged without waiting for G."""
 
     factors: Any
     seen: jax.Array
     good: jax.Array
+    good_inputs: jax.Array | None = None
 
 
 def of_one_term(
@@ -113,7 +115,8 @@ def of_one_term(
     seen = (sums.rows > 0) & (examples > 0)
     rows, count = jnp.where(seen, sums.rows, 1), jnp.where(seen, examples, 1)
     if layer.output_side is None:
-        return Batch(Factors(divide(sums.A, count)), seen, seen & _finite(layer, Factors(sums.A)))
+        finite = _finite(layer, layer.input_side, sums.A)
+        return Batch(Factors(divide(sums.A, count)), seen, seen & finite)
     on_outputs = layer.traits.has_receptive_field and not layer.approximation.centred
     over_a, over_g = (count, rows) if on_outputs else (rows, count)
     if on_outputs and saw is not None:
@@ -123,12 +126,13 @@ def of_one_term(
         bias = jnp.ones(layer.stack_sizes + layer.factor_blocks, sums.A.dtype)
         bias = bias * jnp.expand_dims(rows / over_a, tuple(range(rows.ndim, bias.ndim)))
     lead = layer.stack_sizes + layer.factor_blocks
-    A, G = _form(layer.input_side, sums.A, lead), None
-    if sums.G is not None:
-        G = _form(layer.output_side, sums.G, lead)
-    finite = _finite(layer, Factors(A, G))
-    factors = make_factors(divide(A, over_a), None if G is None else divide(G, over_g), bias)
-    return Batch(factors, seen, seen & finite)
+    A = _form(layer.input_side, sums.A, lead)
+    good = seen & _finite(layer, layer.input_side, A)
+    if sums.G is None:
+        return Batch(make_factors(divide(A, over_a), None, bias), seen, good)
+    G = _form(layer.output_side, sums.G, lead)
+    factors = make_factors(divide(A, over_a), divide(G, over_g), bias)
+    return Batch(factors, seen, good & _finite(layer, layer.output_side, G), good)
 
 
 def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
@@ -141,7 +145,9 @@ def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
     G = _form(layer.output_side, sums.G, (*layer.stack_sizes, layer.uses))
     A_i, G_i = divide(sums.A, one), divide(G, jnp.where(examples > 0, examples, 1))
     factors = Factors(*partial_traces(layer, A_i, G_i, axis))
-    return Batch(factors, seen, seen & _finite(layer, factors))
+    finite = _finite(layer, layer.input_side, factors.A)
+    finite &= _finite(layer, layer.output_side, factors.G)
+    return Batch(factors, seen, seen & finite)
 
 
 def partial_traces(
@@ -175,14 +181,12 @@ def _wide(x: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(x, tuple(range(x.ndim, like.ndim)))
 
 
-def _finite(layer: Layer, factors: FactorsLike) -> jax.Array:
+def _finite(layer: Layer, side: FactorStructure, factor: jax.Array) -> jax.Array:
     """Whether each element of the stack is finite: ``(*stack,)``.
 
     A trace is a sum of squares, so that any NaN or inf that went into a factor shows in it.
     """
-    traces = layer.input_side.trace(factors.A, None)
-    if factors.G is not None and layer.output_side is not None:
-        traces = traces + layer.output_side.trace(factors.G, None)
+    traces = side.trace(factor, None)
     return jnp.isfinite(traces.sum(tuple(range(len(layer.stack), traces.ndim))))
 
 

@@ -20,7 +20,7 @@ from natgrad_jax.utils.sharding import replicated, varying_like
 from natgrad_jax.utils.short_repr import printed_short
 
 # Patches, and gradients of single examples, take at most this many bytes at a time.
-MAX_CHUNK_BYTES = 64 * 2**20
+MAX_CHUNK_BYTES = 8 * 2**20
 
 
 @printed_short

@@ -119,11 +119,17 @@ def portions(layer: Layer, factors: FactorsOfTerms) -> jax.Array:
 
 def moved(layer: Layer, old: Any, batch: Batch, weight: jax.Array, rate: Any) -> tuple[Any, Any]:
     """Factors after one more batch, and their weight: ``rate(weight, informative=…)`` gives how far
-    an average moves. Each term's share moves by itself, the rest if any term has examples."""
+    an average moves. Each term's share moves by itself, the rest if any term has examples; with
+    one term a finite A moves even where G is not, and the weight then stays."""
     new = batch.factors
     if not isinstance(old, FactorsOfTerms):
         moves, later = rate(weight, informative=batch.good)
-        return jax.tree.map(functools.partial(step, moves), old, new), later
+        averaged = jax.tree.map(functools.partial(step, moves), old, new)
+        if batch.good_inputs is not None:
+            # so that the sums of A need not be kept until the backward pass has those of G
+            moves, _ = rate(weight, informative=batch.good_inputs)
+            averaged = averaged._replace(A=step(moves, old.A, new.A))
+        return averaged, later
     moves, weights = rate(old.weights, informative=batch.good)
     shares = jax.tree.map(functools.partial(step, moves), old.shares, new.shares)
     moves, later = rate(weight, informative=batch.good.any(0))

@@ -56,20 +56,27 @@ class ConvCall(NamedTuple):
 
     def inputs(self, examples: jax.Array) -> jax.Array:
         """The patches: ``(N, T, *groups, kernel·channels/groups + bias)``."""
+        if self.groups == 1:  # written once, the bias's input with them
+            elements = self._elements(examples)
+            ones = [] if self.bias is None else [jnp.full_like(elements[0][..., :1], self.bias)]
+            patches = jnp.concatenate([*elements, *ones], axis=-1)
+            return patches.reshape(len(patches), -1, patches.shape[-1])
         patches = self.patches(examples)
         *_, k, channels = patches.shape
-        patches = patches.reshape(len(examples), -1, k, channels)
-        if self.groups > 1:
-            patches = patches.reshape(*patches.shape[:3], self.groups, -1)
-            patches = jnp.moveaxis(patches, 3, 2)
+        patches = patches.reshape(len(examples), -1, k, self.groups, channels // self.groups)
+        patches = jnp.moveaxis(patches, 3, 2)
         return with_bias(patches.reshape(*patches.shape[:-2], -1), self.bias)
 
     def patches(self, examples: jax.Array) -> jax.Array:
         """The input at every kernel element: ``(N, *positions, kernel elements, channels)``."""
+        return jnp.stack(self._elements(examples), axis=-2)
+
+    def _elements(self, examples: jax.Array) -> list[jax.Array]:
+        """The input at each kernel element, ``(N, *positions, channels)``."""
         x = padded(examples, self)
         pairs = zip(self.kernel_size, self.flipped, strict=True)
         starts = itertools.product(*(range(k)[::-1] if turned else range(k) for k, turned in pairs))
-        return jnp.stack([_slice(x, self, start) for start in starts], axis=-2)
+        return [_slice(x, self, start) for start in starts]
 
     def channel_rows(self, examples: jax.Array, with_one: bool = False) -> jax.Array:
         """Rows of channels ``(N, ·, *groups, channels)`` whose sum of products is that of the
