@@ -144,10 +144,9 @@ def _joined_uses(layer: Layer, sums: Sums, examples: jax.Array) -> Batch:
     one = jnp.where(sums.rows > 0, sums.rows, 1)
     G = _form(layer.output_side, sums.G, (*layer.stack_sizes, layer.uses))
     A_i, G_i = divide(sums.A, one), divide(G, jnp.where(examples > 0, examples, 1))
-    factors = Factors(*partial_traces(layer, A_i, G_i, axis))
-    finite = _finite(layer, layer.input_side, factors.A)
-    finite &= _finite(layer, layer.output_side, factors.G)
-    return Batch(factors, seen, seen & finite)
+    A, G = partial_traces(layer, A_i, G_i, axis)
+    finite = _finite(layer, layer.input_side, A) & _finite(layer, layer.output_side, G)
+    return Batch(Factors(A, G), seen, seen & finite)
 
 
 def partial_traces(

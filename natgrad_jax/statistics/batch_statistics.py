@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from natgrad_jax.curvature.layer_sums import Sums
 from natgrad_jax.utils.hyperparams import is_concrete
@@ -60,8 +61,10 @@ class Statistics:
     @classmethod
     def deferred(cls, examples: jax.Array, measure: Callable[[], Parts]) -> "Statistics":
         """Measured where they are used, if there are ``examples``; else zeros."""
-        self = cls(examples, *jax.eval_shape(measure))
-        self._measure = measure
+        program, shapes = jax.make_jaxpr(measure, return_shape=True)()  # traced once for all uses
+        self = cls(examples, *shapes)
+        parts = jax.tree.structure(shapes)
+        self._measure = lambda: jax.tree.unflatten(parts, core.jaxpr_as_fun(program)())
         return self
 
     @property

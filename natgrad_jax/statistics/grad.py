@@ -1,5 +1,6 @@
 """Loss, gradients and curvature statistics of one batch."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar, overload
@@ -10,11 +11,10 @@ import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from natgrad_jax.layers.collection import Layers, check_layers
-from natgrad_jax.losses.distribution_base import Outputs
 from natgrad_jax.losses.example_weights import check_values
 from natgrad_jax.losses.terms import Loss, LossFn, whole_count
 from natgrad_jax.state.walk import states, statistics_due
-from natgrad_jax.statistics import from_cotangents as measurement, plan as planning
+from natgrad_jax.statistics import forward, from_cotangents as measurement, plan as planning
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_axes, check_params, check_terms
 from natgrad_jax.statistics.fisher_pass import (
@@ -26,11 +26,12 @@ from natgrad_jax.statistics.fisher_pass import (
 from natgrad_jax.statistics.sample_space import check_rng, scaled, value_and_rows
 from natgrad_jax.tagging.tagged import Tagged, tag
 from natgrad_jax.tracing import model
-from natgrad_jax.tracing.evaluate import evaluate
 from natgrad_jax.tracing.trace import trace
+from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
 
 FISHERS = ("mc", "exact", "empirical", "none")
+SEVERAL = 4  # times the gradients' memory: beyond it the training pass comes before measuring
 
 
 # Statistics of layers, or rows.
@@ -172,9 +173,15 @@ def of_one_part(
         tagged = tag(traced, model.parameters_of(tree))
         plan = planning.with_uses(plan, tagged)
         values = vary(planning.empty(plan), axes)
-        forward = partial(_forward, tagged, plan, axes)
-        run = lambda: jax.vjp(forward, tree, values, has_aux=True)
-        (value, outputs), pullback, (loss, aux, state) = first = run()
+        with_values = partial(forward.tapped, tagged, plan, axes)
+        run = lambda: jax.vjp(with_values, tree, values, has_aux=True)
+        alone = loss_scale is not None or not shares_training_pass(traced.loss, plan)
+        at_once = plan.fisher == "empirical" and not alone
+        if plan.every_step or at_once:
+            (value, outputs), pullback, (loss, aux, state) = first = run()
+        else:
+            training = partial(forward.plain, traced, axes)
+            (value, outputs), pullback, (loss, aux, state) = jax.vjp(training, tree, has_aux=True)
         check_values(loss)
         model.propagate(params, state)
         none, one = jax.tree.map(jnp.zeros_like, outputs), jnp.ones_like(value)
@@ -189,16 +196,20 @@ def of_one_part(
             pull = lambda given: measurement.measured(plan, axes, *back((zero, given)))
             return measure(samples, rng, own, plan, pull, axes)
 
-        alone = loss_scale is not None or not shares_training_pass(loss, plan)
-        if plan.fisher == "empirical" and not alone:
+        if at_once:
             both = partial(measure_in_training_pass, pullback, (one, none), loss, plan, axes)
             grads, statistics = _when(due, both, lambda: pullback((one, none))[0])
+            grads = psum(grads, axes)
         else:
-            grads = scaled(lambda one: pullback((one, none))[0], one, loss_scale)
-            statistics = own_pass() if due is True else _deferred(due, own_pass, loss, axes)
+            grads = psum(scaled(lambda one: pullback((one, none))[0], one, loss_scale), axes)
+            if due is True:
+                statistics = own_pass()
+            else:
+                due &= _is_past(pullback, grads, tagged)
+                statistics = _deferred(due, own_pass, loss, axes)
             if opt_state is not None and len(states(opt_state)) > 1:
                 statistics = statistics.ready()  # once for all
-        value, grads = psum(value, axes), psum(grads, axes)
+        value = psum(value, axes)
         return ((value, aux) if has_aux else value), grads, statistics
 
     return grad_fn
@@ -211,30 +222,25 @@ def _check_choices(fisher: str, samples: int) -> None:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
 
 
-def _forward(
-    tagged: Tagged,
-    plan: planning.Plan,
-    axes: tuple[str, ...],
-    tree: Any,
-    values: Any,
-) -> tuple[tuple[jax.Array, tuple[Outputs, ...]], tuple[Loss, Any, Any]]:
-    """The loss's scalar and outputs, which take cotangents; and the loss, aux and state."""
-    leaves = jax.tree.leaves(tree)
-    inputs = [*leaves, *tagged.traced.inputs[len(leaves) :]]
-    instruments, weights = planning.instruments_of(plan, tagged, inputs)
-    rows, slots = planning.rows(plan, tagged, values), planning.slots(plan, values) | weights
-    outs = evaluate(tagged.traced.jaxpr, inputs, rows, instruments, slots)
-    loss, aux, state = tagged.traced.result(outs)
-    outputs = tuple(t.distribution.outputs for t in loss.terms)
-    return (loss.contribution(axes), outputs), (loss, aux, state)
-
-
 def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:
     """Whether to measure now; with several terms, whether one that is due has examples."""
     due = statistics_due(opt_state)
     if not due.ndim:
         return due
     return jnp.any(due & (jnp.stack([whole_count(term, axes) for term in loss.terms]) > 0))
+
+
+def _is_past(pullback: Any, grads: Any, tagged: Tagged) -> jax.Array | bool:
+    """Whether the gradient that is computed last is finite: elsewhere there is nothing to measure.
+
+    It makes the measuring branch wait for the training pass, whose memory is free then. True where
+    that is less than several times the gradients', which stand there as long.
+    """
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    if not tagged.layers or size(pullback) < SEVERAL * size(grads):
+        return True
+    first = min(next(iter(tagged.layers.values())).parameters, key=lambda p: math.prod(p.shape))
+    return jnp.isfinite(jnp.sum(tree_paths.leaves(grads)[first.path]))
 
 
 def _deferred(

@@ -1,16 +1,17 @@
 """Loss, gradients and the rows of the Fisher, without layers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from natgrad_jax.losses import output_cotangents
 from natgrad_jax.losses.example_weights import check_values
 from natgrad_jax.losses.terms import LossFn
 from natgrad_jax.state.walk import plain, states
+from natgrad_jax.statistics import forward
 from natgrad_jax.statistics.checks import check_axes
 from natgrad_jax.statistics.example_jacobian import problem_of
 from natgrad_jax.statistics.fisher_rows import Choice, gram_of, rows_of
@@ -41,15 +42,8 @@ def value_and_rows(
         check_axes(tree, args, axes)
         tree = vary(tree, axes)
         traced = trace(loss_fn, tree, rest, args, has_aux)
-        others = traced.inputs[len(traced.paths) :]
-
-        def forward(tree: Any) -> Any:
-            outs = core.jaxpr_as_fun(traced.jaxpr)(*jax.tree.leaves(tree), *others)
-            loss, aux, state = traced.result(outs)
-            outputs = tuple(t.distribution.outputs for t in loss.terms)
-            return (loss.contribution(axes), outputs), (loss, aux, state)
-
-        (value, outputs), pullback, (loss, aux, state) = jax.vjp(forward, tree, has_aux=True)
+        training = partial(forward.plain, traced, axes)
+        (value, outputs), pullback, (loss, aux, state) = jax.vjp(training, tree, has_aux=True)
         check_values(loss)
         model.propagate(params, state)
         none = jax.tree.map(jnp.zeros_like, outputs)

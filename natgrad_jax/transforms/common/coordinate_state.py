@@ -156,9 +156,9 @@ def rescaled(
     def measured() -> tuple[dict[Path, Coordinates], jax.Array]:
         bases, rejected = {}, state.rejected
         for path, layer in layers.items():
-            factors, _, good = estimators.input_factors(layer, statistics)
-            new = charts.rescaled(layer, state.bases[path], factors, epsilon)
-            bases[path], bad = keep_finite(layer, new, state.bases[path], good.astype(float))
+            batch, old = estimators.input_factors(layer, statistics), state.bases[path]
+            new = charts.rescaled(layer, old, batch.factors, epsilon)
+            bases[path], bad = keep_finite(layer, new, old, batch.good.astype(float))
             rejected += bad
         return bases, rejected
 
