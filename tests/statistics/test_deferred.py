@@ -76,6 +76,60 @@ def test_the_branch_keeps_nothing_of_the_training_pass() -> None:
     assert of_examples and set(of_examples) <= {*jaxpr.invars[-2:]}
 
 
+DEEP = nn.Sequential([*[nn.Dense(16), nn.tanh] * 8, nn.Dense(3)])
+MANY = jnp.tile(X, (500, 4))
+TARGETS = jnp.arange(len(MANY)) % 3
+
+
+def deep_loss(params: Any, x: jax.Array) -> ng.Loss:
+    """Of a network whose activations outweigh its parameters."""
+    return ng.Categorical(DEEP.apply({"params": params}, x)).nll(TARGETS)
+
+
+DEEP_PARAMS = DEEP.init(KEY, MANY)["params"]
+DEEP_LAYERS = ng.find_layers(deep_loss, DEEP_PARAMS, MANY)
+deep_tx = ng.kfac(0.1, DEEP_LAYERS)
+
+
+@jax.jit
+def deep_step(state: Any, x: jax.Array) -> Any:
+    grad_fn = ng.value_and_grad(deep_loss, DEEP_LAYERS)
+    _, grads, statistics = grad_fn(DEEP_PARAMS, x, rng=KEY, opt_state=state)
+    updates, state = deep_tx.update(grads, state, DEEP_PARAMS, statistics=statistics)
+    return updates, state, statistics.examples
+
+
+def test_measuring_needs_no_memory_beside_that_of_the_training_pass() -> None:
+    alone = jax.jit(jax.grad(lambda p, x: deep_loss(p, x).value))
+    temporaries = lambda lowered: lowered.compile().memory_analysis().temp_size_in_bytes
+    least = temporaries(alone.lower(DEEP_PARAMS, MANY))
+    assert temporaries(deep_step.lower(deep_tx.init(DEEP_PARAMS), MANY)) < 1.3 * least
+
+
+def test_nothing_is_measured_where_the_gradient_is_not_finite() -> None:
+    state = deep_tx.init(DEEP_PARAMS)
+    _, bad, examples = deep_step(state, MANY.at[0, 0].set(jnp.nan))
+    assert examples == 0
+    jax.tree.map(np.testing.assert_array_equal, ng.factors(bad), ng.factors(state))
+    _, after, examples = deep_step(bad, MANY)  # it is due until it is measured
+    assert examples == len(MANY) and jax.tree.all(jax.tree.map(jnp.any, ng.factors(after)))
+
+
+def test_an_input_factor_does_not_wait_for_that_of_the_outputs() -> None:
+    """Where only G is NaN, A is averaged; both wait for the refresh that has both."""
+    tx, statistics = ng.scale_by_kfac(LAYERS), grad_fn(PARAMS, X, Y, rng=KEY)[2]
+    path = next(iter(LAYERS))
+    layers = dict(statistics.layers)
+    layers[path] = layers[path]._replace(G=layers[path].G * jnp.nan)
+    bad = statistics._replace(sums=statistics.sums | {"expand": layers})
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    of = lambda given: tx.update(grads, tx.init(PARAMS), PARAMS, statistics=given)[1]
+    good, state = of(statistics), of(bad)
+    np.testing.assert_array_equal(state.factors[path].A, good.factors[path].A)
+    assert not state.factors[path].G.any() and state.weights[path] == 0
+    assert int(state.rejected) == 1
+
+
 def test_two_transformations_share_one_measurement() -> None:
     labels = {"layers_0": "one", "layers_2": "two"}
     tx = optax.partition({"one": ng.kfac(0.1, LAYERS), "two": ng.ekfac(0.1, LAYERS)}, labels)
