@@ -11,6 +11,7 @@ from natgrad_jax.statistics.fisher_rows import stacked
 from natgrad_jax.statistics.grad import GradFn, of_one_part, value_and_grad
 from natgrad_jax.statistics.sample_space import wants_pieces
 from natgrad_jax.tracing import model
+from natgrad_jax.tracing.convolutions import for_control_flow
 from natgrad_jax.utils.precision import at_least_float32
 from natgrad_jax.utils.sharding import AxisName
 
@@ -102,7 +103,8 @@ def accumulate(
 
         def body(carry: Any, micro_batch: Any) -> Any:
             rest, total = carry
-            rest, found, others = one(rest, *micro_batch)
+            run, _ = for_control_flow(lambda: one(rest, *micro_batch))
+            rest, found, others = run()
             return (rest, jax.tree.map(jnp.add, total, found)), others
 
         micro_batches = (jnp.arange(number), args)

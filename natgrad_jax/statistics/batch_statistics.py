@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from natgrad_jax.curvature.layer_sums import Sums
+from natgrad_jax.tracing.convolutions import for_control_flow
 from natgrad_jax.utils.hyperparams import is_concrete
 from natgrad_jax.utils.short_repr import short_text
 from natgrad_jax.utils.tree_paths import Path
@@ -61,10 +61,9 @@ class Statistics:
     @classmethod
     def deferred(cls, examples: jax.Array, measure: Callable[[], Parts]) -> "Statistics":
         """Measured where they are used, if there are ``examples``; else zeros."""
-        program, shapes = jax.make_jaxpr(measure, return_shape=True)()  # traced once for all uses
+        run, shapes = for_control_flow(measure)
         self = cls(examples, *shapes)
-        parts = jax.tree.structure(shapes)
-        self._measure = lambda: jax.tree.unflatten(parts, core.jaxpr_as_fun(program)())
+        self._measure = run
         return self
 
     @property

@@ -13,6 +13,7 @@ from natgrad_jax.statistics import from_cotangents as measurement
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.from_cotangents import Measured, Squares
 from natgrad_jax.statistics.plan import Plan
+from natgrad_jax.tracing.convolutions import for_control_flow
 from natgrad_jax.utils.sharding import psum, vary
 
 
@@ -69,7 +70,8 @@ def _sum_over(
     for count, cotangents in work:
 
         def body(total: Any, index: jax.Array, cotangents: Any = cotangents) -> Any:
-            return jax.tree.map(jnp.add, total, measured(cotangents(index))), None
+            now, _ = for_control_flow(lambda: measured(cotangents(index)))
+            return jax.tree.map(jnp.add, total, now()), None
 
         total, _ = jax.lax.scan(body, total, jnp.arange(count))
     return total

@@ -26,6 +26,7 @@ from natgrad_jax.statistics.fisher_pass import (
 from natgrad_jax.statistics.sample_space import check_rng, scaled, value_and_rows
 from natgrad_jax.tagging.tagged import Tagged, tag
 from natgrad_jax.tracing import model
+from natgrad_jax.tracing.convolutions import for_control_flow
 from natgrad_jax.tracing.trace import trace
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
@@ -257,6 +258,6 @@ def _when(due: Any, measure: Callable[[], Any], skip: Callable[[], Any]) -> Any:
     """
     if due is True:
         return measure()
-    statistics = jax.eval_shape(measure)[1]
-    nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), statistics)
+    (measure, (_, shapes)), (skip, _) = for_control_flow(measure), for_control_flow(skip)
+    nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.cond(due, measure, lambda: (skip(), nothing()))

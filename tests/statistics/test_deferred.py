@@ -1,5 +1,6 @@
 """Statistics that are measured where they are used."""
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -165,3 +166,45 @@ def test_measured_in_the_update_or_before_it_the_steps_are_the_same(name: str) -
         found.append(params)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, *found)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical", "exact"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_convolutions_within_control_flow_have_the_usual_layout(fisher: str, layout: str) -> None:
+    """Of another they are plain loops on CPU, the only backend of this test."""
+    of = {
+        "NHWC": ((2, 16, 16, 3), (3, 3, 3, 4), "HWIO"),
+        "NCHW": ((2, 3, 16, 16), (4, 3, 3, 3), "OIHW"),
+    }
+    shape, kernel, order = of[layout]
+
+    def loss_fn(params: Any, x: jax.Array) -> ng.Loss:
+        for name in ("one", "two"):
+            x = jax.lax.conv_general_dilated(
+                jnp.tanh(x), params[name], (2, 2), "SAME", dimension_numbers=(layout, order, layout)
+            )
+        return ng.Gaussian(x.reshape(len(x), -1)).nll(jnp.zeros((len(x), 64)))
+
+    second = list(kernel)
+    second[order.index("I")] = second[order.index("O")]
+    normal = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape)
+    params, x = {"one": normal(0, kernel), "two": normal(1, second)}, normal(2, shape)
+    layers = ng.find_layers(loss_fn, params, x)
+    tx, grad_fn = ng.kfac(0.1, layers), ng.value_and_grad(loss_fn, layers, fisher=fisher)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        _, grads, statistics = grad_fn(params, x, rng=KEY, opt_state=state)
+        return grads, statistics.ready(), tx.update(grads, state, params, statistics=statistics)
+
+    def layouts(lowered: Any) -> set[str]:
+        return set(re.findall(r"dim_labels=([\w>-]+)", lowered.compile().as_text()))
+
+    accumulated = jax.jit(ng.accumulate(loss_fn, layers, fisher=fisher))
+    many = accumulated.lower(params, jnp.stack([x, x]), rng=KEY)
+    assert layouts(step.lower(params, state)) == layouts(many) == {"b01f_01io->b01f"}
+    grads, found, _ = step(params, state)
+    _, alone, at_once = grad_fn(params, x, rng=KEY)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, (grads, found.layers), (alone, at_once.layers))
