@@ -116,21 +116,6 @@ def test_nothing_is_measured_where_the_gradient_is_not_finite() -> None:
     assert examples == len(MANY) and jax.tree.all(jax.tree.map(jnp.any, ng.factors(after)))
 
 
-def test_an_input_factor_does_not_wait_for_that_of_the_outputs() -> None:
-    """Where only G is NaN, A is averaged; both wait for the refresh that has both."""
-    tx, statistics = ng.scale_by_kfac(LAYERS), grad_fn(PARAMS, X, Y, rng=KEY)[2]
-    path = next(iter(LAYERS))
-    layers = dict(statistics.layers)
-    layers[path] = layers[path]._replace(G=layers[path].G * jnp.nan)
-    bad = statistics._replace(sums=statistics.sums | {"expand": layers})
-    grads = jax.tree.map(jnp.ones_like, PARAMS)
-    of = lambda given: tx.update(grads, tx.init(PARAMS), PARAMS, statistics=given)[1]
-    good, state = of(statistics), of(bad)
-    np.testing.assert_array_equal(state.factors[path].A, good.factors[path].A)
-    assert not state.factors[path].G.any() and state.weights[path] == 0
-    assert int(state.rejected) == 1
-
-
 def test_two_transformations_share_one_measurement() -> None:
     labels = {"layers_0": "one", "layers_2": "two"}
     tx = optax.partition({"one": ng.kfac(0.1, LAYERS), "two": ng.ekfac(0.1, LAYERS)}, labels)
