@@ -15,7 +15,7 @@ from natgrad_jax.tracing.rows import bind
 
 T = TypeVar("T")
 
-CALLS = ("jit", "pjit", "closed_call", "core_call")
+CALLS = ("jit", "pjit")
 CONVOLUTION = "conv_general_dilated"
 
 
@@ -40,7 +40,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
             if name == CONVOLUTION:
                 out = [_convolved(equation, *operands)]
             elif name in CALLS and _has_convolutions(equation):
-                inner = _called(equation)
+                inner = equation.params["jaxpr"]
                 out = _run(inner.jaxpr, inner.consts, operands)
             else:
                 out = bind(equation, operands)
@@ -48,14 +48,10 @@ def _run(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     return list(map(read, jaxpr.outvars))
 
 
-def _called(equation: Any) -> Any:
-    return equation.params["jaxpr" if "jaxpr" in equation.params else "call_jaxpr"]
-
-
 def _has_convolutions(equation: Any) -> bool:
     name = equation.primitive.name
     if name in CALLS:
-        return any(map(_has_convolutions, _called(equation).jaxpr.eqns))
+        return any(map(_has_convolutions, equation.params["jaxpr"].jaxpr.eqns))
     return bool(name == CONVOLUTION)
 
 
