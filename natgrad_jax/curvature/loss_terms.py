@@ -124,12 +124,11 @@ def moved(layer: Layer, old: Any, batch: Batch, weight: jax.Array, rate: Any) ->
     new = batch.factors
     if not isinstance(old, FactorsOfTerms):
         moves, later = rate(weight, informative=batch.good)
-        averaged = jax.tree.map(functools.partial(step, moves), old, new)
-        if batch.good_inputs is not None:
-            # so that the sums of A need not be kept until the backward pass has those of G
-            moves, _ = rate(weight, informative=batch.good_inputs)
-            averaged = averaged._replace(A=step(moves, old.A, new.A))
-        return averaged, later
+        # A on its own: its sums need not be kept until the backward pass has those of G
+        early = batch.good if batch.good_inputs is None else batch.good_inputs
+        A = step(rate(weight, informative=early)[0], old.A, new.A)
+        rest = old._replace(A=None), new._replace(A=None)
+        return jax.tree.map(functools.partial(step, moves), *rest)._replace(A=A), later
     moves, weights = rate(old.weights, informative=batch.good)
     shares = jax.tree.map(functools.partial(step, moves), old.shares, new.shares)
     moves, later = rate(weight, informative=batch.good.any(0))

@@ -103,8 +103,7 @@ def accumulate(
 
         def body(carry: Any, micro_batch: Any) -> Any:
             rest, total = carry
-            run, _ = for_control_flow(lambda: one(rest, *micro_batch))
-            rest, found, others = run()
+            rest, found, others = for_control_flow(lambda: one(rest, *micro_batch))[0]()
             return (rest, jax.tree.map(jnp.add, total, found)), others
 
         micro_batches = (jnp.arange(number), args)

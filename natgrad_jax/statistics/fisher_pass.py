@@ -84,7 +84,7 @@ def shares_training_pass(loss: Loss, plan: Plan) -> bool:
     """
     one_factor = len(loss.terms) == 1 and loss.terms[0].weight is None and loss.scalar is None
     mixed = any(reader.layer.uses > 1 or reader.layer.matrices for reader in plan.readers.values())
-    return one_factor and not plan.from_sums and not mixed
+    return plan.fisher == "empirical" and one_factor and not plan.from_sums and not mixed
 
 
 def measure_in_training_pass(

@@ -173,11 +173,8 @@ def of_one_part(
         check_terms(layers, traced.loss)
         tagged = tag(traced, model.parameters_of(tree))
         plan = planning.with_uses(plan, tagged)
-        values = vary(planning.empty(plan), axes)
-        with_values = partial(forward.tapped, tagged, plan, axes)
-        run = lambda: jax.vjp(with_values, tree, values, has_aux=True)
-        alone = loss_scale is not None or not shares_training_pass(traced.loss, plan)
-        at_once = plan.fisher == "empirical" and not alone
+        run = partial(_tapped_pass, tagged, plan, axes, tree)
+        at_once = loss_scale is None and shares_training_pass(traced.loss, plan)
         if plan.every_step or at_once:
             (value, outputs), pullback, (loss, aux, state) = first = run()
         else:
@@ -186,28 +183,19 @@ def of_one_part(
         check_values(loss)
         model.propagate(params, state)
         none, one = jax.tree.map(jnp.zeros_like, outputs), jnp.ones_like(value)
-        zero = jnp.zeros_like(value)
 
         due = True if plan.every_step else _due(opt_state, loss, axes)
-
-        def own_pass() -> Statistics:
-            # In a branch the forward pass is run again: what it needs of the first one would be
-            # kept on the steps that measure nothing, too, and that costs more.
-            _, back, (own, _, _) = first if due is True else run()
-            pull = lambda given: measurement.measured(plan, axes, *back((zero, given)))
-            return measure(samples, rng, own, plan, pull, axes)
-
         if at_once:
             both = partial(measure_in_training_pass, pullback, (one, none), loss, plan, axes)
             grads, statistics = _when(due, both, lambda: pullback((one, none))[0])
             grads = psum(grads, axes)
         else:
             grads = psum(scaled(lambda one: pullback((one, none))[0], one, loss_scale), axes)
-            if due is True:
-                statistics = own_pass()
-            else:
+            if due is not True:
                 due &= _is_past(pullback, grads, tagged)
-                statistics = _deferred(due, own_pass, loss, axes)
+            passed = (lambda: first) if due is True else run
+            own_pass = partial(_own_pass, passed, samples, rng, plan, axes)
+            statistics = _where_used(due, own_pass, loss, axes)
             if opt_state is not None and len(states(opt_state)) > 1:
                 statistics = statistics.ready()  # once for all
         value = psum(value, axes)
@@ -223,6 +211,14 @@ def _check_choices(fisher: str, samples: int) -> None:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
 
 
+def _tapped_pass(
+    tagged: Tagged, plan: planning.Plan, axes: tuple[str, ...], tree: Any
+) -> tuple[Any, Any, Any]:
+    """A forward pass with its pullback to parameters and to what is measured."""
+    values = vary(planning.empty(plan), axes)
+    return jax.vjp(partial(forward.tapped, tagged, plan, axes), tree, values, has_aux=True)
+
+
 def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:
     """Whether to measure now; with several terms, whether one that is due has examples."""
     due = statistics_due(opt_state)
@@ -231,24 +227,40 @@ def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:
     return jnp.any(due & (jnp.stack([whole_count(term, axes) for term in loss.terms]) > 0))
 
 
-def _is_past(pullback: Any, grads: Any, tagged: Tagged) -> jax.Array | bool:
-    """Whether the gradient that is computed last is finite: elsewhere there is nothing to measure.
+def _own_pass(
+    run: Callable[[], Any], samples: int, rng: Any, plan: planning.Plan, axes: tuple[str, ...]
+) -> Statistics:
+    """The statistics, by the pullback of :func:`_tapped_pass`.
 
-    It makes the measuring branch wait for the training pass, whose memory is free then. True where
-    that is less than several times the gradients', which stand there as long.
+    In a branch ``run`` goes forward again: what measuring needs of the training pass would be kept
+    on the steps that measure nothing, too, and that costs more.
+    """
+    (value, _), back, (loss, _, _) = run()
+    pull = lambda given: measurement.measured(plan, axes, *back((jnp.zeros_like(value), given)))
+    return measure(samples, rng, loss, plan, pull, axes)
+
+
+def _where_used(
+    due: Any, own_pass: Callable[[], Statistics], loss: Loss, axes: tuple[str, ...]
+) -> Statistics:
+    """Measured at once if measuring is always due, else in a branch, where they are used."""
+    if due is True:
+        return own_pass()
+    examples = jnp.where(due, examples_of(loss, axes), 0)
+    return Statistics.deferred(examples, lambda: own_pass().shapes)
+
+
+def _is_past(pullback: Any, grads: Any, tagged: Tagged) -> jax.Array | bool:
+    """Whether the gradient that is computed last is finite, so that measuring waits for it.
+
+    The training pass's memory is free then. True, without waiting, where that is less than several
+    times the gradients', which are kept meanwhile.
     """
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     if not tagged.layers or size(pullback) < SEVERAL * size(grads):
         return True
     first = min(next(iter(tagged.layers.values())).parameters, key=lambda p: math.prod(p.shape))
     return jnp.isfinite(jnp.sum(tree_paths.leaves(grads)[first.path]))
-
-
-def _deferred(
-    due: Any, own_pass: Callable[[], Statistics], loss: Loss, axes: tuple[str, ...]
-) -> Statistics:
-    examples = jnp.where(due, examples_of(loss, axes), 0)
-    return Statistics.deferred(examples, lambda: own_pass().shapes)
 
 
 def _when(due: Any, measure: Callable[[], Any], skip: Callable[[], Any]) -> Any:
