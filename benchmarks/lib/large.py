@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from lib.tasks import Transformer
+from lib.tasks import Transformer, initialized
 
 import natgrad_jax as ng
 
@@ -60,7 +60,7 @@ class Large(NamedTuple):
     draw: Callable[[int], tuple[jax.Array, jax.Array]]  # of a batch size
 
     def init(self, seed: int) -> Any:
-        return jax.jit(self.model.init)(jax.random.key(seed), self.draw(1)[0])["params"]
+        return initialized(self.model, seed, self.draw(1)[0])
 
     def loss_fn(self, params: Any, batch: Any) -> Any:
         logits, _ = self.model.apply({"params": params}, batch[0], mutable=["batch_stats"])

@@ -3,6 +3,7 @@
     python benchmarks/races/no_tuning.py --data-dir DIR --seeds 0,1,2  # the six of lib/tasks.py
     python benchmarks/races/no_tuning.py --tasks digits-ae,characters,tabular  # nothing to download
     python benchmarks/races/no_tuning.py --tasks tabular --optimizers adam,shampoo
+    python benchmarks/races/no_tuning.py --tasks characters-gpt2  # on an accelerator
 
 Each searched optimizer takes the rate of its grid (``lib/rivals.py``) with the lowest training loss
 after a short search with the first seed; all else is its default. By default these are Adam, SGD
@@ -28,7 +29,7 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ from lib import report, training
 from lib.arguments import integers, positive
 from lib.optimizers import OPTIMIZERS, first_order, natural
 from lib.rivals import INSIDE, OUTSIDE, Searched, injected, outside, searched
-from lib.tasks import TASKS, Task
+from lib.tasks import LARGE, TASKS, Task
 from races.no_tuning_report import UNTUNED, Found, finish, table_of
 
 RATE = 0.1  # theirs, of the library's README
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"cannot be imported: {', '.join(absent)}")
     found = {}
     for name in args.tasks:
-        task = TASKS[name](args.data_dir)
+        task = (TASKS | LARGE)[name](args.data_dir)
         task = task._replace(steps=args.steps or task.steps)
         say(f"{name}: {task.steps} steps of {task.batch_size}")
         found[name] = compete(make_field(task), args, say)
@@ -200,8 +201,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tasks", type=names_of(TASKS), default=list(TASKS), metavar="NAME[,NAME…]",
-        help=f"of {', '.join(TASKS)}")  # fmt: skip
+    add("--tasks", type=names_of(TASKS | LARGE), default=list(TASKS), metavar="NAME[,NAME…]",
+        help=f"of {', '.join(TASKS | LARGE)}")  # fmt: skip
     add("--optimizers", type=names_of((*INSIDE, *outside())), default=[*INSIDE[:4], *outside()],
         metavar="NAME[,NAME…]", help=f"searched, of {', '.join((*INSIDE, *OUTSIDE))}")  # fmt: skip
     add("--trust-radius", type=float, metavar="X", help="of K-FAC and EKFAC, not their default")
@@ -214,7 +215,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         for name in text.split(","):
             if name not in known:

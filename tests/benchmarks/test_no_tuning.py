@@ -32,10 +32,10 @@ def noise(name, data_dir):
     return data.Dataset(name, images[:16], labels, images[16:], labels)
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", tasks.TASKS | tasks.LARGE)
 def test_every_layer_of_a_task_is_covered(name, monkeypatch):
     monkeypatch.setattr(data, "load_or_exit", noise)
-    task = tasks.TASKS[name](None)
+    task = (tasks.TASKS | tasks.LARGE)[name](None)
     batch = jax.tree.map(lambda x: x[:4], task.examples)
     params = jax.eval_shape(lambda: task.problem.init(0))
     layers = ng.find_layers(task.problem.loss_fn, params, batch)
@@ -61,7 +61,7 @@ def test_what_is_held_out_is_like_the_examples_and_none_of_them(name, monkeypatc
 
 
 def test_characters_follow_one_another():
-    examples = tasks.characters(None).examples
+    examples = tasks.TASKS["characters"](None).examples
     assert examples["input"].size > 300_000 and examples["input"].max() < tasks.ALPHABET
     flat = {key: x.reshape(-1) for key, x in examples.items()}
     np.testing.assert_array_equal(flat["input"][1:], flat["target"][:-1])
