@@ -97,6 +97,11 @@ def masks(scope: Scope) -> None:
     assert list(scope["head_alone"]) == [("head",)]
 
 
+def takes_the_option(scope: Scope) -> None:
+    np.testing.assert_allclose(scope["loss"], np.log(3), rtol=1e-6)  # logits are equal
+    assert not scope["layers"].uncovered and scope["statistics"].examples == 8
+
+
 # What a page's blocks leave behind. The losses of losses.md train in tests/whole/test_any_loss.py.
 CHECKS: dict[str, Callable[[Scope], None]] = {
     "README.md": trains,
@@ -104,6 +109,7 @@ CHECKS: dict[str, Callable[[Scope], None]] = {
     "docs/devices.md": every_division_gives_the_same,
     "docs/diagnosing.md": reports,
     "docs/differential_equations.md": solves,
+    "docs/installation.md": takes_the_option,
     "docs/frameworks.md": learns_in_each_framework,
     "docs/layers.md": masks,
     "docs/losses.md": lambda scope: None,
