@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.extend import core
 
 from natgrad_jax.tagging.nested import WITHIN
@@ -19,6 +20,7 @@ from natgrad_jax.tracing.views import View
 
 LINEAR = ("add", "add_any", "sub", "mul")
 ITS_OWN = "examples lie along an axis of its own"
+COMPLEX = "its products are complex numbers, whose examples are not told apart"
 PRODUCT = "it is multiplied by {}: such a product has no use of its own"
 
 
@@ -237,6 +239,9 @@ class Follower:
         hot, outputs = any(s.hot == "hot" for s in given), []
         sources = frozenset(v.source for v in given[i].views)
         self.found.lose(given[i].depends - sources, f"a function of it goes into {name}")
+        if jnp.issubdtype(out.dtype, jnp.complexfloating):
+            self.found.lose(sources, COMPLEX)
+            return [State((), given[i].depends if constant else frozenset())]
         if not constant:
             self.found.contracted |= sources
         for view in given[i].views:

@@ -317,6 +317,29 @@ def conditional(p, x):
     return linear(p["head"], jnp.tanh(lax.cond(x.sum() > 0, steep, flat, x)))
 
 
+def pairs(w):
+    """Complex numbers from real and imaginary parts, the last axis of a kernel."""
+    return w[..., 0] + 1j * w[..., 1]
+
+
+def state_space(p, x):
+    """A diagonal linear recurrence of complex states, as in S5 and LRU, by a parallel scan."""
+    rate = jnp.exp(p["log_step"]) * (-jnp.exp(p["log_decay"]) + 1j * p["frequency"])
+    u = p["gain"] * jnp.einsum("btf,sf->bts", x, pairs(p["B"]))
+    then = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+    _, states = lax.associative_scan(then, (jnp.broadcast_to(jnp.exp(rate), u.shape), u), axis=1)
+    y = jnp.einsum("bts,fs->btf", states, pairs(p["C"])).real + p["D"] * x
+    return linear(p["head"], jax.nn.gelu(y).mean(1))
+
+
+def spectral(p, x):
+    """A Fourier layer: a product of the lowest frequencies beside a product in place."""
+    low = len(p["w"])
+    h = jnp.einsum("bki,kio->bko", jnp.fft.rfft(x, axis=1)[:, :low], pairs(p["w"]))
+    h = jnp.fft.irfft(jnp.pad(h, ((0, 0), (0, x.shape[1] // 2 + 1 - low), (0, 0))), x.shape[1], 1)
+    return linear(p["head"], jax.nn.gelu(h + linear(p["skip"], x)).mean(1))
+
+
 def shared_offset(p, x):
     """One number is added to every output of a layer: no bias, which has one for each."""
     return linear(p["head"], jnp.tanh(x @ p["w"] + p["b"]))
@@ -346,6 +369,12 @@ TORCH = {
     "fc2": {"weight": (CLASSES, HIDDEN), "bias": (CLASSES,)},
 }
 MEMBERS = {"w1": (2, 4, 5), "b1": (2, 5), "w2": (2, 5, CLASSES), "b2": (2, CLASSES)}
+STATES = {
+    **dict.fromkeys(("log_step", "log_decay", "frequency", "gain"), (3,)),
+    "B": (3, FEATURES, 2),
+    "C": (FEATURES, 3, 2),
+    "D": (FEATURES,),
+}
 HEAD = {"head": affine(FEATURES, CLASSES)}
 TABLE = {"table": (WORDS, FEATURES)}
 MIXTURE = {"gate": (FEATURES, EXPERTS), "up": (EXPERTS, FEATURES, 6), "down": (EXPERTS, 6, CLASSES)}
@@ -431,6 +460,20 @@ PLAIN = [
         "scan of checkpointed layers",
         lambda: plain(scanned, HEAD | {"stack": {"w": (2, 4, 4), "b": (2, 4)}}, vector()),
         layers=2,
+    ),
+    Other(
+        "state space",
+        lambda: plain(state_space, STATES | HEAD, sequence()),
+        layers=8,
+    ),
+    Other(
+        "spectral convolution",
+        lambda: plain(
+            spectral,
+            HEAD | {"skip": affine(FEATURES, FEATURES), "w": (2, FEATURES, FEATURES, 2)},
+            sequence(),
+        ),
+        layers=3,
     ),
     Other("tied autoencoder", tied_autoencoder),
     Other(  # which branch runs is not known before

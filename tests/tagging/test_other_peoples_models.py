@@ -1,6 +1,7 @@
 """Models in the style of other people's code: covered, trained, with JAX's own gradients."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,8 +63,30 @@ def test_gradients_are_jaxs_own_and_a_step_is_finite(case: Any) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * scale)
     for x in jax.tree.leaves((statistics, new)):
         assert bool(jnp.isfinite(x).all())
+    for x in jax.tree.leaves(statistics.layers):
+        if x.ndim > 1 and x.shape[-1] == x.shape[-2]:
+            values = np.linalg.eigvalsh(np.asarray(x, float))
+            assert values.min() >= -1e-5 * np.abs(values).max()
     silent = {path for path, sums in statistics.layers.items() if not jnp.any(sums.A != 0)}
     assert silent == {("steep",)} & set(layers)  # the branch that does not run
+
+
+def test_blocks_of_parameters_in_complex_functions_are_exact(float64: None) -> None:
+    """Where examples' own gradients are had; products of complex numbers have squared sums."""
+    problem = next(case for case in CASES if case.name == "plain: state space").make()
+    params, (x, y) = jax.tree.map(lambda a: a.astype(float), problem.params), problem.args
+    x = x.astype(float)
+    layers = ng.find_layers(problem.loss_fn, params, x, y)
+    _, _, statistics = ng.value_and_grad(problem.loss_fn, layers, fisher="exact")(params, x, y)
+    logits = lambda params, x: problem.loss_fn(params, x[None], y[:1]).terms[0].raw["logits"][0]
+    z = jax.vmap(partial(logits, params))(x)
+    J = jax.vmap(lambda x: jax.jacobian(logits)(params, x))(x)
+    p = jax.nn.softmax(z)
+    H = jnp.einsum("ni,ij->nij", p, jnp.eye(p.shape[1])) - jnp.einsum("ni,nj->nij", p, p)
+    for name in ("gain", "frequency", "log_decay", "log_step", "D"):
+        wanted = jnp.einsum("nia,nij,njb->ab", J[name], H, J[name])
+        found = statistics.layers[(name,)].A
+        np.testing.assert_allclose(found, wanted, atol=1e-9 * float(jnp.abs(wanted).max()))
 
 
 X = jax.random.normal(jax.random.key(0), (8, 4))
