@@ -27,7 +27,7 @@ from natgrad_jax.statistics.sample_space import check_rng, scaled, value_and_row
 from natgrad_jax.tagging.tagged import Tagged, tag
 from natgrad_jax.tracing import model
 from natgrad_jax.tracing.convolutions import for_control_flow
-from natgrad_jax.tracing.trace import trace
+from natgrad_jax.tracing.trace import leaks_explained, trace
 from natgrad_jax.utils import tree_paths
 from natgrad_jax.utils.sharding import AxisName, axis_names, devices_along, psum, vary
 
@@ -159,6 +159,7 @@ def of_one_part(
         return value_and_rows(loss_fn, fisher, samples, has_aux, axes)
     check_layers(layers)
 
+    @leaks_explained()
     def grad_fn(
         params: Any, *args: Any, rng: Any = None, opt_state: Any = None, loss_scale: Any = None
     ) -> Any:

@@ -1,6 +1,7 @@
 """The loss as a jaxpr whose first inputs are the parameters."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,6 +36,20 @@ class Traced(NamedTuple):
     raw: tuple[dict[str, int], ...]
     weights: tuple[int | None, ...]
     scalar: int | None
+
+
+@contextlib.contextmanager
+def leaks_explained() -> Iterator[None]:
+    """What is differentiated after it was traced cannot use what the trace closed over."""
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        error.add_note(
+            "loss_fn is traced and then differentiated, as under jax.checkpoint. A function with a "
+            "custom_vjp that closes over arrays of loss_fn cannot be: pass them to it as arguments "
+            "(jax.closure_convert finds them)."
+        )
+        raise
 
 
 def trace(

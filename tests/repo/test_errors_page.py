@@ -52,6 +52,8 @@ def _message(node: ast.AST) -> ast.expr | None:
     if isinstance(node, ast.Raise) or ast.unparse(call.func) == "warnings.warn":
         return call.args[0]
     name = getattr(call.func, "attr", "")
+    if name == "add_note":
+        return call.args[0]
     return call.args[1] if name in ("end", "lose") and len(call.args) == 2 else None
 
 

@@ -89,6 +89,26 @@ def test_blocks_of_parameters_in_complex_functions_are_exact(float64: None) -> N
         np.testing.assert_allclose(found, wanted, atol=1e-9 * float(jnp.abs(wanted).max()))
 
 
+def test_a_custom_derivative_that_closes_over_the_losss_arrays_is_explained() -> None:
+    """JAX differentiates it neither under jit nor under checkpoint."""
+
+    def loss_fn(params: Any, x: jax.Array) -> ng.Loss:
+        @jax.custom_vjp
+        def solved(w: jax.Array) -> jax.Array:
+            return x * w
+
+        solved.defvjp(lambda w: (x * w, ()), lambda _, g: ((g * x).sum(0),))
+        return ng.Gaussian(solved(params["w"])).nll(x)
+
+    params, x = {"w": jnp.ones(3)}, jnp.ones((8, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ng.UncoveredWarning)
+        layers = ng.find_layers(loss_fn, params, x)
+    with pytest.raises(jax.errors.UnexpectedTracerError) as caught:
+        ng.value_and_grad(loss_fn, layers)(params, x, rng=jax.random.key(0))
+    assert any("jax.closure_convert" in note for note in caught.value.__notes__)
+
+
 X = jax.random.normal(jax.random.key(0), (8, 4))
 SCALAR_BIASES = {
     "a vector": (lambda p, x: x @ p["w"][:, 0] + p["b"], ()),
