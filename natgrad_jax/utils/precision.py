@@ -1,10 +1,8 @@
-"""The precision of curvature: at least float32, and matrix products whose inputs keep their bits.
+"""The precision of curvature: at least float32, and matrix products of unrounded inputs.
 
-TPUs and recent GPUs round the float32 inputs of matrix products to 8 or 11 bits by default.
-``HIGHEST`` keeps all. ``HIGH`` is for products of rows with themselves, ``Σ r rᵀ``: on GPUs it
-rounds to 11 bits, twice as fast, on TPUs it keeps 16, and on CPUs all. Both inputs are rounded
-alike, so that the sum is that of rounded rows, positive semidefinite (on an H200 small eigenvalues
-are off by 1e-8 of the trace).
+TPUs and recent GPUs round the float32 inputs of matrix products to 8 or 11 bits by default. A
+factor computed so is no longer positive semidefinite, nor is one of three passes (``HIGH``) on
+TPUs, which leave out the product of the lower bits.
 """
 
 import jax
@@ -12,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 HIGHEST = jax.lax.Precision.HIGHEST
-HIGH = jax.lax.Precision.HIGH
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
