@@ -98,9 +98,7 @@ def pairs_of(images: np.ndarray, labels: np.ndarray, count: int) -> dict[str, np
 
 
 def transformer(width: int, rates: tuple[float, ...]) -> Task:
-    task = characters(None)
-    problem = task.problem._replace(model=Transformer(width))
-    return task._replace(problem=problem, steps=STEPS, sgd=rates)
+    return characters(Transformer(width), batch_size=32, steps=STEPS)._replace(sgd=rates)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
