@@ -1,8 +1,8 @@
 """The precision of curvature: at least float32, and matrix products of unrounded inputs.
 
-TPUs and recent GPUs round the float32 inputs of matrix products to 8 or 11 bits by default. A
-factor computed so is no longer positive semidefinite, nor is one of three passes (``HIGH``) on
-TPUs, which leave out the product of the lower bits.
+TPUs and recent GPUs round the float32 inputs of matrix products to 8 or 11 bits by default, which
+inverses of factors and their eigenvectors do not bear. Three passes (``HIGH`` on TPUs) leave out
+the product of the lower bits: a Gram matrix is then not quite positive semidefinite.
 """
 
 import jax
