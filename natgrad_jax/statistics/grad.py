@@ -17,6 +17,7 @@ from natgrad_jax.state.walk import states, statistics_due
 from natgrad_jax.statistics import forward, from_cotangents as measurement, plan as planning
 from natgrad_jax.statistics.batch_statistics import Statistics
 from natgrad_jax.statistics.checks import check_axes, check_params, check_terms
+from natgrad_jax.statistics.fewer_examples import Measured, on_all, on_few
 from natgrad_jax.statistics.fisher_pass import (
     examples_of,
     measure,
@@ -173,11 +174,10 @@ def of_one_part(
         traced = trace(loss_fn, tree, rest, args, has_aux)
         check_terms(layers, traced.loss)
         tagged = tag(traced, model.parameters_of(tree))
-        plan = planning.with_uses(plan, tagged)
-        run = partial(_tapped_pass, tagged, plan, axes, tree)
-        at_once = loss_scale is None and shares_training_pass(traced.loss, plan)
+        batch = on_all(tagged, plan)
+        at_once = loss_scale is None and shares_training_pass(traced.loss, batch.plan)
         if plan.every_step or at_once:
-            (value, outputs), pullback, (loss, aux, state) = first = run()
+            (value, outputs), pullback, (loss, aux, state) = first = _tapped_pass(batch, axes, tree)
         else:
             training = partial(forward.plain, traced, axes)
             (value, outputs), pullback, (loss, aux, state) = jax.vjp(training, tree, has_aux=True)
@@ -187,16 +187,17 @@ def of_one_part(
 
         due = True if plan.every_step else _due(opt_state, loss, axes)
         if at_once:
-            both = partial(measure_in_training_pass, pullback, (one, none), loss, plan, axes)
+            both = partial(measure_in_training_pass, pullback, (one, none), loss, batch.plan, axes)
             grads, statistics = _when(due, both, lambda: pullback((one, none))[0])
             grads = psum(grads, axes)
         else:
             grads = psum(scaled(lambda one: pullback((one, none))[0], one, loss_scale), axes)
-            if due is not True:
+            if due is True:
+                statistics = _own_pass(first, samples, rng, batch.plan, axes)
+            else:
                 due &= _is_past(pullback, grads, tagged)
-            passed = (lambda: first) if due is True else run
-            own_pass = partial(_own_pass, passed, samples, rng, plan, axes)
-            statistics = _where_used(due, own_pass, loss, axes)
+                few = on_few(batch, args, lambda args: trace(loss_fn, tree, rest, args, has_aux))
+                statistics = _deferred(due, few, samples, rng, tree, loss, axes)
             if opt_state is not None and len(states(opt_state)) > 1:
                 statistics = statistics.ready()  # once for all
         value = psum(value, axes)
@@ -212,10 +213,9 @@ def _check_choices(fisher: str, samples: int) -> None:
         raise ValueError(f"samples must be a whole number, at least 1; got {samples!r}.")
 
 
-def _tapped_pass(
-    tagged: Tagged, plan: planning.Plan, axes: tuple[str, ...], tree: Any
-) -> tuple[Any, Any, Any]:
+def _tapped_pass(of: Measured, axes: tuple[str, ...], tree: Any) -> tuple[Any, Any, Any]:
     """A forward pass with its pullback to parameters and to what is measured."""
+    tagged, plan, _ = of
     values = vary(planning.empty(plan), axes)
     return jax.vjp(partial(forward.tapped, tagged, plan, axes), tree, values, has_aux=True)
 
@@ -229,26 +229,28 @@ def _due(opt_state: Any, loss: Loss, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _own_pass(
-    run: Callable[[], Any], samples: int, rng: Any, plan: planning.Plan, axes: tuple[str, ...]
+    passed: Any, samples: int, rng: Any, plan: planning.Plan, axes: tuple[str, ...]
 ) -> Statistics:
-    """The statistics, by the pullback of :func:`_tapped_pass`.
-
-    In a branch ``run`` goes forward again: what measuring needs of the training pass would be kept
-    on the steps that measure nothing, too, and that costs more.
-    """
-    (value, _), back, (loss, _, _) = run()
+    """The statistics, by the pullback of :func:`_tapped_pass`."""
+    (value, _), back, (loss, _, _) = passed
     pull = lambda given: measurement.measured(plan, axes, *back((jnp.zeros_like(value), given)))
     return measure(samples, rng, loss, plan, pull, axes)
 
 
-def _where_used(
-    due: Any, own_pass: Callable[[], Statistics], loss: Loss, axes: tuple[str, ...]
+def _deferred(
+    due: Any, few: Measured, samples: int, rng: Any, tree: Any, loss: Loss, axes: tuple[str, ...]
 ) -> Statistics:
-    """Measured at once if measuring is always due, else in a branch, where they are used."""
-    if due is True:
-        return own_pass()
-    examples = jnp.where(due, examples_of(loss, axes), 0)
-    return Statistics.deferred(examples, lambda: own_pass().shapes)
+    """Measured in a branch, where they are used, for a batch with this ``loss``.
+
+    The branch goes forward again: what measuring needs of the training pass would be kept on the
+    steps that measure nothing, too, and that costs more.
+    """
+
+    def parts() -> Any:
+        own = _own_pass(_tapped_pass(few, axes, tree), samples, rng, few.plan, axes)
+        return few.whole(own.shapes)
+
+    return Statistics.deferred(jnp.where(due, examples_of(loss, axes), 0), parts)
 
 
 def _is_past(pullback: Any, grads: Any, tagged: Tagged) -> jax.Array | bool:

@@ -17,7 +17,7 @@ from natgrad_jax.curvature.layer_sums import (
 from natgrad_jax.layers.kinds.subsampled import Thinned
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.layers.layer_call import LayerCall
-from natgrad_jax.statistics.spec import usual_stride
+from natgrad_jax.statistics.spec import stride_for
 
 
 class LayerStatistics(NamedTuple):
@@ -62,7 +62,7 @@ class LayerReader(NamedTuple):
         With a stride: what the measured examples add, scaled up to all examples.
         """
         n = jax.eval_shape(call.outputs, g).shape[0]
-        stride = usual_stride(n * self.parts) if self.stride is None else self.stride
+        stride = stride_for(self.stride, n * self.parts)
         few = call if stride == 1 else Thinned(call, stride)
         some = None if weight is None else weight[::stride]
         times = n / len(range(0, n, stride))

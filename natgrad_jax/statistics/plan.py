@@ -36,7 +36,8 @@ class Plan(NamedTuple):
     ``"none"`` also if no transformation needs more than inputs. ``every_step``: whether it is known
     that this step measures. ``examples``: for each term of the loss, the axis of its outputs that
     counts examples. ``passes``: the terms of each backward pass; terms that depend on the same
-    parameter are in different passes.
+    parameter are in different passes. ``stride``: k, to measure every k-th example
+    (:func:`stride_for`), of a batch that is divided into ``parts``.
     """
 
     readers: dict[Path, Any]
@@ -49,6 +50,8 @@ class Plan(NamedTuple):
     every_step: bool
     examples: tuple[int | None, ...]
     passes: tuple[tuple[int, ...], ...]
+    stride: int | None
+    parts: int
 
     @property
     def from_sums(self) -> bool:
@@ -115,8 +118,15 @@ def make_plan(layers: Layers, opt_state: Any, fisher: str, parts: int = 1) -> Pl
     passes = _apart(len(examples), together)
     every_step = opt_state is None or any(spec.every_step for spec, _ in requested)
     return Plan(
-        readers, bases, blocks, moments, diagonals, in_bases, fisher, every_step, examples, passes
-    )
+        readers, bases, blocks, moments, diagonals, in_bases, fisher, every_step, examples, passes,
+        stride, parts,
+    )  # fmt: skip
+
+
+def unstrided(of: Plan) -> Plan:
+    """The plan for a batch of which all examples are measured."""
+    whole = lambda r: r._replace(stride=1) if isinstance(r, LayerReader) else r
+    return of._replace(readers={path: whole(r) for path, r in of.readers.items()}, stride=1)
 
 
 def _widest(sizes: Sequence[int | None]) -> int | None:

@@ -5,6 +5,7 @@ wrapper takes. So it is encoded in the keys of a dict without leaves,
 ``{"weight_sharing=reduce": ()}``, the field ``request`` of a state.
 """
 
+import math
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -15,13 +16,14 @@ from natgrad_jax.state.walk import plain, states
 EncodedSpec = dict[str, tuple[()]]
 
 MEASURED = 10  # steps from one measurement to the next, by default
-ENOUGH = 256  # a half of the batch is measured if that is at least so many examples, else all
+ENOUGH = 128  # examples, by default, of the large batches of which a part is measured
+STRIDES = (8, 4, 2)  # of which every k-th example is measured
 
 
 class StatisticsSpec(NamedTuple):
     """``approximation`` of the factors; ``moments``: whether to measure squared gradients in the
     current bases too; ``inputs_only``: whether input factors suffice, which need no Fisher pass;
-    ``stride``: k, to measure every k-th example; None: :func:`usual_stride`. ``split``: how damping
+    ``stride``: k, to measure every k-th example; None: :func:`stride_for`. ``split``: how damping
     is divided between factors (for diagnostics; the backward pass does not need it).
     ``every_step``: whether each step is known to measure, so that no branch is needed."""
 
@@ -64,7 +66,7 @@ def decode(encoded: EncodedSpec) -> StatisticsSpec:
 def stride_of(fraction: Any, period: Any) -> int | None:
     """``statistics_fraction`` as a stride; raises ValueError for anything else.
 
-    Without one, all examples are measured if every step measures, else :func:`usual_stride`.
+    Without one, all examples are measured if every step measures, else :func:`stride_for`.
     """
     if fraction is None:
         return 1 if is_one(period) else None
@@ -83,9 +85,18 @@ def is_one(period: Any) -> bool:
     return isinstance(period, int | float) and period == 1
 
 
-def usual_stride(examples: int) -> int:
-    """2 if half of the examples are enough for the factors, else 1."""
-    return 2 if examples >= 2 * ENOUGH else 1
+def stride_for(stride: int | None, examples: float, positions: float = 1) -> int:
+    """k, to measure every k-th of the ``examples`` of a batch.
+
+    ``stride``: that of a specification. By default :data:`ENOUGH` are measured, where there are
+    more. Positions of one example are alike: t of them count as √t examples.
+
+    >>> [stride_for(None, n) for n in (128, 512, 8192)], stride_for(None, 32, positions=64)
+    ([1, 4, 8], 2)
+    """
+    if stride is not None:
+        return stride
+    return next((k for k in STRIDES if examples * math.sqrt(positions) >= k * ENOUGH), 1)
 
 
 def specs(opt_state: Any) -> list[tuple[StatisticsSpec, Any]]:

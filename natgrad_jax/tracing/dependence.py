@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from natgrad_jax.tracing.axes import OWN, RULES, WHOLE, Along, Demand, Demands, join, through
+from natgrad_jax.tracing import axes
+from natgrad_jax.tracing.axes import OWN, RULES, WHOLE, Along, Demand, Demands, join
 from natgrad_jax.utils import compat
 
 # Where an equation stands: its number, after those of the equations (and branches) around it.
@@ -37,12 +38,14 @@ class Walk:
 
     ``mixed``: whether examples depend on one another. ``at``: the demands of the results of each
     equation that the walk came to, by the equation's key. ``over_examples``: scans that take one
-    example after another.
+    example after another. ``held``: whether the loss itself holds an array that has an element for
+    each example.
     """
 
     def __init__(self, is_data: Callable[[Any, bool], bool]):
         self.is_data = is_data
         self.mixed = False
+        self.held = False
         self.at: dict[Key, Demands] = {}
         self.over_examples: set[Key] = set()
 
@@ -53,7 +56,7 @@ class Walk:
         wanted: dict[Any, Demand] = {}
 
         def want(var: Any, demand: Demand) -> None:
-            if isinstance(var, core.Literal) or not _differentiable(var):
+            if isinstance(var, core.Literal) or not self.follows(var):
                 return
             wanted[var] = join(wanted.get(var), demand)
 
@@ -69,10 +72,15 @@ class Walk:
                 self.mixed |= demand == WHOLE and all(taint[var])
             given = [taint.get(v, Taint()) if _is_var(v) else Taint() for v in equation.invars]
             for var, demand in zip(
-                equation.invars, self._through(equation, given, own, here), strict=True
+                equation.invars, self.through(equation, given, own, here), strict=True
             ):
                 want(var, demand)
+        self.held |= any(isinstance(wanted.get(v), Along) for v in jaxpr.constvars)
         return [wanted.get(v) for v in jaxpr.invars]
+
+    def follows(self, var: Any) -> bool:
+        """Whether the walk goes through this variable: what is differentiated."""
+        return jnp.issubdtype(getattr(var.aval, "dtype", np.int32), jnp.inexact)
 
     def _taints(self, jaxpr: Any, taints: Sequence[Taint]) -> dict[Any, Taint]:
         found = dict(zip(jaxpr.invars, taints, strict=True))
@@ -83,7 +91,7 @@ class Walk:
             found |= dict.fromkeys(equation.outvars, taint)
         return found
 
-    def _through(self, equation: Any, taints: list[Taint], outs: Demands, key: Key) -> Demands:
+    def through(self, equation: Any, taints: list[Taint], outs: Demands, key: Key) -> Demands:
         name, params = equation.primitive.name, equation.params
         if name == "stop_gradient":
             return [None]
@@ -103,7 +111,7 @@ class Walk:
             return [WHOLE] * len(equation.invars)
         if inside:
             return self._inside(inside[0], taints, outs, key)
-        return through(equation, outs)
+        return axes.through(equation, outs)
 
     def _inside(self, program: Any, taints: Sequence[Taint], outs: Demands, key: Key) -> Demands:
         return self.back(getattr(program, "jaxpr", program), taints, outs, key)
@@ -154,10 +162,6 @@ def _stacked(demand: Demand) -> Demand:
 
 def _is_var(x: Any) -> bool:
     return not isinstance(x, core.Literal)
-
-
-def _differentiable(var: Any) -> bool:
-    return jnp.issubdtype(getattr(var.aval, "dtype", np.int32), jnp.inexact)
 
 
 def programs(params: dict[str, Any]) -> Iterator[Any]:

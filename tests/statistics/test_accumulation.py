@@ -122,7 +122,7 @@ def test_a_step_on_micro_batches_is_the_step_on_the_whole(make: Any) -> None:
     assert_close(parts(*before, key), whole(*before, key))
 
 
-def test_that_a_half_is_measured_is_decided_for_the_whole_batch() -> None:
+def test_which_part_is_measured_is_decided_for_the_whole_batch() -> None:
     """Not for micro-batches, or the shares of devices, which are smaller."""
     params, batch, layers = problem(size=128)
 
@@ -131,8 +131,8 @@ def test_that_a_half_is_measured_is_decided_for_the_whole_batch() -> None:
         return grad_fn(params, batch, rng=jax.random.key(1), opt_state=state)[2]
 
     alone = ng.value_and_grad(loss_fn, layers)
-    whole, half = (jax.jit(partial(measured, alone, fraction=f))(batch) for f in (1.0, None))
-    assert not np.allclose(whole.layers["Dense_0",].A, half.layers["Dense_0",].A)
+    whole, part = (jax.jit(partial(measured, alone, fraction=f))(batch) for f in (1.0, None))
+    assert not np.allclose(whole.layers["Dense_0",].A, part.layers["Dense_0",].A)
     parts = jax.jit(partial(measured, ng.accumulate(loss_fn, layers)))(in_parts(batch))
     mapped = jax.shard_map(
         partial(measured, ng.value_and_grad(loss_fn, layers, axis_name="data")),
@@ -141,7 +141,7 @@ def test_that_a_half_is_measured_is_decided_for_the_whole_batch() -> None:
         out_specs=P(),
     )
     for found in (parts, jax.jit(mapped)(batch)):
-        assert_close(found, half)
+        assert_close(found, part)
 
 
 def test_micro_batches_on_four_devices() -> None:
