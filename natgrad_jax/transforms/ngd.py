@@ -48,8 +48,8 @@ def ngd(
       learning_rate: α, 1 in the paper's nonlinear networks.
       layers: from :func:`natgrad_jax.find_layers`; L counts those with a Kronecker block.
       damping: λ ≥ 0, in the units of the Fisher; 0 only with ``inverse="eigh"``.
-      decay, statistics_period, approximation, refresh, statistics_fraction, factor_dtype: as in
-        :func:`natgrad_jax.scale_by_kfac`.
+      decay, statistics_period, approximation, refresh, factor_dtype: as in
+        :func:`natgrad_jax.scale_by_kfac`; statistics_fraction too, but None is all examples.
       refresh_period: steps between inversions; None: 1.
       inverse: as in :func:`natgrad_jax.scale_by_kfac`; ``"eigh"`` gives Moore–Penrose inverses,
         :class:`~natgrad_jax.Woodbury` needs a ``decay``.
@@ -83,7 +83,7 @@ def ngd(
         "ngd",
         StatisticsSpec(
             approximation_of(approximation),
-            stride=stride_of(statistics_fraction, statistics_period),
+            stride=stride_of(1.0 if statistics_fraction is None else statistics_fraction, 1),
             split="equal",
         ),
         damping,
