@@ -32,7 +32,7 @@ from natgrad_jax.utils.hyperparams import Scalar, check_positive
 
 @renamed_keywords
 def scale_by_kfac(
-    layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
+    layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.7,
     statistics_period: Scalar = MEASURED, refresh_period: Scalar | None = None,
     trust_radius: TrustRadius | None = None, inverse: Inverse | str = "low_rank",
     approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
@@ -115,7 +115,7 @@ def scale_by_kfac(
 
 @renamed_keywords
 def kfac(
-    learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.8,
+    learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.7,
     statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
     trust_radius: Scalar | PerExample | None = PerExample(), inverse: Inverse | str = "low_rank",
