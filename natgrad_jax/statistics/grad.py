@@ -196,7 +196,8 @@ def of_one_part(
                 statistics = _own_pass(first, samples, rng, batch.plan, axes)
             else:
                 due &= _is_past(pullback, grads, tagged)
-                few = on_few(batch, args, lambda args: trace(loss_fn, tree, rest, args, has_aux))
+                again = lambda args: trace(loss_fn, tree, rest, args, has_aux)
+                few = partial(on_few, batch, args, again)
                 statistics = _deferred(due, few, samples, rng, tree, loss, axes)
             if opt_state is not None and len(states(opt_state)) > 1:
                 statistics = statistics.ready()  # once for all
@@ -238,17 +239,25 @@ def _own_pass(
 
 
 def _deferred(
-    due: Any, few: Measured, samples: int, rng: Any, tree: Any, loss: Loss, axes: tuple[str, ...]
+    due: Any,
+    few: Callable[[], Measured],
+    samples: int,
+    rng: Any,
+    tree: Any,
+    loss: Loss,
+    axes: tuple[str, ...],
 ) -> Statistics:
     """Measured in a branch, where they are used, for a batch with this ``loss``.
 
-    The branch goes forward again: what measuring needs of the training pass would be kept on the
-    steps that measure nothing, too, and that costs more.
+    The branch goes forward again, with a part of the batch that is cut out there: what measuring
+    needs of the training pass would be kept on the steps that measure nothing, too, and that costs
+    more.
     """
 
     def parts() -> Any:
-        own = _own_pass(_tapped_pass(few, axes, tree), samples, rng, few.plan, axes)
-        return few.whole(own.shapes)
+        part = few()
+        own = _own_pass(_tapped_pass(part, axes, tree), samples, rng, part.plan, axes)
+        return part.whole(own.shapes)
 
     return Statistics.deferred(jnp.where(due, examples_of(loss, axes), 0), parts)
 

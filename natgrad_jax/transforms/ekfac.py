@@ -85,7 +85,7 @@ class EKFACState(NamedTuple):
 
 @renamed_keywords
 def scale_by_ekfac(
-    layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.7,
+    layers: Layers, damping: Scalar = 1e-2, *, decay: Scalar = 0.8,
     statistics_period: Scalar = MEASURED, refresh_period: Scalar | None = None,
     trust_radius: TrustRadius | None = None, moments: str = "intra_batch",
     basis: LowRank | Eigenbasis | str = "low_rank", approximation: Approximation | str = "kfc",
@@ -233,7 +233,7 @@ def _apply(
 
 @renamed_keywords
 def ekfac(
-    learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.7,
+    learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.8,
     statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
     trust_radius: Scalar | PerExample | None = PerExample(), moments: str = "intra_batch",
