@@ -88,8 +88,9 @@ def value_and_grad(
     The pullback of the forward pass is called with the loss's cotangent for the gradients, and with
     the Fisher's output cotangents for the statistics: ``Σ ā āᵀ`` and ``Σ g gᵀ`` over each layer's
     examples and positions, ``g = ∂(−log p)/∂s`` of one example, not divided by the batch size. With
-    ``opt_state`` only some steps measure, and these run the forward pass twice (once where each
-    step is known to measure, ``statistics_period=1``).
+    ``opt_state`` only some steps measure, and these run the forward pass twice, the second time for
+    the measured part of the batch alone if its examples do not depend on one another (once where
+    each step is known to measure, ``statistics_period=1``).
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a :class:`Loss`, or ``(Loss, aux)``.
