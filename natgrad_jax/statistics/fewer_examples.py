@@ -45,28 +45,29 @@ def on_few(
     another; else the ``batch``. ``retrace``: the loss for other arguments."""
     tagged, plan, _ = batch
     axes = axes_of_examples(tagged.traced, tagged.examples)
-    if axes is None:
-        return batch
     sizes = sizes_of(tagged.traced, tagged.examples)
+    if axes is None or not sizes or 0 in sizes:
+        return batch
     stride = min(map(partial(_stride, plan), tagged.traced.loss.terms, sizes))
-    numbers = tuple(len(range(0, n or 1, stride)) for n in sizes)
-    times = {(n or 1) / some for n, some in zip(sizes, numbers, strict=True)}
+    numbers = tuple(len(range(0, n, stride)) for n in sizes)
+    times = {n / some for n, some in zip(sizes, numbers, strict=True)}
     if stride == 1 or len(times) > 1:
         return batch
     try:
-        few = tag(retrace(_every(args, axes, stride)), tagged.parameters)
+        traced = retrace(_every(args, axes, stride))
     except Exception:  # loss_fn may refuse another number of examples
         return batch
+    few = tag(traced, tagged.parameters)
     same = few.layers == tagged.layers and few.terms == tagged.terms
-    if not same or sizes_of(few.traced, few.examples) != numbers:
+    if not same or sizes_of(traced, few.examples) != numbers:
         return batch
     return Measured(few, planning.with_uses(planning.unstrided(plan), few), times.pop())
 
 
-def _stride(plan: planning.Plan, term: Term, size: int | None) -> int:
+def _stride(plan: planning.Plan, term: Term, size: int) -> int:
     """k of a term of the loss with ``size`` examples."""
-    positions = math.prod(term.distribution.examples) / (size or 1)
-    return stride_for(plan.stride, (size or 1) * plan.parts, positions)
+    positions = math.prod(term.distribution.examples) / size
+    return stride_for(plan.stride, size * plan.parts, positions)
 
 
 def _every(args: tuple[Any, ...], axes: Sequence[Along | None], stride: int) -> tuple[Any, ...]:

@@ -170,12 +170,10 @@ def of_one_part(
         tree, rest = model.split(params)
         check_params(layers, tree)
         check_axes(tree, args, axes)
-
         tree = vary(tree, axes)
         traced = trace(loss_fn, tree, rest, args, has_aux)
         check_terms(layers, traced.loss)
-        tagged = tag(traced, model.parameters_of(tree))
-        batch = on_all(tagged, plan)
+        batch = on_all(tag(traced, model.parameters_of(tree)), plan)
         at_once = loss_scale is None and shares_training_pass(traced.loss, batch.plan)
         if plan.every_step or at_once:
             (value, outputs), pullback, (loss, aux, state) = first = _tapped_pass(batch, axes, tree)
@@ -196,7 +194,7 @@ def of_one_part(
             if due is True:
                 statistics = _own_pass(first, samples, rng, batch.plan, axes)
             else:
-                due &= _is_past(pullback, grads, tagged)
+                due &= _is_past(pullback, grads, batch.tagged)
                 again = lambda args: trace(loss_fn, tree, rest, args, has_aux)
                 few = partial(on_few, batch, args, again)
                 statistics = _deferred(due, few, samples, rng, tree, loss, axes)

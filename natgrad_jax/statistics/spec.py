@@ -91,8 +91,10 @@ def stride_for(stride: int | None, examples: float, positions: float = 1) -> int
     ``stride``: that of a specification. By default :data:`ENOUGH` are measured, where there are
     more. Positions of one example are alike: t of them count as √t examples.
 
-    >>> [stride_for(None, n) for n in (128, 512, 8192)], stride_for(None, 32, positions=64)
-    ([1, 4, 8], 2)
+    >>> [stride_for(None, n) for n in (255, 256, 511, 512, 1023, 1024, 8192)]
+    [1, 2, 2, 4, 4, 8, 8]
+    >>> stride_for(None, 32, positions=63), stride_for(None, 32, positions=64)
+    (1, 2)
     """
     if stride is not None:
         return stride

@@ -18,17 +18,18 @@ from natgrad_jax.tracing.examples import Examples
 from natgrad_jax.tracing.trace import Traced
 
 
-def sizes_of(traced: Traced, examples: Examples) -> tuple[int | None, ...]:
-    """For each term of the loss its number of examples; None where they depend on one another."""
-    terms = zip(traced.loss.terms, examples.terms, strict=True)
-    return tuple(None if x.axis is None else t.distribution.examples[x.axis] for t, x in terms)
+def sizes_of(traced: Traced, examples: Examples) -> tuple[int, ...] | None:
+    """For each term of the loss its number of examples; None if some depend on one another."""
+    terms = list(zip(traced.loss.terms, examples.terms, strict=True))
+    found = [t.distribution.examples[x.axis] for t, x in terms if x.axis is not None]
+    return tuple(found) if len(found) == len(terms) else None
 
 
 def axes_of_examples(traced: Traced, examples: Examples) -> list[Along | None] | None:
     """For each argument that is an array the axis along which examples lie, None where it has none.
     None for all: examples depend on one another, or the loss itself holds something for each."""
     sizes = sizes_of(traced, examples)
-    if None in sizes:
+    if sizes is None:
         return None
     jaxpr, walk = traced.jaxpr.jaxpr, _Values()
     outs: list[Demand] = [None] * len(jaxpr.outvars)
@@ -67,7 +68,7 @@ def _demands(traced: Traced, examples: Examples) -> list[Demand]:
 
 
 class _Values(Walk):
-    """Follows every value, and what is not differentiated too; counts of examples are held."""
+    """Follows every value, differentiated or not. The examples' numbers (``arange``) are held."""
 
     def __init__(self) -> None:
         super().__init__(lambda aval, argument: False)

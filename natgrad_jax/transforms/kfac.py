@@ -72,9 +72,9 @@ def scale_by_kfac(
         refreshed in one step or at different steps, and which devices share the work. None:
         staggered if no ``refresh_period`` is given, else all in one step.
       statistics_fraction: fraction of the batch that statistics are measured on, in (0, 1]: every
-        k-th example, k the nearest whole number to its inverse. None: 1/2, 1/4 or 1/8, the least
-        that leaves 128 examples or more (t positions of an example count as √t), and all if
-        ``statistics_period`` is 1.
+        k-th example, k the nearest whole number to its inverse. None: the smallest of 1/2,
+        1/4 and 1/8 that still has 128 examples (t positions of an example count as √t), else all;
+        all if ``statistics_period`` is 1.
       factor_dtype: of stored factors; they are averaged and inverted in float32 regardless.
         ``jnp.bfloat16`` halves their memory; None: float32 (float64 with float64 parameters).
 

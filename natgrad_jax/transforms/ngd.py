@@ -83,7 +83,7 @@ def ngd(
         "ngd",
         StatisticsSpec(
             approximation_of(approximation),
-            stride=stride_of(1.0 if statistics_fraction is None else statistics_fraction, 1),
+            stride=stride_of(statistics_fraction, 1),
             split="equal",
         ),
         damping,

@@ -13,6 +13,7 @@ import pytest
 import zoo
 import zoo_of_others
 import zoo_of_others_derivatives
+from jax.extend import core
 
 import natgrad_jax as ng
 from natgrad_jax.statistics.fewer_examples import Measured, on_all, on_few
@@ -25,6 +26,7 @@ CASES = zoo.CASES + zoo_of_others.CASES + zoo_of_others_derivatives.CASES
 # examples depend on one another, or the loss takes no other number of them
 WHOLE = ("batch norm", "ResNet", "dispatched", "ragged", "masked kernel", "conditional")
 N, K = 12, 3
+PARAMS = {"w": jnp.ones((4, 2)), "z": jnp.ones((N, 4))}
 
 
 def pair(problem: Any, stride: int) -> tuple[Measured, Measured]:
@@ -42,7 +44,7 @@ def pair(problem: Any, stride: int) -> tuple[Measured, Measured]:
 def outputs(measured: Measured) -> list[dict[str, jax.Array]]:
     """Of each term of the loss."""
     traced = measured.tagged.traced
-    values = jax.core.eval_jaxpr(traced.jaxpr.jaxpr, traced.jaxpr.consts, *traced.inputs)
+    values = core.jaxpr_as_fun(traced.jaxpr)(*traced.inputs)
     return [{name: values[at] for name, at in own.items()} for own in traced.outputs]
 
 
@@ -68,7 +70,7 @@ class Own(NamedTuple):
     loss_fn: Callable[..., ng.Loss]
     args: tuple[Any, ...]
     cut: bool
-    params: Any = {"w": jnp.ones((4, 2)), "z": jnp.ones((N, 4))}  # noqa: RUF012
+    params: Any = PARAMS
     has_aux: bool = False
 
 
