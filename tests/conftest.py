@@ -1,6 +1,7 @@
 """Four simulated devices, quick compiles (almost all of the suite's time is compiling), and
 pictures without a display."""
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -16,6 +17,14 @@ if jax.__version_info__[:2] == (0, 10):  # half of a compile; later versions hav
 collect_ignore = ["tables"]  # imported by the tests; as tests they would be imported once more
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)
+
+finished = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Each compiled program holds six of the 65,530 memory maps that Linux lets a process have."""
+    if next(finished) % 200 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
