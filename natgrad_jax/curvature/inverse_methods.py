@@ -14,7 +14,7 @@ from natgrad_jax.linalg.newton_schulz import newton_schulz_inverse
 from natgrad_jax.linalg.pseudo_inverse import pseudo_inverse
 from natgrad_jax.linalg.retry import raised
 
-RANK = 64  # eigenpairs, if no number is given
+RANK = 32  # eigenpairs, if no number is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,10 @@ class LowRank(InverseMethod):
     Source: Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.3 (the eigenpairs).
 
     >>> import natgrad_jax as ng
-    >>> tx = ng.kfac(0.1, ng.Layers({}), inverse=ng.LowRank(rank=32))
+    >>> tx = ng.kfac(0.1, ng.Layers({}), inverse=ng.LowRank(rank=64))
     """
 
-    rank: int = RANK
+    rank: int
 
     def __post_init__(self) -> None:
         _check_rank(self.rank)
@@ -135,15 +135,6 @@ class Woodbury(InverseMethod):
 
 Inverse = Cholesky | Eigh | LowRank | NewtonSchulz | Woodbury
 
-# The shorthands of the methods.
-METHODS: dict[str, type[Inverse]] = {
-    "cholesky": Cholesky,
-    "eigh": Eigh,
-    "low_rank": LowRank,
-    "newton_schulz": NewtonSchulz,
-    "woodbury": Woodbury,
-}
-
 
 def _check_rank(rank: object) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -151,3 +142,12 @@ def _check_rank(rank: object) -> None:
             "rank, the number of directions kept, must be a whole number of at least 1; got "
             f"{rank!r}."
         )
+
+
+# What the shorthands stand for.
+METHODS: dict[str, Inverse] = {
+    "cholesky": Cholesky(),
+    "eigh": Eigh(),
+    "low_rank": LowRank(RANK),
+    "newton_schulz": NewtonSchulz(),
+}

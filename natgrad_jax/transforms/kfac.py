@@ -45,8 +45,8 @@ def scale_by_kfac(
         Δ = (A + π√λ I)⁻¹ ∇K̄ (G + (√λ/π) I)⁻¹,   π² = (tr A / dim A) / (tr G / dim G)
 
     For a block with one matrix F (normalizations, small free parameters), ``Δ = (F + λ I)⁻¹ ∇``,
-    exactly, whatever its size. By default a factor A or G of more than 128 rows is inverted from
-    its 64 leading eigenpairs alone (``inverse``). Gradients of leftover parameters are divided by
+    exactly, whatever its size. By default a factor A or G of more than 64 rows is inverted from
+    its 32 leading eigenpairs alone (``inverse``). Gradients of leftover parameters are divided by
     the diagonal of their Fisher plus λ. Before the first measurement, gradients pass unchanged.
     Non-finite statistics, inverses or gradients never enter the factors or the inverses: the last
     good ones are kept, and ``state.rejected`` counts the failures.
@@ -118,9 +118,10 @@ def kfac(
     learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.7,
     statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | PerExample | None = PerExample(), inverse: Inverse | str = "low_rank",
-    approximation: Approximation | str = "kfc", refresh: Refresh | str | None = None,
-    statistics_fraction: float | None = None, factor_dtype: DTypeLike | None = None,
+    trust_radius: Scalar | PerExample | None = PerExample(warmup=10),
+    inverse: Inverse | str = "low_rank", approximation: Approximation | str = "kfc",
+    refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
+    factor_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """K-FAC with momentum, decoupled weight decay and a trust region.
 

@@ -344,6 +344,7 @@ TRANSFORMATIONS = [
     Bad("trust radius 0", lambda: scale(trust_radius=0), ValueError, "trust_radius must be posi"),
     Bad("step 0 is early", lambda: ng.staggered(early=[0]), ValueError, "whole numbers from 1 on"),
     Bad("no trust per example", lambda: ng.PerExample(0.0), ValueError, "rate must be positive"),
+    Bad("no warm-up", lambda: ng.PerExample(warmup=0), ValueError, "warmup must be positive"),
     Bad("negative trust radius", lambda: kfac(trust_radius=-1), ValueError, "trust_radius must be"),
     Bad("negative learning rate", lambda: ng.kfac(-0.1, model().layers), ValueError,
         "learning_rate must be positive"),

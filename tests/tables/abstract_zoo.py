@@ -21,6 +21,7 @@ from natgrad_jax.curvature.layer_sums import MAX_CHUNK_BYTES
 from natgrad_jax.layers.limits import MAX_FREE, MAX_FULL, MAX_FULL_NORM
 from natgrad_jax.linalg.cholesky import LEAF, WHOLE
 from natgrad_jax.statistics.spec import ENOUGH
+from natgrad_jax.transforms.common.options import EIGENVECTORS
 from natgrad_jax.transforms.common.refresh_schedule import PERIOD
 
 Array = jax.Array
@@ -34,11 +35,12 @@ def around(*sizes: int) -> tuple[int, ...]:
 
 
 # A normalization has a scale and a bias, and half as many units as numbers.
-SIZES = RANK, 2 * RANK, LEAF, MAX_FREE, MAX_FULL_NORM // 2, MAX_FULL_NORM, WHOLE
+FORMS = 2 * RANK, 2 * EIGENVECTORS, MAX_FREE, MAX_FULL_NORM // 2
+SIZES = RANK, *FORMS, LEAF, MAX_FULL_NORM, WHOLE
 EVERY = around(*SIZES)
 # Both sides of what decides the form of a state: low rank or whole, one block or one a unit.
-SIDES = tuple(sorted({n + d for n in (2 * RANK, MAX_FREE, MAX_FULL_NORM // 2) for d in (0, 1)}))
-MAIN = 2 * RANK, 2 * RANK + 1
+SIDES = tuple(sorted({n + d for n in FORMS for d in (0, 1)}))
+MAIN = 2 * EIGENVECTORS, 2 * EIGENVECTORS + 1
 
 
 class Shape(NamedTuple):
@@ -257,7 +259,7 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        n, wide = 2 * RANK + 1, MAX_FREE + 1
+        n, wide = MAIN[1], MAX_FREE + 1
         x = nn.BatchNorm(use_running_average=False)(nn.Conv(n, (3, 3))(x))
         x = nn.Conv(n, (3, 3), feature_group_count=n)(x)
         x = x.reshape(len(x), -1, n)
@@ -388,5 +390,5 @@ EDGES |= {
 EDGES |= {
     f"{block} block, {n} numbers": functools.partial(chosen, block, n)
     for block in BLOCKS
-    for n in (2 * RANK, MAX_FULL)
+    for n in (2 * RANK, 2 * EIGENVECTORS, MAX_FULL)
 }

@@ -347,6 +347,18 @@ def test_the_trust_radius_grows_with_the_batch_up_to_a_limit(alias, most):
         assert_close(a, b)
 
 
+def test_the_trust_radius_warms_up():
+    """In equal parts, and whole from the last of these steps on."""
+    layers = setting().layers
+    grown = lambda step: 1e-5 * jnp.minimum((step + 1) / 3, 1)
+    same = [
+        run(ng.kfac(0.1, layers, trust_radius=radius, statistics_period=2), 5)
+        for radius in (ng.PerExample(1.0, 1e-5, warmup=3), grown)
+    ]
+    for (a, _), (b, _) in zip(*same, strict=True):
+        assert_close(a, b)
+
+
 HYPERPARAMETERS = {
     "learning_rate": 0.1,
     "damping": 0.1,

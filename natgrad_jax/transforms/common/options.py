@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from natgrad_jax.curvature.eigenbases import Eigenbasis
-from natgrad_jax.curvature.inverse_methods import METHODS, Inverse, LowRank
+from natgrad_jax.curvature.inverse_methods import METHODS, Inverse, LowRank, Woodbury
 from natgrad_jax.layers.approximation import CONVOLUTIONS, Approximation
 from natgrad_jax.transforms.common.refresh_schedule import Refresh, refresh_record
 
@@ -29,8 +29,10 @@ class _Deprecated:
 
 DEPRECATED = _Deprecated()
 
+EIGENVECTORS = 64  # of a basis of low rank, if no number is given
+
 BASES: dict[str, LowRank | Eigenbasis] = {
-    "low_rank": LowRank(),
+    "low_rank": LowRank(EIGENVECTORS),
     "eigh": Eigenbasis("eigh"),
     "qr": Eigenbasis("qr"),
 }
@@ -55,15 +57,13 @@ def inverse_method(inverse: Inverse | str) -> Inverse:
         raise ValueError(
             'inverse="woodbury" needs the rank of its updates: write inverse=ng.Woodbury(rank=32).'
         )
-    make: Any = METHODS.get(inverse) if isinstance(inverse, str) else None
-    if make is not None:
-        return make()
-    if not isinstance(inverse, Inverse):
+    found = METHODS.get(inverse) if isinstance(inverse, str) else inverse
+    if not isinstance(found, Inverse):
         raise ValueError(
             f"inverse must be {' or '.join(map(repr, METHODS))}, or a record such as "
             f"ng.LowRank(rank=64); got {inverse!r}."
         )
-    return inverse
+    return found
 
 
 def eigenbasis_method(basis: LowRank | Eigenbasis | str) -> LowRank | Eigenbasis:
@@ -147,12 +147,8 @@ def _records(
 
 def _with_fields(option: str, value: Any, fields: Mapping[str, Any]) -> Any:
     """The record of ``value`` (a record, a shorthand or None) with fields replaced."""
-    if option == "inverse" and isinstance(value, str) and value in METHODS:
-        kind: Any = METHODS[value]
-        known = {x.name for x in dataclasses.fields(kind)}
-        if set(fields) <= known and (fields or value != "woodbury"):
-            return kind(**fields)
-        value = inverse_method(value)
+    if option == "inverse" and value == "woodbury" and set(fields) == {"rank"}:
+        return Woodbury(**fields)
     parse = {"inverse": inverse_method, "basis": eigenbasis_method,
              "approximation": approximation_of, "refresh": refresh_record}  # fmt: skip
     record = parse[option](value)

@@ -13,14 +13,18 @@ from natgrad_jax.utils.hyperparams import Scalar, at, check_positive
 class PerExample:
     """A trust radius in proportion to the number N of a batch's examples: ``min(rate · N, most)``.
 
+    Over the first ``warmup`` steps it grows to that in equal parts.
+
     Where noise makes up the gradient, ``∇ᵀΔ`` is ``tr(F⁻¹Σ)/N``, in proportion to 1/N, and steps of
     a fixed κ keep a loss above its least by about ``√(κ tr(F⁻¹Σ)/N)``. In proportion to N, κ keeps
-    that part the same for every batch. The default of :func:`~natgrad_jax.kfac` and
-    :func:`~natgrad_jax.ekfac`: 1e-3 for 125 examples, 5e-3 from 625 on.
+    that part the same for every batch. The default of :func:`~natgrad_jax.kfac`, with a warm-up of
+    10 steps, and :func:`~natgrad_jax.ekfac`: 1e-3 for 125 examples, 5e-3 from 625 on.
 
     Args:
       rate: of κ per example; tokens count as examples if the loss is a mean over tokens.
       most: the largest κ.
+      warmup: κ of step t = 0, 1, … is multiplied by ``min(1, (t + 1) / warmup)``: the first factors
+        are of few examples and of parameters that move fast.
 
     Raises:
       ValueError: a number that is not positive.
@@ -34,9 +38,10 @@ class PerExample:
 
     rate: float = 8e-6
     most: float = 5e-3
+    warmup: int = 1
 
     def __post_init__(self) -> None:
-        check_positive(rate=self.rate, most=self.most)
+        check_positive(rate=self.rate, most=self.most, warmup=self.warmup)
 
 
 class OfUpdate(NamedTuple):
@@ -73,6 +78,7 @@ def radius_at(of_update: OfUpdate, step: jax.Array, examples: jax.Array) -> jax.
     radius = of_update.radius
     if isinstance(radius, PerExample):
         kappa = jnp.minimum(radius.rate * jnp.max(examples), radius.most)
+        kappa *= jnp.minimum((step + 1) / radius.warmup, 1)
     else:
         kappa = at(radius, step)
     return kappa / at(of_update.learning_rate, step) ** 2
