@@ -23,7 +23,7 @@ finished = itertools.count(1)
 
 def pytest_runtest_teardown() -> None:
     """Each compiled program holds six of the 65,530 memory maps that Linux lets a process have."""
-    if next(finished) % 200 == 0:
+    if next(finished) % 100 == 0:
         jax.clear_caches()
 
 

@@ -43,7 +43,7 @@ def test_a_state_of_kfac_in_full():
         repr(state)
         == str(state)
         == (
-            "KFACState(step=0, damping=0.5, examples=1, rejected=0; 715 kB; also weights, bases; "
+            "KFACState(step=0, damping=0.5, examples=1, rejected=0; 536 kB; also weights, bases; "
             "factors:\n"
             "  Dense_0: Factors(A=float32[201,201], G=float32[100,100])\n"
             "  Dense_1 and 1 more: Factors(A=float32[2,101,101], G=float32[2,100,100])\n"
@@ -67,7 +67,7 @@ def test_statistics_and_what_readers_return():
     assert head.startswith("Statistics(examples=16; ") and head.endswith("sums:") and line == first
     state = ng.scale_by_kfac(LAYERS).init(PARAMS)
     inverse = repr(ng.bases(state)["Dense_0",].A)
-    assert inverse == "LowRankInverse(V=float32[201,64], inner=float32[64,64], shift=1)"
+    assert inverse == "LowRankInverse(V=float32[201,32], inner=float32[32,32], shift=1)"
 
 
 def test_rows_of_the_exact_natural_gradient():
