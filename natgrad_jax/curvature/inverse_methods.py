@@ -69,7 +69,8 @@ class LowRank(InverseMethod):
     Factors of at most twice the rank, and blocks with one matrix, are treated exactly.
 
     Args:
-      rank: eigenpairs kept; :func:`natgrad_jax.rank_for` computes what a model needs.
+      rank: eigenpairs kept; ``inverse="low_rank"`` stands for 32, ``basis="low_rank"`` for 64;
+        :func:`natgrad_jax.rank_for` computes what a model needs.
 
     Raises:
       ValueError: ``rank`` is no whole number of at least 1.
