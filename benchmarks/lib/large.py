@@ -1,4 +1,4 @@
-"""ResNet-50 and GPT-2 small on drawn data: models that fill an accelerator."""
+"""ResNet-50 and GPT-2 small, which fill an accelerator: on drawn data, and as tasks to race on."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from lib.tasks import Transformer, initialized
+import jax.numpy as jnp
+from lib.tasks import Task, Transformer, characters, classifier, initialized
 
 import natgrad_jax as ng
 
@@ -38,9 +39,11 @@ class ResNet(nn.Module):
 
     blocks: tuple[int, ...] = RESNET50
     width: int = 64
+    enlarged: int = 1  # each pixel, to so many a side
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.repeat(jnp.repeat(x, self.enlarged, 1), self.enlarged, 2)
         x = nn.Conv(self.width, (7, 7), 2, use_bias=False)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=False)(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
@@ -81,3 +84,13 @@ LARGE = {
     "resnet50": Large(ResNet(), images),
     "gpt2": Large(Transformer(blocks=12, tied=True, **GPT2), tokens),
 }
+# The text of the race's small transformer, and CIFAR-10 at ImageNet's size.
+LARGE_TASKS: dict[str, Callable[[Any], Task]] = {
+    "characters-gpt2": lambda d: characters(
+        Transformer(768, 12, 12, window=1024), 1024, batch_size=8, steps=150, scale=0.1
+    ),
+    "cifar10-resnet50": lambda d: classifier(
+        "cifar10", d, ResNet(enlarged=PIXELS // 32), batch_size=128, steps=200,
+        sgd=(0.01, 0.03, 0.1, 0.3), scale=0.3,
+    ),
+}  # fmt: skip

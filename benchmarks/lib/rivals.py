@@ -32,14 +32,15 @@ class Searched(NamedTuple):
 
 def searched(task: Task) -> dict[str, Searched]:
     """All that is here for a task."""
+    adams, muons = (tuple(task.scale * rate for rate in rates) for rates in (ADAM, MUON))
     inside = {
-        "adam": Searched(optax.adam, ADAM),
+        "adam": Searched(optax.adam, adams),
         "sgd": Searched(partial(optax.sgd, momentum=0.9), task.sgd),
-        "muon": Searched(muon, MUON),
-        "soap": Searched(ng.soap, ADAM),
-        "shampoo": Searched(ng.shampoo, ADAM),
+        "muon": Searched(muon, muons),
+        "soap": Searched(ng.soap, adams),
+        "shampoo": Searched(ng.shampoo, adams),
     }
-    return inside | {name: Searched(quiet(alias), ADAM) for name, alias in outside().items()}
+    return inside | {name: Searched(quiet(alias), adams) for name, alias in outside().items()}
 
 
 def outside() -> dict[str, Callable[..., Any]]:

@@ -19,6 +19,7 @@ The text of ``characters`` is the language reference that ships with Python for 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -44,6 +45,7 @@ class Task(NamedTuple):
     steps: int
     unit: str  # what the loss is a mean over, in nats
     sgd: tuple[float, ...]  # learning rates to try, with momentum
+    scale: float = 1.0  # of the rates that the other grids try
     floors: tuple[float, float] = (0.0, 0.0)  # no model's losses can be lower: here, held out
     wrong: Callable[..., jax.Array] | None = None  # params, batch -> a classifier's failures
 
@@ -59,7 +61,8 @@ class Supervised(NamedTuple):
         return initialized(self.model, seed, self.example)
 
     def outputs(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        return self.model.apply({"params": params}, batch["input"])
+        # Batch normalization takes the batch's own statistics; its running averages are not kept.
+        return self.model.apply({"params": params}, batch["input"], mutable=["batch_stats"])[0]
 
     def loss_fn(self, params: Any, batch: dict[str, jax.Array]) -> Any:
         return self.distribution(self.outputs(params, batch)).nll(batch["target"])
@@ -71,10 +74,15 @@ class Supervised(NamedTuple):
 def initialized(model: nn.Module, seed: int, example: Any) -> Any:
     """Parameters, drawn on the CPU: what draws GPT-2 small's takes 4 s to compile there, 40 s for a
     GPU."""
-    zeros = lambda key: model.init(key, jnp.zeros(example.shape, example.dtype))
     with jax.default_device(jax.devices("cpu")[0]):
-        params = jax.jit(zeros)(jax.random.key(seed))["params"]
+        params = drawing(model, example.shape, example.dtype)(jax.random.key(seed))["params"]
     return jax.device_put(params, jax.devices()[0])
+
+
+@cache
+def drawing(model: nn.Module, shape: tuple[int, ...], dtype: Any) -> Callable[..., Any]:
+    """Compiled once for all seeds."""
+    return jax.jit(lambda key: model.init(key, jnp.zeros(shape, dtype)))
 
 
 class CNN(nn.Module):
@@ -195,9 +203,3 @@ TASKS: dict[str, Callable[[Any], Task]] = {
     "characters": lambda d: characters(Transformer(), batch_size=32, steps=300),
     "tabular": tabular,
 }  # fmt: skip
-# The same text by GPT-2 small's twelve blocks, 86 million parameters: for an accelerator.
-LARGE: dict[str, Callable[[Any], Task]] = {
-    "characters-gpt2": lambda d: characters(
-        Transformer(768, 12, 12, window=1024), 1024, batch_size=8, steps=150
-    ),
-}

@@ -3,7 +3,7 @@
     python benchmarks/races/no_tuning.py --data-dir DIR --seeds 0,1,2  # the six of lib/tasks.py
     python benchmarks/races/no_tuning.py --tasks digits-ae,characters,tabular  # nothing to download
     python benchmarks/races/no_tuning.py --tasks tabular --optimizers adam,shampoo
-    python benchmarks/races/no_tuning.py --tasks characters-gpt2  # on an accelerator
+    python benchmarks/races/no_tuning.py --tasks characters-gpt2  # on an accelerator: lib/large.py
 
 Each searched optimizer takes the rate of its grid (``lib/rivals.py``) with the lowest training loss
 after a short search with the first seed; all else is its default. By default these are Adam, SGD
@@ -44,9 +44,10 @@ import natgrad_jax as ng
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib and the other folders
 from lib import report, training
 from lib.arguments import integers, positive
+from lib.large import LARGE_TASKS
 from lib.optimizers import OPTIMIZERS, first_order, natural
 from lib.rivals import INSIDE, OUTSIDE, Searched, injected, outside, searched
-from lib.tasks import LARGE, TASKS, Task
+from lib.tasks import TASKS, Task
 from races.no_tuning_report import UNTUNED, Found, finish, table_of
 
 RATE = 0.1  # theirs, of the library's README
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"cannot be imported: {', '.join(absent)}")
     found = {}
     for name in args.tasks:
-        task = (TASKS | LARGE)[name](args.data_dir)
+        task = (TASKS | LARGE_TASKS)[name](args.data_dir)
         task = task._replace(steps=args.steps or task.steps)
         say(f"{name}: {task.steps} steps of {task.batch_size}")
         found[name] = compete(make_field(task), args, say)
@@ -201,8 +202,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tasks", type=names_of(TASKS | LARGE), default=list(TASKS), metavar="NAME[,NAME…]",
-        help=f"of {', '.join(TASKS | LARGE)}")  # fmt: skip
+    add("--tasks", type=names_of(TASKS | LARGE_TASKS), default=list(TASKS), metavar="NAME[,NAME…]",
+        help=f"of {', '.join(TASKS | LARGE_TASKS)}")  # fmt: skip
     add("--optimizers", type=names_of((*INSIDE, *outside())), default=[*INSIDE[:4], *outside()],
         metavar="NAME[,NAME…]", help=f"searched, of {', '.join((*INSIDE, *OUTSIDE))}")  # fmt: skip
     add("--trust-radius", type=float, metavar="X", help="of K-FAC and EKFAC, not their default")

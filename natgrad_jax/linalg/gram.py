@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.utils.precision import HIGHEST
+from natgrad_jax.utils.precision import of_squares
 from natgrad_jax.utils.sharding import replicated
 
 
@@ -16,7 +16,7 @@ def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
         f"{leading}...i,{leading}...j->...ij",
         rows,
         rows,
-        precision=HIGHEST,
+        precision=of_squares(),
         preferred_element_type=dtype,
         out_sharding=out_sharding,
     ).astype(dtype)

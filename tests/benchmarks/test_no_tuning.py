@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from lib import data, report, rivals, tasks
+from lib.large import LARGE_TASKS
 from races import no_tuning
 from races.no_tuning_report import Found, ahead, overview, table_of
 from rich.console import Console
@@ -32,10 +33,10 @@ def noise(name, data_dir):
     return data.Dataset(name, images[:16], labels, images[16:], labels)
 
 
-@pytest.mark.parametrize("name", tasks.TASKS | tasks.LARGE)
+@pytest.mark.parametrize("name", tasks.TASKS | LARGE_TASKS)
 def test_every_layer_of_a_task_is_covered(name, monkeypatch):
     monkeypatch.setattr(data, "load_or_exit", noise)
-    task = (tasks.TASKS | tasks.LARGE)[name](None)
+    task = (tasks.TASKS | LARGE_TASKS)[name](None)
     batch = jax.tree.map(lambda x: x[:4], task.examples)
     params = jax.eval_shape(lambda: task.problem.init(0))
     layers = ng.find_layers(task.problem.loss_fn, params, batch)

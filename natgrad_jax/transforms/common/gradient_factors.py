@@ -20,7 +20,7 @@ from natgrad_jax.layers.layer import Layer, Parameter
 from natgrad_jax.layers.layout import Layout
 from natgrad_jax.linalg.batched_solve import solve
 from natgrad_jax.utils import tree_paths
-from natgrad_jax.utils.precision import HIGHEST
+from natgrad_jax.utils.precision import of_squares
 from natgrad_jax.utils.tree_paths import Path
 
 State = TypeVar("State", bound=Any)
@@ -93,7 +93,7 @@ def _gram(side: Any, x: jax.Array) -> jax.Array:
     """``x xᵀ``, or its diagonal."""
     if len(side.shape) == 1:
         return jnp.sum(jnp.square(x), axis=-1)
-    return jnp.matmul(x, x.mT, precision=HIGHEST)
+    return jnp.matmul(x, x.mT, precision=of_squares())
 
 
 def renewed(
