@@ -150,13 +150,43 @@ def transport(layer: Layer, moments: jax.Array, old: FactorsLike, new: FactorsLi
     return partial_eigenbasis.transport(layer.output_side, S.mT, old.G, new.G).mT
 
 
+def entered(layer: Layer, bases: FactorsLike, x: jax.Array) -> jax.Array:
+    """A packed matrix in the coordinates of the whole ones among its bases: ``Q_Aᵀ X Q_G``."""
+    return _on_whole_sides(layer, lambda side, x, Q: side.rotate(Q, x), x, bases)
+
+
+def left(layer: Layer, bases: FactorsLike, x: jax.Array) -> jax.Array:
+    """The inverse of :func:`entered`."""
+    return _on_whole_sides(layer, lambda side, x, Q: side.rotate_back(Q, x), x, bases)
+
+
+def turned(layer: Layer, x: jax.Array, old: FactorsLike, new: FactorsLike) -> jax.Array:
+    """What has entered the old bases, in the new ones."""
+    return _on_whole_sides(layer, lambda side, *given: side.turn(*given), x, old, new)
+
+
+def _on_whole_sides(layer: Layer, op: Any, x: jax.Array, *bases: FactorsLike) -> jax.Array:
+    """``op(side, x, *bases)`` from the left for inputs, from the right for outputs."""
+    if not partial_eigenbasis.is_partial(layer.input_side, bases[-1].A):
+        x = op(layer.input_side, x, *(b.A for b in bases))
+    side = layer.output_side
+    if side is None or partial_eigenbasis.is_partial(side, bases[-1].G):
+        return x
+    return op(side, x.mT, *(b.G for b in bases)).mT
+
+
 def second_moments(layer: Layer, bases: FactorsLike, x: jax.Array) -> jax.Array:
     """One packed gradient's contribution to S: ``(Q_Aᵀ X Q_G)²``, elementwise, at the coordinates
     of the bases."""
+    return moments_inside(layer, bases, entered(layer, bases, x))
+
+
+def moments_inside(layer: Layer, bases: FactorsLike, x: jax.Array) -> jax.Array:
+    """:func:`second_moments` of what has :func:`entered` the bases."""
     side = layer.output_side
-    found = partial_eigenbasis.project(layer.input_side, bases.A, x)
+    found = partial_eigenbasis.extended(layer.input_side, bases.A, x)
     if side is not None:
-        found = partial_eigenbasis.project(side, bases.G, found.mT).mT
+        found = partial_eigenbasis.extended(side, bases.G, found.mT).mT
     found = jnp.square(found)
     if side is not None:
         found = partial_eigenbasis.coordinate_moments(side, bases.G, found)
@@ -165,6 +195,11 @@ def second_moments(layer: Layer, bases: FactorsLike, x: jax.Array) -> jax.Array:
 
 def scaled(layer: Layer, bases: FactorsLike, gains: jax.Array, x: jax.Array) -> jax.Array:
     """``Q_A [gains ∘ (Q_Aᵀ X Q_G)] Q_Gᵀ`` of a packed matrix."""
+    return left(layer, bases, scaled_inside(layer, bases, gains, entered(layer, bases, x)))
+
+
+def scaled_inside(layer: Layer, bases: FactorsLike, gains: jax.Array, x: jax.Array) -> jax.Array:
+    """``gains ∘ X`` of what has :func:`entered` the bases."""
     side = layer.output_side
     if side is None:
         return partial_eigenbasis.scaled(layer.input_side, bases.A, gains, x)

@@ -71,10 +71,11 @@ def project_rows(side: FactorStructure, basis: jax.Array, rows: jax.Array) -> ja
     return jnp.concatenate([rows, inside], axis=-1) if is_partial(side, basis) else inside
 
 
-def project(side: FactorStructure, basis: jax.Array, x: jax.Array) -> jax.Array:
-    """``Qᵀ x`` of packed ``(…, packed, columns)``, in the form of :func:`project_rows`."""
-    inside = side.rotate(basis, x)
-    return jnp.concatenate([x, inside], axis=-2) if is_partial(side, basis) else inside
+def extended(side: FactorStructure, basis: jax.Array, x: jax.Array) -> jax.Array:
+    """``[x, Vᵀ x]`` for a partial basis, in the form of :func:`project_rows`; x for a whole one."""
+    if not is_partial(side, basis):
+        return x
+    return jnp.concatenate([x, side.rotate(basis, x)], axis=-2)
 
 
 def coordinate_moments(
@@ -123,13 +124,14 @@ def scaled(
     x: jax.Array,
     inner: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply,
 ) -> jax.Array:
-    """``Q inner(gains, Qᵀ x)`` for gains ``(…, count, c)`` and ``x (…, packed, columns)``.
+    """``inner(gains, x)`` for gains ``(…, count, c)`` and ``x (…, packed, columns)``.
 
+    x is in the coordinates of the basis if that is whole, else in its own.
     ``inner`` is linear in either argument and acts row by row. For a partial basis V, with gains
     ``g`` along it and ``r`` for the others: ``inner(r, x) + V inner(g − r, Vᵀ x)``.
     """
     if not is_partial(side, basis):
-        return side.rotate_back(basis, inner(gains, side.rotate(basis, x)))
+        return inner(gains, x)
     leading, others = gains[..., :-1, :], gains[..., -1:, :]
     inside = inner(leading - others, jnp.matmul(basis.mT, x, precision=HIGHEST))
     return inner(others, x) + jnp.matmul(basis, inside, precision=HIGHEST)

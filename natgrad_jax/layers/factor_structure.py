@@ -186,6 +186,10 @@ class FactorStructure(ABC):
         """``Q x``, the inverse of :meth:`rotate`."""
         return self.apply(basis, None, x)
 
+    def turn(self, x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        """``Q'ᵀ Q x``: what is written in an old basis, in a new one."""
+        return self.apply(jnp.matmul(new.mT, old, precision=HIGHEST), None, x)
+
     def transport(self, moments: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         """Second moments ``(…, packed, columns)`` in an old basis, transported to a new one: they
         are multiplied by ``(Q'ᵀ Q)²``, squares elementwise."""

@@ -155,6 +155,9 @@ class Diagonal(FactorStructure):
     def rotate_back(self, basis: jax.Array, x: jax.Array) -> jax.Array:
         return x
 
+    def turn(self, x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        return x
+
     def transport(self, moments: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         return moments
 

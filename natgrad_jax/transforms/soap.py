@@ -10,10 +10,13 @@ import optax
 from natgrad_jax.curvature import factor_averages
 from natgrad_jax.curvature.eigenbases import (
     Eigenbasis,
+    entered,
     initial,
-    scaled,
-    second_moments,
+    left,
+    moments_inside,
+    scaled_inside,
     transport,
+    turned,
 )
 from natgrad_jax.curvature.factor_averages import FactorsLike, zero_factors
 from natgrad_jax.curvature.inverse_methods import LowRank
@@ -54,10 +57,11 @@ class SOAPState(NamedTuple):
     them); :func:`natgrad_jax.factors` and :func:`natgrad_jax.bases` give each at its own.
 
     ``factors``: ``E[∇∇ᵀ]`` and ``E[∇ᵀ∇]``; ``weights``: the accumulated weight of each. ``bases``:
-    their eigenvectors. ``momentum``: averaged gradients, as matrices. ``moments``: averaged squares
-    in the bases; ``moment_weights``: their weights. ``rest``: Adam's state for all other
-    parameters, whose count is that of accepted gradients. ``rejected``: number of non-finite
-    gradients and bases that were dropped, int32 ``()``.
+    their eigenvectors. ``momentum``: averaged gradients as matrices, in the bases (on the side of a
+    partial basis in their own coordinates). ``moments``: averaged squares in the bases;
+    ``moment_weights``: their weights. ``rest``: Adam's state for all other parameters, whose count
+    is that of accepted gradients. ``rejected``: number of non-finite gradients and bases that were
+    dropped, int32 ``()``.
 
     >>> import natgrad_jax as ng
     >>> state = ng.scale_by_soap().init({})
@@ -179,18 +183,20 @@ def _unknown(state: SOAPState) -> jax.Array:
 def _refreshed(
     state: SOAPState, layers: Layers, how: Eigenbasis, when: RefreshSchedule
 ) -> SOAPState:
-    """The state with new bases, where due, and S transported to them."""
+    """The state with new bases, where due, and m and S transported to them."""
 
     def renew(due: Mapping[Path, Layer], state: Any) -> Renewed:
         known = lambda path: state.moment_weights[path] > 0
         found = gradient_factors.renewed(due, state, how, when.over, known)
-        S = {
-            path: transport(layer, state.moments[path], state.bases[path], found.bases[path])
+        to_new = lambda move, fields: {
+            path: move(layer, fields[path], state.bases[path], found.bases[path])
             for path, layer in due.items()
         }
-        return {"bases": found.bases, "moments": S}, found.failures
+        m, S = to_new(turned, state.momentum), to_new(transport, state.moments)
+        return {"bases": found.bases, "momentum": m, "moments": S}, found.failures
 
-    return refresh_due(layers, when, state, _unknown(state), renew, ("bases", "moments"))
+    renewed = ("bases", "momentum", "moments")
+    return refresh_due(layers, when, state, _unknown(state), renew, renewed)
 
 
 def _moments(
@@ -208,8 +214,9 @@ def _moments(
         dict(x) for x in (state.momentum, state.moments, state.moment_weights)
     )
     for path, x in given.items():
+        x = entered(layers[path], state.bases[path], x)
         momentum[path] = factor_averages.step(on_m, momentum[path], x)
-        squares = second_moments(layers[path], state.bases[path], x)
+        squares = moments_inside(layers[path], state.bases[path], x)
         informative = jnp.broadcast_to(good, weights[path].shape)
         rate, weights[path] = factor_averages.rate(weights[path], b2, informative)
         moments[path] = factor_averages.step(rate, moments[path], squares)
@@ -221,7 +228,8 @@ def _direction(layer: Layer, state: SOAPState, path: Path, eps: float) -> jax.Ar
     # what is zero but for rounding, as outside a first gradient's span, is not made as large as it
     least = jnp.finfo(roots.dtype).eps * max(roots.shape[-2:])
     gains = 1 / (roots + eps + least * roots.max((-2, -1), keepdims=True))
-    return scaled(layer, state.bases[path], gains, state.momentum[path])
+    bases = state.bases[path]
+    return left(layer, bases, scaled_inside(layer, bases, gains, state.momentum[path]))
 
 
 def soap(
