@@ -229,6 +229,15 @@ def gpt2(p, ids):
     return layer_norm(p["ln_f"], x) @ p["wte"].T
 
 
+def adaptive_norm(p, x):
+    """A diffusion transformer's block: one vector of an example shifts, scales and gates all its
+    positions."""
+    shift, scale, gate = jnp.split(linear(p["modulation"], x.mean(1))[:, None], 3, axis=-1)
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    h = (x - mean) / jnp.sqrt(var + 1e-5) * (1 + scale) + shift
+    return linear(p["head"], x + gate * linear(p["dense"], h))
+
+
 NORM = {"g": (FEATURES,), "b": (FEATURES,)}
 GPT2 = {
     "wte": (WORDS, FEATURES),
@@ -432,6 +441,15 @@ PLAIN = [
     # a product with runs of rows is no dot_general
     Other("ragged mixture", lambda: plain(ragged_mixture, MIXTURE, vector()), ("up", "down")),
     Other("GPT-2", lambda: plain(gpt2, GPT2, tokens()), layers=9),
+    Other(
+        "adaptive norm",
+        lambda: plain(
+            adaptive_norm,
+            HEAD | {"modulation": affine(FEATURES, 12), "dense": affine(FEATURES, FEATURES)},
+            sequence(),
+        ),
+        layers=3,
+    ),
     Other("ResNet block NHWC", lambda: resnet_block("NHWC"), layers=6),
     Other("ResNet block NCHW", lambda: resnet_block("NCHW"), layers=6),
     Other(
