@@ -118,7 +118,7 @@ def kfac(
     learning_rate: Scalar, layers: Layers, *, damping: Scalar = 1e-2, decay: Scalar = 0.7,
     statistics_period: Scalar | None = None, refresh_period: Scalar | None = None,
     momentum: Scalar | None = 0.8, nesterov: bool = True, weight_decay: Scalar = 0.0,
-    trust_radius: Scalar | PerExample | None = PerExample(warmup=10),
+    trust_radius: Scalar | PerExample | None = PerExample(1.2e-5, 7.5e-3, 10, 100),
     inverse: Inverse | str = "low_rank", approximation: Approximation | str = "kfc",
     refresh: Refresh | str | None = None, statistics_fraction: float | None = None,
     factor_dtype: DTypeLike | None = None,

@@ -347,13 +347,18 @@ def test_the_trust_radius_grows_with_the_batch_up_to_a_limit(alias, most):
         assert_close(a, b)
 
 
-def test_the_trust_radius_warms_up():
-    """In equal parts, and whole from the last of these steps on."""
+@pytest.mark.parametrize(
+    "how, factor",
+    [
+        ({"warmup_steps": 3}, lambda step: jnp.minimum((step + 1) / 3, 1)),  # in equal parts
+        ({"decay_steps": 2}, lambda step: 1 / jnp.sqrt(1 + step / 2)),
+    ],
+)
+def test_the_trust_radius_warms_up_and_decays(how, factor):
     layers = setting().layers
-    grown = lambda step: 1e-5 * jnp.minimum((step + 1) / 3, 1)
     same = [
         run(ng.kfac(0.1, layers, trust_radius=radius, statistics_period=2), 5)
-        for radius in (ng.PerExample(1.0, 1e-5, warmup=3), grown)
+        for radius in (ng.PerExample(1.0, 1e-5, **how), lambda step: 1e-5 * factor(step))
     ]
     for (a, _), (b, _) in zip(*same, strict=True):
         assert_close(a, b)

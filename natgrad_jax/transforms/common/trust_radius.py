@@ -11,25 +11,30 @@ from natgrad_jax.utils.hyperparams import Scalar, at, check_positive
 
 @dataclasses.dataclass(frozen=True)
 class PerExample:
-    """A trust radius in proportion to the number N of a batch's examples: ``min(rate · N, most)``.
+    """A trust radius in proportion to the number N of a batch's examples, which may grow and decay.
 
-    Over the first ``warmup`` steps it grows to that in equal parts.
+    At step t = 0, 1, … it is::
+
+        κ = min(rate N, most) · min(1, (t + 1) / warmup_steps) / √(1 + t / decay_steps)
 
     Where noise makes up the gradient, ``∇ᵀΔ`` is ``tr(F⁻¹Σ)/N``, in proportion to 1/N, and steps of
     a fixed κ keep a loss above its least by about ``√(κ tr(F⁻¹Σ)/N)``. In proportion to N, κ keeps
-    that part the same for every batch. The default of :func:`~natgrad_jax.kfac`, with a warm-up of
-    10 steps, and :func:`~natgrad_jax.ekfac`: 1e-3 for 125 examples, 5e-3 from 625 on.
+    that part the same for every batch; with a decay it vanishes, and steps shrink as ``t^(-1/4)``.
+    The first factors are of few examples and of parameters that move fast, hence a warm-up.
+
+    The default of :func:`~natgrad_jax.kfac` is ``PerExample(1.2e-5, 7.5e-3, 10, 100)``: at most
+    1.5e-3 for 125 examples, 7.5e-3 from 625 on. That of :func:`~natgrad_jax.ekfac` is these.
 
     Args:
       rate: of κ per example; tokens count as examples if the loss is a mean over tokens.
       most: the largest κ.
-      warmup: κ of step t = 0, 1, … is multiplied by ``min(1, (t + 1) / warmup)``: the first factors
-        are of few examples and of parameters that move fast.
+      warmup_steps: those in which κ grows to that in equal parts.
+      decay_steps: after so many κ has fallen to ``1/√2``; None: it does not.
 
     Raises:
       ValueError: a number that is not positive.
 
-    Source: Ba et al. 2016, section 5, for the trust region; the proportion is measured here
+    Source: Ba et al. 2016, section 5, for the trust region; proportion and decay are measured here
     (``benchmarks/RESULTS.md``).
 
     >>> import natgrad_jax as ng
@@ -38,10 +43,18 @@ class PerExample:
 
     rate: float = 8e-6
     most: float = 5e-3
-    warmup: int = 1
+    warmup_steps: int = 1
+    decay_steps: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive(rate=self.rate, most=self.most, warmup=self.warmup)
+        given = {k: x for k, x in dataclasses.asdict(self).items() if x is not None}
+        check_positive(**given)
+
+    def at(self, step: jax.Array, examples: jax.Array) -> jax.Array:
+        """κ of a step."""
+        kappa = jnp.minimum(self.rate * jnp.max(examples), self.most)
+        kappa *= jnp.minimum((step + 1) / self.warmup_steps, 1)
+        return kappa if self.decay_steps is None else kappa / jnp.sqrt(1 + step / self.decay_steps)
 
 
 class OfUpdate(NamedTuple):
@@ -75,10 +88,6 @@ def checked(radius: TrustRadius | None) -> OfUpdate | None:
 
 def radius_at(of_update: OfUpdate, step: jax.Array, examples: jax.Array) -> jax.Array:
     """``κ / η²`` at a step, ``()``; ``examples``: those of the batch, in each term of the loss."""
-    radius = of_update.radius
-    if isinstance(radius, PerExample):
-        kappa = jnp.minimum(radius.rate * jnp.max(examples), radius.most)
-        kappa *= jnp.minimum((step + 1) / radius.warmup, 1)
-    else:
-        kappa = at(radius, step)
-    return kappa / at(of_update.learning_rate, step) ** 2
+    radius, rate = of_update.radius, at(of_update.learning_rate, step)
+    kappa = radius.at(step, examples) if isinstance(radius, PerExample) else at(radius, step)
+    return kappa / rate**2
