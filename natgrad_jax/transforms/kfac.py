@@ -141,8 +141,9 @@ def kfac(
       nesterov: Nesterov's momentum, as in ``optax.sgd``.
       weight_decay: decoupled, as in ``optax.adamw``; per step, times the learning rate.
       trust_radius: κ; before momentum the update is scaled by ``min(1, √(κ / (η² ΔᵀFΔ)))``. None:
-        no bound. :class:`~natgrad_jax.PerExample`: in proportion to the batch. Smaller ones suit
-        noisier gradients and rougher factors; an autoencoder at batch 512 gains from 1e-2.
+        no bound. :class:`~natgrad_jax.PerExample`: in proportion to the batch, and decaying.
+        Smaller ones suit noisier gradients and rougher factors; an autoencoder at batch 512 gains
+        from 1e-2.
 
     Returns:
       A transformation with ``update(grads, state, params, *, statistics)``.

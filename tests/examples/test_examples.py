@@ -60,7 +60,7 @@ def finds_the_ground_state(errors: Numbers) -> None:
 
 
 def keeps_the_pole_up(moves: Numbers) -> None:
-    assert moves["K-FAC"] > 200  # at first it falls after about 20
+    assert moves["K-FAC"] > 200  # of three seeds; at first it falls after about 20
 
 
 def knows_what_it_does_not_know(numbers: Numbers) -> None:
