@@ -232,17 +232,7 @@ def test_newton_schulz_that_does_not_converge_is_nan() -> None:
 @pytest.mark.parametrize(
     ("backend", "precision"), [("cpu", "HIGHEST"), ("gpu", "HIGH"), ("tpu", "HIGHEST")]
 )
-def test_gram_matrices_have_twice_the_speed_on_gpus_alone(backend, precision, monkeypatch) -> None:
+def test_gram_matrices_are_in_tf32_on_gpus_alone(backend, precision, monkeypatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     jaxpr = jax.make_jaxpr(lambda rows: gram.gram(rows, rows.dtype))(jnp.ones((4, 1, 3)))
     assert set(re.findall(r"Precision\.(\w+)", str(jaxpr))) == {precision}
-
-
-def test_tf32_rounds_the_spectrum_of_a_gram_matrix_by_1e_7_of_its_mean() -> None:
-    random = np.random.default_rng(0)
-    turn, _ = np.linalg.qr(random.normal(size=(256, 256)))
-    rows = (random.normal(size=(4096, 256)) / np.arange(1, 257) @ turn).astype(np.float32)
-    mantissa, exponent = np.frexp(rows)
-    rounded = np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent)
-    exact, tf32 = (np.linalg.eigvalsh(np.float64(x).T @ np.float64(x)) for x in (rows, rounded))
-    assert 0 < np.mean(tf32[:64] - exact[:64]) < 2e-7 * np.mean(exact)

@@ -28,8 +28,8 @@ class PerExample:
     Args:
       rate: of κ per example; tokens count as examples if the loss is a mean over tokens.
       most: the largest κ.
-      warmup_steps: those in which κ grows to that in equal parts.
-      decay_steps: after so many κ has fallen to ``1/√2``; None: it does not.
+      warmup_steps: number of steps over which κ grows, in equal parts.
+      decay_steps: number of steps after which κ has fallen by ``1/√2``; None: no decay.
 
     Raises:
       ValueError: a number that is not positive.
