@@ -14,6 +14,7 @@ from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving
 from natgrad_jax.linalg.eigh import eigenbasis
 from natgrad_jax.linalg.low_rank import initial_subspace, subspace
+from natgrad_jax.linalg.nystrom import sketched_subspace
 from natgrad_jax.linalg.orthogonal_iteration import off_diagonal, refine
 from natgrad_jax.utils.precision import HIGHEST
 
@@ -53,6 +54,8 @@ def initial(layer: Layer, rank: int | None = None) -> tuple[FactorsLike, jax.Arr
     rank = None if layer.output_side is None else rank
 
     def one(side: FactorStructure | None, x: Any) -> Any:
+        if side is not None and side.rank:
+            return x.V[..., : rank or side.rank]
         if not partial_eigenbasis.may_be_partial(side, rank):
             return x
         assert rank is not None
@@ -96,6 +99,8 @@ def eigenbases(
 def _problem(
     side: FactorStructure, factor: jax.Array, old: jax.Array, first: jax.Array, how: Eigenbasis
 ) -> Problem:
+    if side.rank:
+        return Problem(sketched_subspace, (factor,), (("rank", old.shape[-1]),))
     if partial_eigenbasis.is_partial(side, old):
         return Problem(subspace, (factor, old))
     if how == Eigenbasis():

@@ -62,13 +62,19 @@ def bias_of(factors: object) -> jax.Array | None:
 
 
 def zero_factors(layer: Layer, inputs_only: bool = False, dtype: Any = None) -> FactorsLike:
-    """Factors before the first measurement; ``dtype``: for storage, the layer's by default."""
-    stack, outputs = layer.stack_sizes, None if inputs_only else layer.output_factor_shape
-    zeros = lambda shape: jnp.zeros(stack + shape, dtype or layer.factor_dtype)
+    """Factors before the first measurement; ``dtype``: for storage, the layer's by default, and in
+    any case for sketches, of which small eigenvalues would be rounding errors otherwise."""
+    stack, blocks = layer.stack_sizes, layer.factor_blocks
+
+    def zeros(side: FactorStructure) -> jax.Array:
+        own = layer.factor_dtype if side.rank or dtype is None else dtype
+        return jnp.zeros((*stack, *blocks, *side.shape), own)
+
+    outputs, apart = layer.output_side, layer.input_side.bias_apart
     return make_factors(
-        zeros(layer.input_factor_shape),
-        None if outputs is None else zeros(outputs),
-        zeros(layer.factor_blocks) if layer.input_side.bias_apart else None,
+        zeros(layer.input_side),
+        None if outputs is None or inputs_only else zeros(outputs),
+        jnp.zeros(stack + blocks, dtype or layer.factor_dtype) if apart else None,
     )
 
 

@@ -12,6 +12,7 @@ from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layer import Layer
 from natgrad_jax.linalg.batched_solve import Problem, Solving
 from natgrad_jax.linalg.low_rank import between, low_rank_identity, low_rank_inverse
+from natgrad_jax.linalg.nystrom import sketched_inverse
 from natgrad_jax.linalg.operators import can_join, operators_in
 from natgrad_jax.linalg.pseudo_inverse import reciprocal
 from natgrad_jax.linalg.retry import Retried
@@ -27,7 +28,7 @@ def identities(layer: Layer, how: InverseMethod = CHOLESKY) -> FactorsLike:
     def one(side: FactorStructure | None, x: jax.Array | None) -> Any:
         if x is None or side is None:
             return None
-        if rank := how.low_rank(layer, side):
+        if rank := _rank(layer, side, how):
             return low_rank_identity(x.shape[:-1], rank, x.dtype)
         return side.identity(x.shape[: x.ndim - len(side.shape)], x.dtype)
 
@@ -85,9 +86,18 @@ def _problem(
 ) -> Problem:
     damping = side.each_matrix(damping.astype(factor.dtype))
     damping = jnp.broadcast_to(damping, factor.shape[:-2])
-    if how.low_rank(layer, side):
+    rank = _rank(layer, side, how)
+    if side.rank:
+        return Problem(sketched_inverse, (factor, damping, *[old.V] * (rank < side.rank)))
+    if rank:
         return Problem(low_rank_inverse, (factor, damping, old.V))
     return how.exact(factor, damping, old)
+
+
+def _rank(layer: Layer, side: FactorStructure, how: InverseMethod) -> int:
+    """The rank of that factor's inverse; 0: a whole matrix."""
+    low = how.low_rank(layer, side)
+    return low if side.rank is None else min(low or side.rank, side.rank)
 
 
 def _counted(solutions: list[Any]) -> tuple[list[Any], jax.Array]:

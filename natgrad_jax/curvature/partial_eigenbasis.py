@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.layers.factor_structure import FactorStructure
-from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.low_rank import is_cheaper
 from natgrad_jax.utils.precision import HIGHEST
 
@@ -48,7 +47,7 @@ def eigenvalues(
     if not is_partial(side, basis):
         return side.spread(values, bias)
     n, k = basis.shape[-2:]
-    rest = jnp.maximum(trace_of(factor) - values.sum(-1), 0) / (n - k)
+    rest = jnp.maximum(side.trace(factor, None) - values.sum(-1), 0) / (n - k)
     return jnp.concatenate([values, rest[..., None]], axis=-1)
 
 

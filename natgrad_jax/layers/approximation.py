@@ -9,7 +9,7 @@ CONVOLUTIONS = ("kfc", "sua")
 CHOICES = (
     ("convolution", CONVOLUTIONS),
     ("weight_sharing", ("expand", "reduce")),
-    ("beyond", ("blocks", "diagonal")),
+    ("beyond", ("sketch", "diagonal")),
 )
 SIZES = (
     ("group_size", "the number of channels in a group", "one group"),
@@ -32,15 +32,17 @@ class Approximation:
       max_size: most rows of one factor; beyond it, a factor of a convolution's patches is that of
         its channels (as under SUA), and any other is cut as ``beyond`` says. None: no limit. A
         vocabulary of 50,000 words has 10 GB of factor otherwise.
-      beyond: ``"blocks"`` on the diagonal, of 128 rows each or half of the rows of the other
-        factor if that is less, or the ``"diagonal"`` alone, which
-        :func:`~natgrad_jax.in_coordinates` needs and sets.
+      beyond: a ``"sketch"`` that is never formed whole, ``[F Ω, diag F]`` for 127 columns Ω of
+        signs (with the diagonal at most as many numbers a row as the other factor has rows, or
+        ``max_size``): from it come the leading eigenpairs, no more than columns, and the mean of
+        all other eigenvalues, also where ``inverse`` or ``basis`` is exact. Or the ``"diagonal"``
+        alone, which :func:`~natgrad_jax.in_coordinates` needs and sets.
 
     Raises:
       ValueError: an unknown choice, or a size that is no whole number of at least 1.
 
     Source: Grosse & Martens 2016 (KFC); Laurent et al. 2018, section 2 (SUA, groups); Eschenhagen
-    et al. 2023 (expand, reduce).
+    et al. 2023 (expand, reduce); Tropp et al. 2017, algorithm 3 (sketches).
 
     >>> import natgrad_jax as ng
     >>> tx = ng.kfac(0.1, ng.Layers({}), approximation=ng.Approximation("sua", group_size=32))
@@ -51,7 +53,7 @@ class Approximation:
     weight_sharing: Literal["expand", "reduce"] = "expand"
     centred: bool = False
     max_size: int | None = MAX_FACTOR
-    beyond: Literal["blocks", "diagonal"] = "blocks"
+    beyond: Literal["sketch", "diagonal"] = "sketch"
 
     def __post_init__(self) -> None:
         for name, known in CHOICES:

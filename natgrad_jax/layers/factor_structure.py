@@ -1,9 +1,9 @@
 """The structure of a Kronecker factor: which entries it keeps, and how it acts on coordinates.
 
 A factor is a matrix over the rows (inputs) or the columns (outputs) of ``K̄``. It is stored as one
-matrix over all coordinates, one for each group of them, one that all kernel offsets share, or a
-diagonal. This file is the interface; ``simple_structures.py`` has the simple ones and
-chooses, ``grouped_structures.py`` has the others.
+matrix over all coordinates, one for each group of them, one that all kernel offsets share, a sketch
+or a diagonal. This file is the interface; ``simple_structures.py`` has the simple ones and chooses,
+``grouped_structures.py`` and ``sketched.py`` have the others.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from natgrad_jax.layers.layer_call import LayerCall
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.gram import gram
-from natgrad_jax.linalg.operators import as_operator
+from natgrad_jax.linalg.low_rank import LowRankInverse
+from natgrad_jax.linalg.operators import DenseMatrix, as_operator
 from natgrad_jax.utils.precision import HIGHEST
 
 
@@ -42,7 +43,8 @@ class FactorStructure(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of the stored factor: ``(n, n)``, ``(groups, n, n)`` or ``(n,)`` (diagonal)."""
+        """Shape of the stored factor: ``(n, n)``, ``(groups, n, n)``, ``(n, k + 1)`` (a sketch) or
+        ``(n,)`` (a diagonal)."""
 
     @property
     def packed(self) -> int:
@@ -68,6 +70,12 @@ class FactorStructure(ABC):
     def supports_partial_basis(self) -> bool:
         """Whether a basis may keep some eigenvectors, with one number for all others."""
         return False
+
+    @property
+    def rank(self) -> int | None:
+        """How many eigenvectors the stored factor has, where others share one eigenvalue; None:
+        all."""
+        return None
 
     @property
     def cost(self) -> int:
@@ -127,6 +135,10 @@ class FactorStructure(ABC):
         """The identity as a factor, ``(*lead, *shape)``."""
         return jnp.broadcast_to(jnp.eye(self.width, dtype=dtype), (*lead, *self.shape))
 
+    def operator(self, matrix: Any) -> DenseMatrix | LowRankInverse:
+        """The stored matrix with its products."""
+        return as_operator(matrix)
+
     @abstractmethod
     def apply(self, matrix: Any, bias: jax.Array | None, x: jax.Array) -> jax.Array:
         """``M x`` for ``x (…, packed, columns)``."""
@@ -154,7 +166,7 @@ class FactorStructure(ABC):
         """Squared rows of ``((F + d I) M − I) Z`` for columns Z ``(width, m)``: ``(…, width)``."""
         y = as_operator(inverse).apply(columns)
         wide = jnp.expand_dims(damping, tuple(range(damping.ndim, y.ndim)))
-        return jnp.square(as_operator(factor).apply(y) + wide * y - columns).sum(-1)
+        return jnp.square(self.operator(factor).apply(y) + wide * y - columns).sum(-1)
 
     def update_rank(self, rank: int) -> int:
         """The rank of one batch's update of an inverse, at most ``rank``; 0: no updates."""
@@ -198,7 +210,7 @@ class FactorStructure(ABC):
 
     def along(self, factor: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """``qᵀ F q``, ``‖F q − q (qᵀ F q)‖²`` and ``‖F q‖²`` for each column q of a basis."""
-        product = jnp.matmul(factor, basis, precision=HIGHEST)
+        product = self.operator(factor).apply(basis)
         values = jnp.sum(basis * product, axis=-2)
         left = product - basis * values[..., None, :]
         return values, jnp.square(left).sum(-2), jnp.square(product).sum(-2)

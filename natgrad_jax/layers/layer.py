@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from natgrad_jax.layers.approximation import WHOLE, Approximation
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.layout import Layout
-from natgrad_jax.layers.limits import MAX_FULL_NORM, WIDE_BLOCK
+from natgrad_jax.layers.limits import MAX_FULL_NORM, MAX_SKETCH
 from natgrad_jax.layers.simple_structures import Dense, Diagonal, input_structure, output_structure
 from natgrad_jax.layers.traits import Traits, traits_of
 from natgrad_jax.utils.precision import at_least_float32
@@ -180,7 +180,7 @@ class Layer:
         shared = own.convolution == "sua"
         return input_structure(
             places, channels, bias,
-            own.group_size, shared, own.centred, own.max_size, self._wide_block,
+            own.group_size, shared, own.centred, own.max_size, self._columns,
         )  # fmt: skip
 
     @functools.cached_property
@@ -189,15 +189,16 @@ class Layer:
         if self.block != "kronecker":
             return None
         own = self.approximation
-        return output_structure(self.outputs, own.group_size, own.max_size, self._wide_block)
+        return output_structure(self.outputs, own.group_size, own.max_size, self._columns)
 
     @property
-    def _wide_block(self) -> int:
-        """Rows of each block of a side that has more than ``max_size``."""
+    def _columns(self) -> int:
+        """Of the sketch of a side that has more than ``max_size`` rows; 0: its diagonal alone."""
         own = self.approximation
         if own.beyond == "diagonal" or own.max_size is None:
-            return 1
-        return max(1, min(WIDE_BLOCK, own.max_size, min(sum(self._rows), self.outputs) // 2))
+            return 0
+        numbers = min(MAX_SKETCH, own.max_size, min(sum(self._rows), self.outputs))
+        return max(numbers - 1, 0)  # beside the diagonal
 
     @property
     def factor_blocks(self) -> tuple[int, ...]:

@@ -13,9 +13,9 @@ MAX_FREE = 256
 # Most rows of a Kronecker factor, unless another number is chosen.
 MAX_FACTOR = 8192
 
-# Most rows of each block of a factor that would have more. No more either than half of what the
-# other side has: so blocks take less memory than the kernel.
-WIDE_BLOCK = 128
+# Most numbers for each row of the sketch of a factor that would have more rows. No more either than
+# the other side has rows: so a sketch takes no more memory than the kernel.
+MAX_SKETCH = 128
 
 # Largest full block that can be chosen: its inverse takes about a second on one core.
 MAX_FULL = 8192

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.grouped_structures import Grouped, Shared
 from natgrad_jax.layers.layer_call import LayerCall, OneHotCall
+from natgrad_jax.layers.sketched import Sketched
 from natgrad_jax.linalg.batching import trace_of
 from natgrad_jax.linalg.operators import as_operator
 from natgrad_jax.linalg.pseudo_inverse import reciprocal
@@ -109,10 +110,7 @@ class Diagonal(FactorStructure):
         return cast(OneHotCall, call).frequencies(examples, dtype, weight)
 
     def narrow(self, factor: jax.Array) -> jax.Array:
-        diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1)
-        if diagonal.shape[-1] == self.n:
-            return diagonal
-        return diagonal.reshape(*diagonal.shape[:-2], -1)[..., : self.n]  # of blocks
+        return jnp.diagonal(factor, axis1=-2, axis2=-1)
 
     def identity(self, lead: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         return jnp.ones((*lead, self.n), dtype)
@@ -173,13 +171,13 @@ def input_structure(
     shared: bool = False,
     centred: bool = False,
     max_size: int | None = None,
-    block: int = 1,
+    columns: int = 0,
 ) -> FactorStructure:
     """The structure of A for a kernel with ``places × channels`` inputs.
 
     ``shared``: all places share one matrix over channels, also if the whole one would have more
-    than ``max_size`` rows; ``centred``: with their mean in it; ``block``: rows of each block of
-    what has more all the same.
+    than ``max_size`` rows; ``centred``: with their mean in it; ``columns``: of the sketch of
+    what has more all the same, 0 for its diagonal.
     """
     most = math.inf if max_size is None else max_size
     whole = places * channels + bias
@@ -189,23 +187,24 @@ def input_structure(
     if group_size is None and shared and channels <= most:
         return Shared(places, channels, bias)
     if group_size is None:
-        return Dense(whole) if whole <= most else _wide(whole, block)
+        return Dense(whole) if whole <= most else _wide(whole, columns)
     if places == 1:  # the bias counts as one more channel
         return _in_groups(group_size, channels + bias)
     return _in_groups(group_size, channels, places, bias, shared)
 
 
 def output_structure(
-    channels: int, group_size: int | None = None, max_size: int | None = None, block: int = 1
+    channels: int, group_size: int | None = None, max_size: int | None = None, columns: int = 0
 ) -> FactorStructure:
     """The structure of G for a kernel with ``channels`` outputs, in groups if given a size."""
     if group_size is not None:
         return _in_groups(group_size, channels)
-    return Dense(channels) if max_size is None or channels <= max_size else _wide(channels, block)
+    most = math.inf if max_size is None else max_size
+    return Dense(channels) if channels <= most else _wide(channels, columns)
 
 
-def _wide(size: int, block: int) -> FactorStructure:
-    return Diagonal(size) if block == 1 else _in_groups(block, size)
+def _wide(size: int, columns: int) -> FactorStructure:
+    return Sketched(size, columns) if columns else Diagonal(size)
 
 
 def _in_groups(

@@ -164,13 +164,29 @@ def low_rank_inverse(factor: jax.Array, damping: jax.Array, start: jax.Array) ->
            [0.  , 0.5 , 0.  ],
            [0.  , 0.  , 0.5 ]], dtype=float32)
     """
-    Q, T = projected(factor, start)
-    n, k = Q.shape[-2:]
-    inside, eye = trace_of(T), jnp.eye(k, dtype=Q.dtype)
-    rest = jnp.maximum(trace_of(factor) - inside, 0) / max(n - k, 1) + damping
+    return from_projection(*projected(factor, start), trace_of(factor), damping)
+
+
+def from_projection(
+    Q: Float[Array, "*batch n k"],
+    T: Float[Array, "*batch k k"],
+    trace: Float[Array, "*batch"],
+    damping: Float[Array, "*batch"],
+) -> LowRankInverse:
+    """``(F + d I)⁻¹`` from orthonormal columns Q, ``T ≈ QᵀFQ`` and ``tr F``."""
+    inside, eye = trace_of(T), jnp.eye(T.shape[-1], dtype=Q.dtype)
+    rest = mean_of_others(Q, T, trace) + damping
     least = jnp.maximum(damping, inside * jnp.finfo(Q.dtype).eps)
     whole = squared(inverse_root(T + least[..., None, None] * eye))
     return LowRankInverse(Q, whole - eye / rest[..., None, None], 1 / rest)
+
+
+def mean_of_others(
+    Q: Float[Array, "*batch n k"], T: Float[Array, "*batch k k"], trace: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """The mean of the eigenvalues outside of the columns Q, ``(tr F − tr T) / (n − k)``."""
+    n, k = Q.shape[-2:]
+    return jnp.maximum(trace - trace_of(T), 0) / max(n - k, 1)
 
 
 _times = partial(jnp.matmul, precision=HIGHEST)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from natgrad_jax.linalg import nystrom
 from natgrad_jax.linalg.batching import over_batch, trace_of
 from natgrad_jax.utils.precision import HIGHEST
 
@@ -82,9 +83,4 @@ def root(factor: Float[Array, "*batch n n"], rank: int) -> Float[Array, "*batch 
     """
     n = factor.shape[-1]
     test = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (n, rank), factor.dtype))[0]
-    trace = trace_of(factor)[..., None, None]
-    tiny = jnp.finfo(factor.dtype)
-    shift = trace * tiny.eps + tiny.tiny**0.5
-    Y = jnp.matmul(factor, test, precision=HIGHEST) + shift * test
-    core = jnp.matmul(test.T, Y, precision=HIGHEST)
-    return over_batch(_half, (core + core.mT) / 2, Y.mT).mT
+    return nystrom.root(jnp.matmul(factor, test, precision=HIGHEST), test, trace_of(factor))

@@ -8,12 +8,15 @@ import pytest
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.layers.grouped_structures import Grouped, Shared
 from natgrad_jax.layers.simple_structures import Dense, Diagonal, input_structure, output_structure
+from natgrad_jax.layers.sketched import Sketched
 from natgrad_jax.layers.traits import traits_of
+from natgrad_jax.linalg.nystrom import sketched_inverse, sketched_subspace
 
 PLACES, CHANNELS, N, T = 3, 5, 7, 2
 STRUCTURES = {
     "dense": Dense(4),
     "diagonal": Diagonal(4),
+    "sketched": Sketched(9, 3),
     "shared": Shared(PLACES, CHANNELS),
     "shared, bias": Shared(PLACES, CHANNELS, bias=True),
     "grouped": Grouped(1, CHANNELS, 2),
@@ -65,7 +68,7 @@ def test_operators_against_the_explicit_matrix(name: str) -> None:
     close(structure.unpack(structure.pack(given, -1), -1), given)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "sketched"])
 def test_eigenvectors_against_the_explicit_matrix(name: str) -> None:
     structure = STRUCTURES[name]
     factor, bias = measured(structure)
@@ -93,6 +96,22 @@ def test_a_diagonal_is_inverted_directly() -> None:
     )
 
 
+def test_a_sketch_has_some_eigenvectors() -> None:
+    structure, damping = STRUCTURES["sketched"], jnp.asarray(0.5)
+    factor, _ = measured(structure)
+    M = explicit(structure, factor, None)
+    V, values = sketched_subspace(factor, 2)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+    close(M @ V, V * values)
+    close(structure.along(factor, V)[0], values)
+    rows = jax.random.normal(jax.random.key(1), (N, T, structure.size))
+    close(structure.project(V, rows), rows @ V)
+    close(structure.rotate(V, rows[0].T), V.T @ rows[0].T)
+    close(structure.mean_eigenvalue(factor), jnp.trace(M) / structure.size)
+    inverse = sketched_inverse(factor, damping)
+    close(structure.inverse_error(factor, damping, inverse, jnp.eye(structure.size)), 0)
+
+
 def test_structures_are_chosen_by_what_is_asked_for() -> None:
     assert input_structure(1, 5, True) == Dense(6) == input_structure(1, 5, True, shared=True)
     assert input_structure(9, 5, True) == Dense(46)
@@ -102,6 +121,10 @@ def test_structures_are_chosen_by_what_is_asked_for() -> None:
     assert input_structure(9, 5, True, 8) == Grouped(9, 5, 5, bias=True)
     assert input_structure(1, 5, True, 8) == Grouped(1, 6, 6)
     assert output_structure(5) == Dense(5) and output_structure(5, 2) == Grouped(1, 5, 2)
+    assert input_structure(1, 5, True, None, max_size=5, columns=2) == Sketched(6, 2)
+    assert input_structure(9, 5, True, None, max_size=45, columns=2) == Shared(9, 5, bias=True)
+    assert output_structure(5, None, 4, 2) == Sketched(5, 2)
+    assert output_structure(5, None, 4) == Diagonal(5) and output_structure(5, None, 5) == Dense(5)
     assert output_structure(5, 2).describe() == "3 × 2²"
 
 

@@ -1,4 +1,4 @@
-"""Factors of at most a size: beyond it blocks, a diagonal, or those of a convolution's channels."""
+"""Factors of at most a size: beyond it a sketch, a diagonal, or a convolution's channels."""
 
 import math
 from typing import Any
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import natgrad_jax as ng
-from natgrad_jax.layers.limits import MAX_FACTOR, WIDE_BLOCK
+from natgrad_jax.layers.limits import MAX_FACTOR, MAX_SKETCH
 from natgrad_jax.linalg.cholesky import damped_inverse
+from natgrad_jax.linalg.nystrom import signs
 
 pytestmark = pytest.mark.once
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.once
 MAKERS: dict[str, Any] = {
     "kfac": (ng.kfac, 0.05),
     "ekfac": (ng.ekfac, 0.05),
-    "ngd": (ng.ngd, 0.3),
+    "ngd": (ng.ngd, 0.1),
     "prong": (ng.prong, 0.01),
 }
 
@@ -43,7 +44,7 @@ def setting() -> tuple[Any, Any, Any]:
     return loss_fn, params, batch
 
 
-def factors_of(size: int | None, beyond: Any = "blocks") -> tuple[Any, Any]:
+def factors_of(size: int | None, beyond: Any = "sketch") -> tuple[Any, Any]:
     """After one step in float64, and what the first step applied."""
     with jax.enable_x64(True):
         loss_fn, params, batch = setting()
@@ -61,13 +62,14 @@ def factors_of(size: int | None, beyond: Any = "blocks") -> tuple[Any, Any]:
         return ng.factors(state), (grads, updates)
 
 
-def blocks(x: Any) -> np.ndarray:
-    """Those of two rows, half of what the other sides have, the last one filled with zeros."""
-    padded = np.pad(np.asarray(x), (0, len(x) % 2)).reshape(-1, 2, (len(x) + 1) // 2, 2)
-    return np.stack([padded[i, :, i] for i in range(len(padded))])
+def sketch(x: Any) -> np.ndarray:
+    """With the diagonal as many columns as the other side has rows: four and five."""
+    x = np.asarray(x)
+    test = np.asarray(signs(len(x), {8: 3, 9: 4}[len(x)], np.dtype("float32")))
+    return np.concatenate([x @ test, np.diagonal(x)[:, None]], axis=1)
 
 
-@pytest.mark.parametrize("beyond, cut", [("blocks", blocks), ("diagonal", np.diagonal)])
+@pytest.mark.parametrize("beyond, cut", [("sketch", sketch), ("diagonal", np.diagonal)])
 def test_what_is_too_wide_is_cut_out_of_the_whole_factor(beyond: str, cut: Any) -> None:
     whole, limited = factors_of(None)[0], factors_of(6, beyond)[0]
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
@@ -94,21 +96,32 @@ def test_a_diagonal_is_inverted_as_a_matrix_would_be() -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-10)
 
 
-def test_blocks_are_inverted_one_by_one() -> None:
+def approximated(F: Any, product: Any, columns: int) -> Any:
+    """The Nyström approximation from ``F Ω``, and the mean of what it leaves out of the trace in
+    all other directions."""
+    test = signs(len(F), columns, F.dtype)
+    near = product @ jnp.linalg.solve(test.T @ product, product.T)
+    Q = jnp.linalg.qr(product)[0]
+    rest = (jnp.trace(F) - jnp.trace(near)) / (len(F) - columns)
+    return near + rest * (jnp.eye(len(F)) - Q @ Q.T)
+
+
+def test_a_sketch_is_inverted_as_the_matrix_that_it_stands_for() -> None:
+    whole = factors_of(None)[0][("from_wide",)]
     factors, (grads, updates) = factors_of(6)
     with jax.enable_x64(True):
-        A, G = factors[("from_wide",)]
-        pi = jnp.sqrt((jnp.trace(A.sum(0)) / 9) / (jnp.trace(G) / len(G)))
+        sketch, G = factors[("from_wide",)]
+        assert sketch.shape == (9, 5)
+        A = approximated(whole.A, sketch[:, :4], 4)
+        pi = jnp.sqrt((jnp.trace(whole.A) / 9) / (jnp.trace(G) / len(G)))
         own = grads["from_wide"]
         gradient = jnp.concatenate([own["kernel"], own["bias"][None]])
         on_a, on_g = pi * jnp.sqrt(0.1), jnp.sqrt(0.1) / pi
-        assert A.shape == (5, 2, 2)
-        whole = jax.scipy.linalg.block_diag(*A)[:9, :9]
-        rows = damped_inverse(whole, on_a) @ gradient
         found = jnp.concatenate(
             [updates["from_wide"]["kernel"], updates["from_wide"]["bias"][None]]
         )
-        np.testing.assert_allclose(found, rows @ damped_inverse(G, on_g), rtol=1e-10)
+        wanted = damped_inverse(A, on_a) @ gradient @ damped_inverse(G, on_g)
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -147,8 +160,8 @@ def test_a_vocabulary_fits_in_a_few_times_its_parameters(name: str, model: str) 
     params = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
     loss_fn = lambda p, x: ng.Categorical(net.apply({"params": p}, x)).nll(jnp.zeros(8, int))
     layers = ng.find_layers(loss_fn, params, x)
-    block = min(WIDE_BLOCK, min(inputs + 1, outputs) // 2)
-    assert f"{-(-max(inputs + 1, outputs) // block)} × {block}²" in str(layers)
+    columns = min(MAX_SKETCH, min(inputs + 1, outputs)) - 1
+    assert f"sketch {max(inputs + 1, outputs)} × {columns}" in str(layers)
     tx = MAKERS[name][0](0.1, layers)
     state = jax.eval_shape(tx.init, params)
     grad_fn = ng.value_and_grad(loss_fn, layers)
@@ -167,8 +180,7 @@ def test_both_sides_of_the_usual_limit() -> None:
         return layer.input_factor_shape, layer.output_factor_shape
 
     assert sides(MAX_FACTOR) == ((MAX_FACTOR,) * 2,) * 2
-    blocks = MAX_FACTOR // WIDE_BLOCK + 1
-    assert sides(MAX_FACTOR + 1) == ((blocks, WIDE_BLOCK, WIDE_BLOCK),) * 2
+    assert sides(MAX_FACTOR + 1) == ((MAX_FACTOR + 1, MAX_SKETCH),) * 2
 
 
 def test_a_size_that_is_none() -> None:

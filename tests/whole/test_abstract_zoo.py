@@ -18,6 +18,7 @@ from transformations import TABLE, Row, assert_types_stay
 
 import natgrad_jax as ng
 from natgrad_jax.curvature.inverse_methods import RANK
+from natgrad_jax.transforms.common.options import EIGENVECTORS
 
 pytestmark = pytest.mark.no_cover  # that would take half as long again, and other tests cover it
 
@@ -33,6 +34,7 @@ SHARED: dict[str, list[dict[str, Any]]] = {
     "convolution": [approximated(convolution="sua")],
     "group_size": [approximated(group_size=n) for n in (RANK, 3 * RANK // 2, 1)],
     "weight_sharing": [approximated(weight_sharing="reduce")],
+    "max_size": [approximated(max_size=2 * EIGENVECTORS)],
     "factor_dtype": [{"factor_dtype": jnp.bfloat16}],
     "statistics_fraction": [{"statistics_fraction": 0.5}],
     "refresh": [{"refresh": ng.every(20)}, {"refresh": ng.staggered(3)}],
