@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature import damping_split
-from natgrad_jax.curvature.factor_averages import bias_of, in_full
-from natgrad_jax.layers.collection import Layers, check_layers
+from natgrad_jax.curvature.factor_averages import bias_of
+from natgrad_jax.diagnostics.states import found_in
+from natgrad_jax.layers.collection import Layers
 from natgrad_jax.layers.factor_structure import FactorStructure
-from natgrad_jax.state import accessors
 
 
 def rank_for(
@@ -46,14 +46,13 @@ def rank_for(
     >>> ng.rank_for(state, layers)  # A has rank one, both outputs have variance one
     2
     """
-    check_layers(layers)
-    found = accessors.factors(opt_state)
     ranks = [1]
-    for path, layer in layers.items():
-        if layer.output_side is None:
+    given = ((own, path) for own in found_in(layers, opt_state) for path in own.state.factors)
+    for own, path in given:
+        layer, factors = own.layers[path], own.factors(path)
+        if layer.output_side is None or factors.G is None:
             continue
-        factors, sides = in_full(layer, found[path]), (layer.input_side, layer.output_side)
-        assert factors.G is not None  # there is an output side
+        sides = (layer.input_side, layer.output_side)
         means = [
             side.trace(factor, bias_of(factors) if side is layer.input_side else None) / side.size
             for side, factor in zip(sides, (factors.A, factors.G), strict=True)

@@ -44,8 +44,8 @@ def setting() -> tuple[Any, Any, Any]:
     return loss_fn, params, batch
 
 
-def factors_of(size: int | None, beyond: Any = "sketch") -> tuple[Any, Any]:
-    """After one step in float64, and what the first step applied."""
+def after_a_step(size: int | None, beyond: Any = "sketch") -> tuple[Any, ...]:
+    """In float64: layers, the state, gradients and updates."""
     with jax.enable_x64(True):
         loss_fn, params, batch = setting()
         layers = ng.find_layers(loss_fn, params, *batch)
@@ -59,7 +59,13 @@ def factors_of(size: int | None, beyond: Any = "sketch") -> tuple[Any, Any]:
         grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
         _, grads, statistics = grad_fn(params, *batch, opt_state=state)
         updates, state = tx.update(grads, state, params, statistics=statistics)
-        return ng.factors(state), (grads, updates)
+        return layers, state, grads, updates
+
+
+def factors_of(*how: Any) -> tuple[Any, Any]:
+    """After that step, and what it applied."""
+    _, state, *applied = after_a_step(*how)
+    return ng.factors(state), applied
 
 
 def sketch(x: Any) -> np.ndarray:
@@ -122,6 +128,24 @@ def test_a_sketch_is_inverted_as_the_matrix_that_it_stands_for() -> None:
         )
         wanted = damped_inverse(A, on_a) @ gradient @ damped_inverse(G, on_g)
         np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+def test_readers_take_a_sketch_for_that_matrix() -> None:
+    whole = factors_of(None)[0][("from_wide",)]
+    layers, state, *_ = after_a_step(6)
+    with jax.enable_x64(True):
+        sketch, G = ng.factors(state)[("from_wide",)]
+        A = approximated(whole.A, sketch[:, :4], 4)
+        own = ng.diagnostics.matrices(layers, state)[("from_wide",)]
+        np.testing.assert_allclose(own, jnp.kron(A, G), rtol=1e-6, atol=1e-9)
+        v = {name: jax.tree.map(jnp.ones_like, x) for name, x in setting()[1].items()}
+        curvature = ng.posterior.from_state(state, layers)
+        found = ng.posterior.power(curvature, v, 1)["from_wide"]
+        found = jnp.concatenate([found["kernel"], found["bias"][None]])
+        np.testing.assert_allclose(found, A @ jnp.ones_like(found) @ G, rtol=1e-6, atol=1e-9)
+        report = ng.diagnostics.report(layers, state).rows["kfac/from_wide"]
+        assert report["drift_A"] < 1e-6 and report["drift_G"] < 1e-6
+        assert 1 <= ng.rank_for(state, layers, damping=1e-3) <= 6
 
 
 @pytest.mark.parametrize("name", MAKERS)
