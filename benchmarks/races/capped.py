@@ -4,8 +4,8 @@
     python benchmarks/races/capped.py --sizes 128 --seeds 0
 
 ``ng.kfac(0.1, layers)`` at its defaults, for the steps of a task of ``benchmarks/lib/tasks.py``,
-with ``ng.Approximation(max_size=N)``, which keeps blocks of factors of more rows, and with their
-diagonal alone (``beyond="diagonal"``). The loss is that on a fixed part of the training set, as in
+with ``ng.Approximation(max_size=N)``, which sketches factors of more rows, and with their diagonal
+alone (``beyond="diagonal"``). The loss is that on a fixed part of the training set, as in
 ``no_tuning.py``; of one seed all begin at the same parameters and see the same minibatches. Writes
 PREFIX.json.
 
