@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from natgrad_jax.layers.factor_structure import FactorStructure
 from natgrad_jax.linalg.low_rank import LowRankInverse
 from natgrad_jax.linalg.nystrom import signs, sketch_of, sketched_gram, sketched_matrix
-from natgrad_jax.linalg.operators import DenseMatrix, as_operator
 from natgrad_jax.utils.precision import HIGHEST
 
 
@@ -66,8 +65,8 @@ class Sketched(FactorStructure):
         own = jnp.pad(signs(self.n, self.columns, dtype), [(0, 0), (0, 1)], constant_values=1)
         return jnp.broadcast_to(own, (*lead, *self.shape))
 
-    def operator(self, matrix: Any) -> DenseMatrix | LowRankInverse:
-        return sketched_matrix(matrix) if isinstance(matrix, jax.Array) else as_operator(matrix)
+    def operator(self, matrix: Any) -> LowRankInverse:
+        return matrix if isinstance(matrix, LowRankInverse) else sketched_matrix(matrix)
 
     def apply(self, matrix: Any, bias: jax.Array | None, x: jax.Array) -> jax.Array:
         return self.operator(matrix).apply(x)

@@ -31,7 +31,7 @@ def signs(n: int, k: int, dtype: jnp.dtype) -> Float[Array, "n k"]:
     bits = rows[:, None] * jnp.uint32(0x9E3779B1) + columns * jnp.uint32(0x85EBCA77)
     for shift, odd in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # a hash of 32 bits
         bits = (bits ^ (bits >> shift)) * jnp.uint32(odd)
-    return jnp.where(bits >> 31, 1, -1).astype(dtype)
+    return jnp.where(bits >> 31 == 1, 1, -1).astype(dtype)
 
 
 def sketch_of(F: Float[Array, "*batch n n"], k: int) -> Float[Array, "*batch n k1"]:
