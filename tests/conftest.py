@@ -1,6 +1,7 @@
 """Four simulated devices, quick compiles (almost all of the suite's time is compiling), and
 pictures without a display."""
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ if jax.__version_info__[:2] == (0, 10):  # half of a compile; later versions hav
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     )
+gc.set_threshold(200_000, 20, 100)  # usual ones take a twentieth of the time: programs are many objects
 collect_ignore = ["tables"]  # imported by the tests; as tests they would be imported once more
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)

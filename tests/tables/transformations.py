@@ -297,14 +297,15 @@ def fresh(tree: Any) -> Any:
 
 
 def stepper(tx: Any, s: Setting) -> Callable[..., Any]:
-    """The step that users write, with every extra argument; and a poison, that of nothing."""
+    """The step that users write, with every extra argument; and a poison, if one is given."""
 
-    def step(params: Any, state: Any, batch: Batch, key: Any, poison: Poison) -> Any:
+    def step(params: Any, state: Any, batch: Batch, key: Any, poison: Poison | None = None) -> Any:
         grad_fn = ng.value_and_grad(s.loss_fn, layers_for(state, s))
         model = s.model(params)
         split = {"split": nnx.split(model)} if isinstance(model, nnx.Module) else {}
         loss, grads, statistics = grad_fn(model, batch, rng=key, opt_state=asks(state))
-        grads, statistics = poison.into(grads, statistics)
+        if poison is not None:
+            grads, statistics = poison.into(grads, statistics)
         updates, state = tx.update(
             grads, state, params, statistics=statistics, value=loss, grad=grads, args=(batch,),
             value_fn=lambda model: s.loss_fn(model, batch).value, **split,
@@ -376,7 +377,7 @@ def assert_types_stay(tx: Any, s: Setting, own: Any = None) -> Any:
     own = batch() if own is None else own
     state = jax.eval_shape(tx.init, s.params)
     params, later, updates, _ = jax.eval_shape(
-        stepper(tx, s), s.params, state, own, jax.random.key(0), Poison()
+        stepper(tx, s), s.params, state, own, jax.random.key(0)
     )
     assert signature(later) == signature(state)
     assert signature(updates) == signature(params) == signature(s.params)
@@ -388,7 +389,7 @@ def run_steps(tx: Any, s: Setting, batches: list[Batch]) -> Any:
     params, state, updates = s.params, tx.init(s.params), None
     step = Jitted(stepper(tx, s))
     for i, own in enumerate(batches):
-        params, state, updates, _ = step(params, state, own, jax.random.key(i), Poison())
+        params, state, updates, _ = step(params, state, own, jax.random.key(i))
         assert finite((params, state, updates))
     assert step.traces == 1
     return params, state, updates
