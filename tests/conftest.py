@@ -15,7 +15,8 @@ if jax.__version_info__[:2] == (0, 10):  # half of a compile; later versions hav
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     )
-gc.set_threshold(200_000, 20, 100)  # usual ones take a twentieth of the time: programs are many objects
+# the usual thresholds take a twentieth of the time: programs are many objects
+gc.set_threshold(200_000, 20, 100)
 collect_ignore = ["tables"]  # imported by the tests; as tests they would be imported once more
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)
