@@ -90,7 +90,17 @@ def _aligned(
         )
     except UnsupportedError:
         return None
-    return output.source, layout, stack
+    return output.source, _of_blocks(layout, [len(found.get(axis, ())) for axis in blocks]), stack
+
+
+def _of_blocks(layout: Layout, axes: Sequence[int]) -> Layout:
+    """With so many of its axes for each axis of the kernel's blocks: where none, as there is one
+    block only, a new axis of length 1."""
+    split, own, blocks = layout.split, iter(layout.blocks), list[int]()
+    for n in axes:
+        blocks += [next(own) for _ in range(n)] or [len(split)]
+        split = split if n else (*split, 1)
+    return layout._replace(split=split, blocks=tuple(blocks))
 
 
 def _grouped(

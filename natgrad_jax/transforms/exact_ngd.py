@@ -40,7 +40,7 @@ class ExactNGDState(NamedTuple):
     """State of :func:`scale_by_exact_ngd`.
 
     ``clock``; ``damping``: λ of the last step, ``()``; ``last``: the last direction, for the
-    momentum, a tree like the parameters, None without; ``rejected``: how many updates were not
+    momentum, a tree like the gradients, None without; ``rejected``: how many updates were not
     finite and replaced by zeros, int32 ``()``; ``request``: what is to be measured.
 
     >>> import natgrad_jax as ng
@@ -69,9 +69,10 @@ def scale_by_exact_ngd(
     With momentum μ (SPRING) Δ is the minimiser of ``½ ΔᵀFΔ − ∇ᵀΔ + ½ λ ‖Δ − μ Δ₋‖²``, Δ₋ the last
     one. Where g is below the rounding of ∇ it is left out.
 
-    Any function of any parameters, without layers; complex ones too, by the real Fisher over their
-    real and imaginary parts, in the convention of ``jax.grad``. Memory for M × parameters numbers,
-    time for M³.
+    Any function of any parameters, without layers. Memory for M × parameters numbers, time for M³.
+    Complex ones too, by the real Fisher over their real and imaginary parts: give gradients as
+    ``value_and_grad`` returns them, without the conjugate that optax's other transformations want;
+    updates are ready for ``optax.apply_updates``.
 
     Args:
       damping: λ > 0, in the units of the Fisher (loss per parameter squared). It is raised to 16
@@ -137,10 +138,12 @@ def scale_by_exact_ngd(
             found = {p: x * scale for p, x in found.items()}
         found = {p: x.astype(gradient[p].dtype) for p, x in found.items()}
         found, bad = only_finite(found)
-        new = tree_paths.replace(updates, found)
         last = state.last
         if last is not None:
+            new = tree_paths.replace(updates, found)
             last = jax.tree.map(lambda x, old: jnp.where(bad, old, x), new, last)
+        # gradients of complex numbers are conjugate to what is added to them
+        new = tree_paths.replace(updates, {p: x.conj() for p, x in found.items()})
         clock = tick(state.clock, state.clock.statistics_due, rows.examples)
         return new, ExactNGDState(clock, used, last, state.rejected + bad, state.request)
 
