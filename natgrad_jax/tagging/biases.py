@@ -94,8 +94,8 @@ def _aligned(
 
 
 def _of_blocks(layout: Layout, axes: Sequence[int]) -> Layout:
-    """With so many of its axes for each axis of the kernel's blocks: where none, as there is one
-    block only, a new axis of length 1."""
+    """A bias's layout with all of its kernel's axes of blocks; ``axes``: how many axes of the bias
+    each has. What has none is of length 1, and gets a new one."""
     split, own, blocks = layout.split, iter(layout.blocks), list[int]()
     for n in axes:
         blocks += [next(own) for _ in range(n)] or [len(split)]
