@@ -138,12 +138,11 @@ def scale_by_exact_ngd(
             found = {p: x * scale for p, x in found.items()}
         found = {p: x.astype(gradient[p].dtype) for p, x in found.items()}
         found, bad = only_finite(found)
+        new = tree_paths.replace(updates, found)
         last = state.last
         if last is not None:
-            new = tree_paths.replace(updates, found)
             last = jax.tree.map(lambda x, old: jnp.where(bad, old, x), new, last)
-        # gradients of complex numbers are conjugate to what is added to them
-        new = tree_paths.replace(updates, {p: x.conj() for p, x in found.items()})
+        new = jax.tree.map(jnp.conj, new)  # of complex numbers gradients are the conjugate
         clock = tick(state.clock, state.clock.statistics_due, rows.examples)
         return new, ExactNGDState(clock, used, last, state.rejected + bad, state.request)
 

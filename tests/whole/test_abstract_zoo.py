@@ -62,9 +62,11 @@ NGD = {
     ],
 }  # fmt: skip
 PRONG = {
-    "rank": [{"rank": RANK}, {"plus": True}, {"samples": 1000}],
+    "plus": [{"plus": True}],
+    "rank": [{"rank": RANK}],
     "convolution": [approximated(convolution="kfc")],
     "weight_sharing": [approximated(convolution="sua", weight_sharing="reduce")],
+    "samples": [{"samples": 1000}],
 }
 FAMILIES: dict[str, tuple[Any, dict[str, list[dict[str, Any]]]]] = {
     "kfac": (functools.partial(ng.kfac, **RATE), KFAC),
@@ -112,29 +114,12 @@ DEFAULTS = {name: row(name) for name in FAMILIES} | {
     for name in ("adaptive_kfac", "adaptive_damping", "scale_by_quadratic_model",
                  "clip_by_trust_radius")
 }  # fmt: skip
-# For whole networks: a coordinate is as good as another there, and `adaptive_kfac` holds two more.
-WHOLES = ("kfac", "ekfac", "ngd", "prong", "in_coordinates, both_sides", "adaptive_kfac",
-          "clip_by_trust_radius")  # fmt: skip
 SINGLES = {
-    told(family, one): row(family, one)
+    told(family, one): (row(family, one), option)
     for family, (_, choices) in FAMILIES.items()
-    for values in choices.values()
+    for option, values in choices.items()
     for one in values
 }
-
-
-def together(without: tuple[str, ...]) -> dict[str, Row]:
-    """Few rows that have each value of each option, its default too, with others of the others."""
-    rows = {}
-    for family, (_, choices) in FAMILIES.items():
-        options = [[*values, {}] for option, values in choices.items() if option not in without]
-        for i in range(max(map(len, options), default=0)):
-            chosen = [values[(i + shift) % len(values)] for shift, values in enumerate(options)]
-            rows[told(family, *chosen)] = row(family, *chosen)
-    return rows
-
-
-TOGETHER = {kind: together(how.without) for kind, how in zoo.KINDS.items()}
 PAIRS = {
     told(family, one, other): row(family, one, other)
     for family in ("kfac", "ekfac")
@@ -156,17 +141,15 @@ def test_defaults_at_every_width(kind: str, name: str) -> None:
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "kind, name", [(kind, name) for kind in TOGETHER for name in TOGETHER[kind]]
-)
+    "kind, name",
+    [(kind, name) for kind, how in zoo.KINDS.items() for name, (_, option) in SINGLES.items()
+     if option not in how.without],
+)  # fmt: skip
 def test_every_option_on_both_sides(kind: str, name: str) -> None:
-    """Of low rank and whole."""
-    check(TOGETHER[kind][name], zoo.small(kind, zoo.MAIN if zoo.KINDS[kind].many else zoo.SIDES))
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("name", SINGLES)
-def test_every_option_alone(name: str) -> None:
-    check(SINGLES[name], zoo.mixed())
+    """Of low rank and whole; where that is all that is asked, or all there is, of every form."""
+    (own, option), how = SINGLES[name], zoo.KINDS[kind]
+    forms = option in ("inverse", "basis", "rank") or "group_size" in how.without
+    check(own, zoo.small(kind, zoo.SIDES if forms and not how.many else zoo.MAIN))
 
 
 @pytest.mark.once
@@ -182,7 +165,7 @@ def test_depths_batches_and_chosen_blocks(edge: str) -> None:
     for name in ("kfac", "ekfac", "ngd"):
         check(DEFAULTS[name], network)
     for name in ("kfac, weight_sharing=reduce", "ekfac, statistics_fraction=0.5"):
-        check(SINGLES[name], network)
+        check(SINGLES[name][0], network)
 
 
 @functools.cache
@@ -191,7 +174,7 @@ def network(name: str, whole: bool) -> zoo.Network:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", WHOLES)
+@pytest.mark.parametrize("name", DEFAULTS)
 @pytest.mark.parametrize("published", WHOLE)
 def test_published_networks_at_the_defaults(published: str, name: str) -> None:
     check(DEFAULTS[name], network(published, whole=name == "kfac"))
