@@ -3,6 +3,7 @@
 Against ``Σ w Jᵀ H J / Σ w`` with H written down for the outputs in which it is simplest.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -145,17 +146,17 @@ each_problem = pytest.mark.parametrize("name", PROBLEMS)
 
 def by_hand(problem: Problem) -> np.ndarray:
     theta, unravel = ravel_pytree(given(problem))
-    total = jnp.zeros((theta.size, theta.size))
-    for part in problem.parts:
 
-        def one(x: Any, w: Any, part: Part = part) -> Any:
+    def of(part: Part) -> Any:
+        def one(x: Any, w: Any) -> Any:
             outputs = lambda t: part.outputs(unravel(t), x)
             J, H = jax.jacfwd(outputs)(theta), part.H(outputs(theta))
             return w * J.T @ H @ J
 
         weights = jnp.asarray(part.weights, float)
-        total += part.scale * jax.vmap(one)(X, weights).sum(0) / weights.sum()
-    return np.asarray(total)
+        return part.scale * jax.vmap(one)(X, weights).sum(0) / weights.sum()
+
+    return sum(np.asarray(jax.jit(functools.partial(of, part))()) for part in problem.parts)
 
 
 def close(a: Any, b: Any, tolerance: float = 1e-10) -> None:
@@ -166,17 +167,27 @@ def close(a: Any, b: Any, tolerance: float = 1e-10) -> None:
 def test_the_fisher_its_products_and_its_blocks(name: str) -> None:
     problem = PROBLEMS[name]
     p, loss_fn, F = given(problem), problem.loss_fn, by_hand(problem)
-    close(ng.fisher(loss_fn, p, X), F)
-    close(ravel_pytree(ng.fisher_diagonal(loss_fn, p, X))[0], np.diag(F))
-    v = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape)), p)
-    close(ravel_pytree(ng.fisher_vector_product(loss_fn, p, X)(v))[0], F @ ravel_pytree(v)[0])
-
     layers = ng.find_layers(loss_fn, p, X)
+    v = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape)), p)
+
+    @jax.jit
+    def found(p: Any, v: Any, X: Any) -> Any:
+        of_fisher = (
+            ng.fisher(loss_fn, p, X),
+            ravel_pytree(ng.fisher_diagonal(loss_fn, p, X))[0],
+            ravel_pytree(ng.fisher_vector_product(loss_fn, p, X)(v))[0],
+        )
+        value, grads, statistics = ng.value_and_grad(loss_fn, layers, fisher="exact")(p, X)
+        wanted = jax.value_and_grad(lambda p: loss_fn(p, X).value)(p)
+        return of_fisher, (value, grads), wanted, statistics
+
+    (whole, diagonal, product), (value, grads), (loss, gradient), statistics = found(p, v, X)
+    close(whole, F)
+    close(diagonal, np.diag(F))
+    close(product, F @ ravel_pytree(v)[0])
     index = ravel_pytree(p)[1](jnp.arange(len(F), dtype=float))
-    value, grads, statistics = ng.value_and_grad(loss_fn, layers, fisher="exact")(p, X, rng=KEY)
-    loss = lambda p: loss_fn(p, X).value
-    np.testing.assert_allclose(value, loss(p), rtol=1e-12)
-    close(ravel_pytree(grads)[0], ravel_pytree(jax.grad(loss)(p))[0])
+    np.testing.assert_allclose(value, loss, rtol=1e-12)
+    close(ravel_pytree(grads)[0], ravel_pytree(gradient)[0])
     for path in {("log_std",), ("log_var",), ("log_scale",), ("root",)} & set(layers):
         own = np.ravel(index[path[0]]).astype(int)
         A = np.asarray(statistics.layers[path].A).reshape(-1, len(own), len(own))
@@ -188,7 +199,8 @@ def test_the_fisher_its_products_and_its_blocks(name: str) -> None:
 def test_sampled_labels_give_the_fisher(name: str) -> None:
     problem = PROBLEMS[name]
     F = by_hand(problem)
-    found = ng.fisher(problem.loss_fn, given(problem), X, fisher="mc", samples=3000, rng=KEY)
+    sampled = functools.partial(ng.fisher, problem.loss_fn, fisher="mc", samples=3000, rng=KEY)
+    found = jax.jit(sampled)(given(problem), X)
     assert np.linalg.norm(found - F) < 0.1 * np.linalg.norm(F)
 
 
@@ -200,7 +212,7 @@ def test_the_right_values_of_a_policy_and_of_a_variance() -> None:
     ]:
         p, loss_fn = given(PROBLEMS[name]), PROBLEMS[name].loss_fn
         layers = ng.find_layers(loss_fn, p, X)
-        block = ng.fisher(loss_fn, p, X, layers=layers)[(path,)]
+        block = jax.jit(functools.partial(ng.fisher, loss_fn, layers=layers))(p, X)[(path,)]
         np.testing.assert_allclose(block, size * np.eye(len(block)), atol=1e-12)
 
 
@@ -215,7 +227,7 @@ class Critic(nn.Module):
 def test_a_policy_learns_its_deviation() -> None:
     """The first step of K-FAC on it is that of the natural gradient."""
     module = Critic()
-    p = module.init(KEY, X)["params"]
+    p = jax.jit(module.init)(KEY, X)["params"]
 
     def loss_fn(p: Any, x: Any) -> ng.Loss:
         mean, log_std, value = module.apply({"params": p}, x)
@@ -225,7 +237,12 @@ def test_a_policy_learns_its_deviation() -> None:
 
     tx = ng.kfac(0.1, ng.find_layers(loss_fn, p, X), damping=1e-6, momentum=None, trust_radius=None)
     grad_fn = ng.value_and_grad(loss_fn, ng.find_layers(loss_fn, p, X), fisher="exact")
-    state = tx.init(p)
-    _, grads, statistics = grad_fn(p, X, rng=KEY, opt_state=state)
-    updates, _ = tx.update(grads, state, p, statistics=statistics)
+
+    @jax.jit
+    def first(p: Any) -> Any:
+        state = tx.init(p)
+        _, grads, statistics = grad_fn(p, X, opt_state=state)
+        return grads, tx.update(grads, state, p, statistics=statistics)[0]
+
+    grads, updates = first(p)
     np.testing.assert_allclose(updates["log_std"], -0.1 * grads["log_std"] / 2, rtol=1e-4)

@@ -53,12 +53,17 @@ def batch(net: nn.Module) -> tuple[Any, Any]:
 
 
 def measured(make: Any, layers: ng.Layers, loss_fn: Any, params: Any, *args: Any) -> Any:
-    grad_fn = jax.jit(ng.value_and_grad(loss_fn, layers, fisher="exact"))
+    grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
     tx = make(layers, decay=0.0, statistics_period=1, refresh_period=1)
-    state = tx.init(params)
-    for i in range(2):
-        _, grads, statistics = grad_fn(params, *args, rng=jax.random.key(i), opt_state=state)
-        updates, state = tx.update(grads, state, params, statistics=statistics)
+
+    @jax.jit
+    def step(params: Any, state: Any, *args: Any) -> Any:
+        _, grads, statistics = grad_fn(params, *args, opt_state=state)
+        return grads, *tx.update(grads, state, params, statistics=statistics)
+
+    state = jax.jit(tx.init)(params)
+    for _ in range(2):
+        grads, updates, state = step(params, state, *args)
     return grads, updates, ng.factors(state), getattr(state, "moments", None)
 
 
