@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -21,7 +22,15 @@ collect_ignore = ["tables"]  # imported by the tests; as tests they would be imp
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)
 
+# coverage is that of each package's own tests: measured in these too, they take a fifth longer
+NOT_MEASURED = {Path(__file__).with_name(x) for x in ("whole", "benchmarks", "examples", "repo")}
 finished = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not NOT_MEASURED.isdisjoint(item.path.parents):
+            item.add_marker("no_cover")
 
 
 def pytest_runtest_teardown() -> None:

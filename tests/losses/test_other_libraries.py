@@ -70,11 +70,14 @@ def test_they_have_the_gradients_and_fisher_of_ours(name: str) -> None:
     p = params()
     found = []
     for loss_fn in losses:
-        empirical = jax.jit(lambda p, f=loss_fn: ng.fisher(f, p, fisher="empirical", rng=KEY))(p)
-        found.append((jax.grad(lambda p, f=loss_fn: f(p).value)(p), empirical))
+        both = lambda p, f=loss_fn: (
+            jax.grad(lambda p: f(p).value)(p),
+            ng.fisher(f, p, fisher="empirical", rng=KEY),
+        )
+        found.append(jax.jit(both)(p))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
-    exact = ng.fisher(losses[1], p)
+    exact = jax.jit(lambda p: ng.fisher(losses[1], p))(p)
     sampled = jax.jit(lambda p: ng.fisher(losses[0], p, fisher="mc", samples=3000, rng=KEY))(p)
     assert np.linalg.norm(sampled - exact) < 0.1 * np.linalg.norm(exact)
 
@@ -89,9 +92,9 @@ def test_a_student_t_with_learned_everything() -> None:
     theirs = lambda p: (
         -dist.StudentT(jnp.exp(p["df"]), Loc(p)[:, 0], jnp.exp(p["log_std"][0])).log_prob(y)
     )
-    per_example = jax.tree.leaves(jax.jacrev(theirs)(p))
+    per_example = jax.tree.leaves(jax.jit(jax.jacrev(theirs))(p))
     v = np.concatenate([np.reshape(x, (N, -1)) for x in per_example], 1)
-    F = ng.fisher(loss_fn, p, fisher="empirical", rng=KEY)
+    F = jax.jit(lambda p: ng.fisher(loss_fn, p, fisher="empirical", rng=KEY))(p)
     np.testing.assert_allclose(F, v.T @ v / N, rtol=1e-10, atol=1e-12)
     layers = ng.find_layers(loss_fn, p)
     _, _, statistics = jax.jit(ng.value_and_grad(loss_fn, layers))(p, rng=KEY)
@@ -106,7 +109,8 @@ def test_integer_arguments_stay_whole() -> None:
     trials = jnp.asarray(TRIALS)
     q = jax.nn.sigmoid(Loc(p)[:, 0])
     wanted = jnp.einsum("n,na,nb->ab", trials * q * (1 - q), X, X) / N
-    F = ng.fisher(loss_fn, p, trials, fisher="mc", samples=2000, rng=KEY)
+    sampled = lambda p, n: ng.fisher(loss_fn, p, n, fisher="mc", samples=2000, rng=KEY)
+    F = jax.jit(sampled)(p, trials)
     at = D + np.arange(4 * D).reshape(4, D)[:, 0]
     assert np.linalg.norm(F[np.ix_(at, at)] - wanted) < 0.1 * np.linalg.norm(wanted)
 
@@ -118,7 +122,7 @@ def test_labels_do_not_depend_on_how_the_batch_is_divided() -> None:
     )
     x = jnp.asarray(np.concatenate([X, X[:1]]))
     layers = ng.find_layers(loss_fn, {"w": p["w"]}, x)
-    whole = ng.value_and_grad(loss_fn, layers)({"w": p["w"]}, x, rng=KEY)
-    parts = ng.accumulate(loss_fn, layers)({"w": p["w"]}, x.reshape(2, 2, 4), rng=KEY)
+    whole = jax.jit(ng.value_and_grad(loss_fn, layers))({"w": p["w"]}, x, rng=KEY)
+    parts = jax.jit(ng.accumulate(loss_fn, layers))({"w": p["w"]}, x.reshape(2, 2, 4), rng=KEY)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10)

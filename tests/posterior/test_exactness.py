@@ -155,13 +155,13 @@ def test_influence_is_that_of_explicit_gradients(name: str) -> None:
     penalized = lambda p, *args: loss_fn(p, *args) + 0.5 * sum(map(jnp.sum, jax.tree.leaves(p)))
     flat, unravel = ravel_pytree(params)
     example = lambda t, n: loss_fn(unravel(t), *(a[n][None] for a in train)).value
-    gradients = np.stack([jax.grad(example)(flat, n) for n in range(N)])
+    gradients = np.asarray(jax.jit(jax.vmap(jax.grad(example), (None, 0)))(flat, jnp.arange(N)))
     inverse = function(F, has, lambda d: 1 / (d + 0.05))
     margin = lambda p, x, ids, y: jnp.sin(p["head"]["bias"]).sum() * p["conv"]["kernel"].sum()
     for query_fn in (None, loss_fn, margin):
         of = lambda t, q=query_fn: (q or penalized)(unravel(t), *query)
         value = lambda t, of=of: getattr(of(t), "value", of(t))
-        expected = -gradients @ inverse @ jax.grad(value)(flat)
+        expected = -gradients @ inverse @ jax.jit(jax.grad(value))(flat)
         found = ng.posterior.influence(
             curvature, penalized, params, query, train, 0.05, query_fn=query_fn, chunk=5
         )

@@ -44,7 +44,7 @@ def pair(problem: Any, stride: int) -> tuple[Measured, Measured]:
 def outputs(measured: Measured) -> list[dict[str, jax.Array]]:
     """Of each term of the loss."""
     traced = measured.tagged.traced
-    values = core.jaxpr_as_fun(traced.jaxpr)(*traced.inputs)
+    values = jax.jit(core.jaxpr_as_fun(traced.jaxpr))(*traced.inputs)
     return [{name: values[at] for name, at in own.items()} for own in traced.outputs]
 
 

@@ -90,13 +90,14 @@ class Place(NamedTuple):
 def places(layer: Layer, params: Any) -> list[Place]:
     """Every flattened parameter's place. Rows are (place, channel) in that order, the bias last."""
     blocks, rows = max(int(np.prod(layer.blocks)), 1), layer.inputs + (layer.bias is not None)
+    arrays_of = jax.jit(layer.from_matrix)
     shape = (*layer.blocks, rows, layer.outputs)
     channels = layer.inputs
     if layer.kind.startswith("conv"):
         channels = layer.layouts[0].split[layer.layouts[0].inputs[-1]]
     found = {}
     for i, grid in enumerate(np.indices((blocks, rows, layer.outputs))):
-        arrays = layer.from_matrix(jnp.asarray(grid.reshape(shape)))
+        arrays = arrays_of(grid.reshape(shape))
         leaves = {p.path[-1]: x for p, x in zip(layer.parameters, arrays, strict=True)}
         found[i] = np.concatenate([np.ravel(leaves[k]) for k in sorted(params)])
 

@@ -193,14 +193,19 @@ def test_exact_is_exact(name: str) -> None:
     """Full blocks are the Fisher's, traces of S those of its blocks, whatever key is given."""
     loss_fn, params, args = CASES[name].make()
     layers = ng.find_layers(loss_fn, params, *args)
-    right = ng.fisher(loss_fn, params, *args, layers=layers)
+    right = jax.jit(lambda p, *args: ng.fisher(loss_fn, p, *args, layers=layers))(params, *args)
     every = {"statistics_period": 1, "refresh_period": 1, "decay": 0.0}
     tx = ng.scale_by_ekfac(layers, basis="eigh", **every)
-    grad_fn = jax.jit(ng.value_and_grad(loss_fn, layers, fisher="exact"))
+    grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
+
+    @jax.jit
+    def step(state: Any, key: Any, *args: Any) -> Any:
+        _, grads, statistics = grad_fn(params, *args, rng=key, opt_state=state)
+        return tx.update(grads, state, params, statistics=statistics)[1]
+
     state = tx.init(params)
     for i in range(2):
-        _, grads, statistics = grad_fn(params, *args, rng=jax.random.key(i), opt_state=state)
-        state = tx.update(grads, state, params, statistics=statistics)[1]
+        state = step(state, jax.random.key(i), *args)
     for path, layer in layers.items():
         if layer.block == "full":
             n = right[path].shape[0] // 2
@@ -217,7 +222,7 @@ def test_time_first_is_batch_first() -> None:
         x = noise(B, T, FEATURES)
         loss_fn, params, args = case(Mix(time), x if time else x.swapaxes(0, 1))
         layers = ng.find_layers(loss_fn, params, *args)
-        grad_fn = ng.value_and_grad(loss_fn, layers, fisher="exact")
+        grad_fn = jax.jit(ng.value_and_grad(loss_fn, layers, fisher="exact"))
         for sharing in ("expand", "reduce"):
             tx = ng.scale_by_kfac(layers, approximation=ng.Approximation(weight_sharing=sharing))
             _, _, statistics = grad_fn(params, *args, opt_state=tx.init(params))

@@ -58,16 +58,16 @@ def test_gradients_are_jaxs_own_and_a_step_is_finite(case: Any) -> None:
 
     _, grads, statistics, new = step(tree, tx.init(tree))
     wanted = jax.jit(jax.grad(value))(tree)
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted))
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(wanted))
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * scale)
     for x in jax.tree.leaves((statistics, new)):
-        assert bool(jnp.isfinite(x).all())
+        assert np.isfinite(x).all()
     for x in jax.tree.leaves(statistics.layers):
         if x.ndim > 1 and x.shape[-1] == x.shape[-2]:
             values = np.linalg.eigvalsh(np.asarray(x, float))
             assert values.min() >= -1e-5 * np.abs(values).max()
-    silent = {path for path, sums in statistics.layers.items() if not jnp.any(sums.A != 0)}
+    silent = {path for path, sums in statistics.layers.items() if not np.any(np.asarray(sums.A))}
     assert silent == {("steep",)} & set(layers)  # the branch that does not run
 
 
@@ -77,10 +77,11 @@ def test_blocks_of_parameters_in_complex_functions_are_exact(float64: None) -> N
     params, (x, y) = jax.tree.map(lambda a: a.astype(float), problem.params), problem.args
     x = x.astype(float)
     layers = ng.find_layers(problem.loss_fn, params, x, y)
-    _, _, statistics = ng.value_and_grad(problem.loss_fn, layers, fisher="exact")(params, x, y)
+    grad_fn = jax.jit(ng.value_and_grad(problem.loss_fn, layers, fisher="exact"))
+    _, _, statistics = grad_fn(params, x, y)
     logits = lambda params, x: problem.loss_fn(params, x[None], y[:1]).terms[0].raw["logits"][0]
-    z = jax.vmap(partial(logits, params))(x)
-    J = jax.vmap(lambda x: jax.jacobian(logits)(params, x))(x)
+    z = jax.jit(jax.vmap(partial(logits, params)))(x)
+    J = jax.jit(jax.vmap(lambda x: jax.jacobian(logits)(params, x)))(x)
     p = jax.nn.softmax(z)
     H = jnp.einsum("ni,ij->nij", p, jnp.eye(p.shape[1])) - jnp.einsum("ni,nj->nij", p, p)
     for name in ("gain", "frequency", "log_decay", "log_step", "D"):

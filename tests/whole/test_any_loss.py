@@ -153,15 +153,20 @@ def problems() -> dict[str, Problem]:
 
 def by_hand(problem: Problem) -> np.ndarray:
     theta, unravel = ravel_pytree(problem.params)
-    total = np.zeros((theta.size, theta.size))
-    for part in problem.parts:
-        outputs = lambda theta, part=part: part.outputs(unravel(theta))
-        J, H = jax.jacfwd(outputs)(theta), jax.vmap(part.H)(outputs(theta))
-        w = jnp.ones(len(J)) if part.weights is None else part.weights
-        w = w / w.sum()
-        J = J - jnp.einsum("n,nop->op", w, J) if part.centred else J
-        total += part.scale * jnp.einsum("n,nop,noq,nqr->pr", w, J, H, J)
-    return total
+
+    @jax.jit
+    def whole(theta: Any) -> Any:
+        total = jnp.zeros((theta.size, theta.size))
+        for part in problem.parts:
+            outputs = lambda theta, part=part: part.outputs(unravel(theta))
+            J, H = jax.jacfwd(outputs)(theta), jax.vmap(part.H)(outputs(theta))
+            w = jnp.ones(len(J)) if part.weights is None else part.weights
+            w = w / w.sum()
+            J = J - jnp.einsum("n,nop->op", w, J) if part.centred else J
+            total += part.scale * jnp.einsum("n,nop,noq,nqr->pr", w, J, H, J)
+        return total
+
+    return np.asarray(whole(theta))
 
 
 def close(a: Any, b: Any, tolerance: float) -> None:
@@ -185,11 +190,11 @@ def test_gradient_and_fisher(name: str) -> None:
         return ng.fisher(loss_fn, p, *args), grads, exact, step
 
     F, grads, exact, step = found(jax.tree.map(jnp.asarray, p), args)
-    gradient = jax.grad(lambda p: loss_fn(p, *args).value)(p)
-    close(F, by_hand(problem), 1e-8)
+    gradient, wanted = jax.jit(jax.grad(lambda p: loss_fn(p, *args).value))(p), by_hand(problem)
+    close(F, wanted, 1e-8)
     close(grads, gradient, 1e-10)
     close(exact, gradient, 1e-10)
-    damped = by_hand(problem) + 1e-3 * np.eye(len(F))
+    damped = wanted + 1e-3 * np.eye(len(F))
     close(step, np.linalg.solve(damped, ravel_pytree(gradient)[0]), 1e-8)
 
 
