@@ -193,7 +193,9 @@ def _weighted(
     given = distribution.parametrized
     traced = not is_concrete(given[distribution.first])
     constant = lambda x: not isinstance(x, jax.Array) or (traced and is_concrete(x))
-    fixed = {name for name, x in given.items() if constant(x)}.union(distribution.fixed)
+    counts = lambda x: not jnp.issubdtype(jnp.result_type(x), jnp.inexact)  # no derivative by them
+    fixed = {name for name, x in given.items() if constant(x) or counts(x)}
+    fixed = fixed.union(distribution.fixed)
     full = replace(distribution, fixed=tuple(sorted(fixed - {distribution.first}))).broadcast()
     shape = full.parametrized[full.first].shape
     if not math.prod(shape):

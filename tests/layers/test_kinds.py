@@ -209,12 +209,14 @@ WAYS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: " ".join(map(str, dataclasses.astuple(how))))
 @pytest.mark.parametrize("case", APPROXIMATED, ids=lambda c: c.name)
 def test_approximations(case: Case, how: Approximation, float64: None) -> None:
     check(case, "linen", "categorical", "mc", jnp.float64, 1e-10, how)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("case", PARTIAL, ids=lambda c: c.name)
 def test_leading_directions(case: Case, sharing: str, float64: None) -> None:

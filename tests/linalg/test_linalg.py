@@ -30,7 +30,7 @@ def test_damped_inverse(n: int, batch: tuple[int, ...]) -> None:
     root = random.normal(size=(*batch, n, max(n // 2, 1)))
     factor = root @ np.swapaxes(root, -1, -2)  # of half rank: damping makes it invertible
     damping = random.uniform(0.1, 1, size=batch)
-    found = cholesky.damped_inverse(jnp.asarray(factor), jnp.asarray(damping))
+    found = jax.jit(cholesky.damped_inverse)(factor, damping)
     expected = np.linalg.inv(factor + damping[..., None, None] * np.eye(n))
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
@@ -67,20 +67,20 @@ def test_eigenbasis_and_its_refinement(n: int, batch: tuple[int, ...]) -> None:
     Q, _ = np.linalg.qr(random.normal(size=(*batch, n, n)))
     values = np.sort(random.uniform(size=(*batch, n)) ** 4, axis=-1)
     factor = jnp.asarray((Q * values[..., None, :]) @ np.swapaxes(Q, -1, -2))
-    basis, found = eigh.eigenbasis(factor)
+    off, refine = jax.jit(orthogonal_iteration.off_diagonal), jax.jit(orthogonal_iteration.refine)
+    basis, found = map(np.asarray, jax.jit(eigh.eigenbasis)(factor))
     np.testing.assert_allclose(found, values, atol=1e-12)
-    rebuilt = (basis * found[..., None, :]) @ jnp.swapaxes(basis, -1, -2)
+    rebuilt = (basis * found[..., None, :]) @ np.swapaxes(basis, -1, -2)
     np.testing.assert_allclose(rebuilt, factor, atol=1e-12)
-    assert np.all(orthogonal_iteration.off_diagonal(factor, basis) < 1e-7)
+    assert np.all(off(factor, basis) < 1e-7)
     # from the eigenbasis of a matrix near by, steps come nearer and stay orthogonal
     other = random.normal(size=(*batch, n, n)) * 1e-3
     near = jnp.asarray(factor + other @ np.swapaxes(other, -1, -2))
     step = basis
     for _ in range(30):
-        step, along = orthogonal_iteration.refine(near, step)
+        step, along = refine(near, step)
     eye = np.broadcast_to(np.eye(n), (*batch, n, n))
-    np.testing.assert_allclose(jnp.swapaxes(step, -1, -2) @ step, eye, atol=1e-10)
-    off = orthogonal_iteration.off_diagonal
+    np.testing.assert_allclose(np.swapaxes(step, -1, -2) @ np.asarray(step), eye, atol=1e-10)
     assert np.all(off(near, step) <= off(near, basis) + 1e-12)
     np.testing.assert_allclose(along.sum(-1), np.trace(near, axis1=-2, axis2=-1), rtol=1e-9)
 

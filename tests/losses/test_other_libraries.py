@@ -115,6 +115,26 @@ def test_integer_arguments_stay_whole() -> None:
     assert np.linalg.norm(F[np.ix_(at, at)] - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
+def test_whole_numbers_of_the_batch_are_no_outputs() -> None:
+    """Nothing is differentiated by them, under jit either, where they may depend on anything."""
+    loss_fn = lambda p, n: ng.NegativeBinomial(Loc(p)[:, 0], n, event_ndims=0).nll(n - 1)
+    p, trials = params(), jnp.asarray(TRIALS)
+
+    def found(p: Any, n: Any) -> Any:
+        product = ng.fisher_vector_product(loss_fn, p, n)(p)
+        return ng.fisher(loss_fn, p, n), ng.fisher_diagonal(loss_fn, p, n), product
+
+    rate = np.exp(Loc(p)[:, 0])
+    F = np.zeros((4 * D + D,) * 2)
+    at = D + np.arange(4 * D).reshape(4, D)[:, 0]
+    F[np.ix_(at, at)] = (X.T * (TRIALS * rate / (TRIALS + rate))) @ X / N
+    for whole, diagonal, product in (found(p, trials), jax.jit(found)(p, trials)):
+        flat = lambda tree: np.concatenate([np.ravel(tree[name]) for name in ("log_std", "w")])
+        np.testing.assert_allclose(whole, F, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(flat(diagonal), np.diag(F), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(flat(product), F @ flat(p), rtol=1e-10, atol=1e-12)
+
+
 def test_labels_do_not_depend_on_how_the_batch_is_divided() -> None:
     p = params()
     loss_fn = lambda p, x: ng.from_distribution(dist.Normal, loc=x @ p["w"], scale=1.0).nll(
