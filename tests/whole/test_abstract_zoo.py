@@ -20,6 +20,8 @@ import natgrad_jax as ng
 from natgrad_jax.curvature.inverse_methods import RANK
 from natgrad_jax.transforms.common.options import EIGENVECTORS
 
+pytestmark = pytest.mark.no_cover  # that would take half as long again, and other tests cover it
+
 RATE = {"learning_rate": 0.1}
 
 
